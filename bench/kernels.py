@@ -1,0 +1,306 @@
+"""How near the kernels come to what the machine allows: python bench/kernels.py [--markdown]
+
+On a GPU: time, share of the limit and memory of both functions of loss.py, forward and backward,
+beside PyTorch, torch.compile and whichever of Liger and Cut Cross-Entropy is installed. The limit
+is measured in the same run: for given logits a copy of as many bytes, 4 a bf16 logit of a row with
+weight and 2 of any other; for lm_head and loss together the three matrix products over the rows
+with weight. Providers take turns; "cold" empties the L2 cache before each call. The weights are
+OpenChat's 1 and 0.1, which only this project takes: the others are given plain sums to compute.
+
+Without a GPU: what the compiler made of the kernels, registers, spills and width of access.
+
+N tokens, of which the share p has weight; V vocabulary, D hidden size.
+"""
+
+import argparse
+import collections
+import datetime
+import functools
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).parents[1])  # this folder would hide the package `kernels`
+
+import torch
+import torch.nn.functional as F
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import kernels.cross_entropy as ce
+from loss import linear_weighted_cross_entropy, weighted_cross_entropy
+
+LOGITS_SHAPES = [(8192, 32000), (8192, 32002), (8192, 128256)]  # N, V
+LINEAR_SHAPES = [  # N, D, V
+    (8192, 4096, 32000),
+    (8192, 4096, 32002),
+    (77824, 4096, 32002),
+    (4096, 4096, 128256),
+    (40960, 4096, 128256),
+    (8192, 2304, 256000),
+]
+SHARES = [1, 0.5, 0.2]  # of tokens with weight
+ROUNDS = 20
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--markdown", action="store_true", help="a table to append to RESULTS.md")
+    show = functools.partial(print_table, markdown=parser.parse_args().markdown)
+    today = datetime.date.today()
+    versions = f"PyTorch {torch.__version__}, Triton {triton.__version__}, {today}"
+    if not torch.cuda.is_available():
+        print("Times need a GPU, and there is none here: run this again on one.", file=sys.stderr)
+        show(f"Compiled kernels: {versions}", compiled_table())
+        return
+    device = f"{torch.cuda.get_device_name()}, {versions}"
+    show(f"Weighted cross-entropy of given logits, bf16: {device}", logits_table())
+    show(f"lm_head and weighted cross-entropy, bf16: {device}", linear_table())
+
+
+def logits_table():
+    for N, V in LOGITS_SHAPES:
+        for p in SHARES:
+            logits = torch.randn(N, V, device="cuda", dtype=torch.bfloat16).requires_grad_()
+            targets, weights = targets_and_weights(N, V, p)
+            calls = logits_calls(logits, targets, weights)
+            read_and_written = (4 * p + 2 * (1 - p)) * N * V
+            one = torch.empty(int(read_and_written / 2), device="cuda", dtype=torch.int8)
+            calls["copy of as many bytes"] = functools.partial(torch.empty_like(one).copy_, one)
+            measured = measure(calls, clear=[logits])
+            for row in rows_of({"N": N, "V": V, "p": p}, measured, "copy of as many bytes"):
+                seconds = row["hot ms"] / 1e3 if isinstance(row["hot ms"], float) else float("nan")
+                yield {**row, "TB/s": round(read_and_written / seconds / 1e12, 2)}
+
+
+def logits_calls(logits, targets, weights):
+    ignoring = targets.masked_fill(weights == 0, -100)
+
+    def plain(logits):
+        return F.cross_entropy(logits, ignoring, reduction="sum")
+
+    forwards = {
+        "this project": lambda logits: weighted_cross_entropy(logits, targets, weights).sum(),
+        "torch": plain,
+        "torch.compile": torch.compile(plain),
+    }
+    if liger := optional("liger_kernel.transformers", "LigerCrossEntropyLoss"):
+        # Liger writes the gradient over the logits: later rounds see other numbers, not more work
+        forwards["Liger"] = lambda logits: liger(reduction="sum")(logits, ignoring)
+    return {name: backward_of(forward, logits) for name, forward in forwards.items()}
+
+
+def linear_table():
+    for N, D, V in LINEAR_SHAPES:
+        for p in SHARES:
+            hidden = torch.randn(N, D, device="cuda", dtype=torch.bfloat16).requires_grad_()
+            weight = torch.randn(V, D, device="cuda", dtype=torch.bfloat16).mul_(0.02)
+            weight.requires_grad_()
+            targets, weights = targets_and_weights(N, V, p)
+            calls = linear_calls(hidden, weight, targets, weights)
+            calls["three products"] = three_products(hidden, weight, int(p * N))
+            measured = measure(calls, clear=[hidden, weight])
+            yield from rows_of({"N": N, "D": D, "V": V, "p": p}, measured, "three products")
+
+
+def linear_calls(hidden, weight, targets, weights):
+    rows = weights.nonzero()[:, 0]  # the collator's list
+    few_targets, few_weights = targets[rows], weights[rows]
+    ignoring = targets.masked_fill(weights == 0, -100)
+
+    def plain(hidden, weight):
+        return F.cross_entropy(hidden @ weight.t(), ignoring, reduction="sum")
+
+    forwards = {
+        "this project": lambda hidden, weight: linear_weighted_cross_entropy(
+            hidden[rows], weight, few_targets, few_weights
+        )[0],
+        "torch": plain,
+        "torch.compile": torch.compile(plain),
+    }
+    if liger := optional("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss"):
+        forwards["Liger"] = lambda hidden, weight: liger(reduction="sum")(weight, hidden, ignoring)
+    if cut := optional("cut_cross_entropy", "linear_cross_entropy"):
+        forwards["CCE"] = lambda hidden, weight: cut(hidden, weight, ignoring, reduction="sum")
+    return {name: backward_of(forward, hidden, weight) for name, forward in forwards.items()}
+
+
+def three_products(hidden, weight, rows):
+    """The products alone, a chunk at a time as this project's own, with none of the rest."""
+    from kernels.linear_cross_entropy import logits_workspace, row_chunks
+
+    hidden, weight = hidden.detach()[:rows], weight.detach()
+    d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
+
+    def call():
+        workspace = logits_workspace(hidden, weight)
+        for chunk in row_chunks(rows, len(workspace)):
+            x = hidden[chunk]
+            logits = torch.mm(x, weight.t(), out=workspace[: len(x)])
+            torch.mm(logits, weight, out=d_hidden[chunk])
+            torch.mm(logits.t(), x, out=d_weight)
+
+    return call
+
+
+def targets_and_weights(N, V, p):
+    targets = torch.randint(V, (N,), device="cuda")
+    weights = torch.where(torch.rand(N, device="cuda") < 0.2, 1.0, 0.1)
+    weights[torch.randperm(N, device="cuda")[int(p * N) :]] = 0
+    return targets, weights
+
+
+def optional(module, name):
+    try:
+        return getattr(__import__(module, fromlist=[name]), name)
+    except (ImportError, AttributeError):
+        return None
+
+
+def backward_of(forward, *inputs):
+    return lambda: forward(*inputs).backward()
+
+
+def measure(calls, clear):
+    """{name: (hot ms, cold ms, peak GiB above what was there)}, or the error's name."""
+    flush = torch.empty(2**28, device="cuda", dtype=torch.int8)  # 256 MiB, five times an L2
+    times = {name: {"hot": [], "cold": []} for name in calls}
+    peaks, failed = {}, {}
+    for name, call in calls.items():
+        try:
+            call()  # compiles
+            peaks[name] = peak_of(call, clear)
+        except Exception as error:  # a peer's failure is a result too
+            failed[name] = type(error).__name__
+            torch.cuda.empty_cache()
+    for _ in range(ROUNDS):
+        for name in peaks:
+            for cache in ("cold", "hot"):
+                for tensor in clear:
+                    tensor.grad = None
+                if cache == "cold":
+                    flush.zero_()
+                times[name][cache].append(time_of(calls[name]))
+    medians = {
+        name: tuple(statistics.median(times[name][cache]) for cache in ("hot", "cold"))
+        for name in peaks
+    }
+    return {name: failed.get(name) or (*medians[name], peaks[name]) for name in calls}
+
+
+def peak_of(call, clear):
+    for tensor in clear:
+        tensor.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def time_of(call):
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def rows_of(shape, measured, limit):
+    for name, result in measured.items():
+        if isinstance(result, str):
+            yield {**shape, "": name, "hot ms": result, "cold ms": "", "of limit": "", "GiB": ""}
+            continue
+        hot, cold, peak = result
+        share = f"{measured[limit][0] / hot:.1%}" if not isinstance(measured[limit], str) else ""
+        figures = {"hot ms": round(hot, 3), "cold ms": round(cold, 3), "of limit": share}
+        yield {**shape, "": name, **figures, "GiB": round(peak, 2)}
+
+
+def compiled_table():
+    for capability in (80, 90):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for V in (512, 32002, 128256):
+                yield compiled_cross_entropy(dtype, V, capability)
+
+
+def compiled_cross_entropy(dtype, V, capability, with_grad=True):
+    """What Triton and ptxas make of the kernel for a GPU that need not be here.
+
+    Needs a process without TRITON_INTERPRET.
+    """
+    logits = torch.empty(1, V, dtype=dtype)
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    shape = ce.launch_shape(logits)
+    pointers = {
+        "logits": f"*{name}", "targets": "*i64", "weights": "*fp32",
+        "losses": "*fp32", "correct": "*i1", "grads": f"*{name}",
+    }  # fmt: skip
+    integers = dict.fromkeys(("V", "stride", "grads_stride", "shift"), "i32")
+    constants = {"WITH_GRAD": with_grad, "BLOCK": shape["BLOCK"], "VECTOR": ce._vector(logits)}
+    arguments = ce.cross_entropy_kernel.arg_names
+    source = ASTSource(
+        ce.cross_entropy_kernel,
+        signature=pointers | integers | dict.fromkeys(constants, "constexpr"),
+        constexprs={(arguments.index(k),): v for k, v in constants.items()},
+        attrs={(arguments.index(k),): [["tt.divisibility", 16]] for k in pointers},
+    )
+    target = GPUTarget("cuda", capability, 32)
+    asm = triton.compile(source, target=target, options={"num_warps": shape["num_warps"]}).asm
+    registers, spilled = assembled(asm["ptx"])
+    threads = 32 * shape["num_warps"]
+    accesses = collections.Counter(re.findall(r"(?:ld|st)\.global\S*?((?:v\d\.)?b\d+)", asm["ptx"]))
+    return {
+        "sm": capability, "dtype": name, "V": V, "BLOCK": shape["BLOCK"],
+        "warps": shape["num_warps"], "registers": registers, "spilled bytes": spilled,
+        "programs an SM": min(65536 // (registers * threads), 2048 // threads, 32),
+        "row offsets": row_offsets(asm["ttir"]),
+        "accesses": " ".join(f"{k}:{accesses[k]}" for k in sorted(accesses)),
+    }  # fmt: skip
+
+
+def row_offsets(ttir):
+    """The types in which the row's number is multiplied by a stride; i32 would overflow."""
+    return " ".join(sorted(set(re.findall(r"= arith.muli %row\w*, .* : (\w+)", ttir))))
+
+
+def assembled(ptx):
+    """(registers a thread, bytes spilled) by the ptxas that comes with Triton."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.ptx")
+        file.write_text(ptx)
+        architecture = re.search(r"\.target (\w+)", ptx)[1]
+        ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+        command = [ptxas, "-v", f"--gpu-name={architecture}", file, "-o", os.devnull]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
+    return int(re.search(r"Used (\d+) registers", log)[1]), spilled
+
+
+def print_table(title, rows, markdown):
+    """Prints a row as soon as it is known; columns line up as far as the first row tells."""
+    print(f"\n### {title}\n" if markdown else f"\n{title}\n", flush=True)
+    for number, row in enumerate(rows):
+        if number == 0:
+            widths = [max(len(k), len(str(v)), 6) for k, v in row.items()]
+            print(line(row, widths, markdown))
+            if markdown:
+                print("|" + "|".join("---" for _ in row) + "|")
+        print(line(row.values(), widths, markdown), flush=True)
+
+
+def line(cells, widths, markdown):
+    if markdown:
+        return "| " + " | ".join(map(str, cells)) + " |"
+    return "  ".join(str(cell).ljust(width) for cell, width in zip(cells, widths, strict=True))
+
+
+if __name__ == "__main__":
+    main()

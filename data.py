@@ -1,0 +1,827 @@
+"""Conversations in, packed batches out.
+
+    {"class": "gpt4", "messages": [{"role": "user", "content": "Hello"},
+                                   {"role": "assistant", "content": "Hi"}]}
+
+becomes, in the class-conditioned template of OpenChat v3.2 (arXiv 2309.11235, section 3.2),
+
+    tokens   <s> GPT4 User: Hello <|end_of_turn|> GPT4 Assistant: Hi <|end_of_turn|>
+    weights   0   0    0      0          0         0       0      w        w
+
+where w is the weight of the conversation's class: only what an assistant says, its end of turn
+included, is learned. Every text is tokenized on its own with special tokens off, so that no
+content can forge a turn.
+
+    JSON lines -> parse_conversation -> lay_out -> memory-mapped arrays -> pack -> collate -> Batch
+
+`python data.py FILE --model DIR` checks files and shows what would be trained on.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+
+import loss
+
+END_OF_TURN = "<|end_of_turn|>"
+TEMPLATE = "openchat_v3.2"  # part of the cache key: change it with the layout
+CLASS_WEIGHT = -1.0  # stored where a token takes the weight of its class
+ASSISTANT = "assistant"
+
+# --------------------------------------------------------------------------- one conversation
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    role: str  # system, user or assistant
+    content: str
+    weight: float | None = None  # None: the class's for an assistant, 0 for the others
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    source_class: str
+    messages: tuple
+
+
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": ASSISTANT,
+    "chatgpt": ASSISTANT,
+    "assistant": ASSISTANT,
+    "system": "system",
+}
+
+
+def parse_conversation(line, classes):
+    """A checked Conversation from one decoded JSON line; ValueError says what is wrong.
+
+    Formats: {"class", "messages": [{"role", "content"}]}; OpenChat's {"items": [{"role",
+    "content", "weight"}], "condition", "system"}, whose weights win over the class's; ShareGPT's
+    {"class", "conversations": [{"from", "value"}]}.
+    """
+    if not isinstance(line, dict):
+        raise ValueError(f"a line must be a JSON object, not {_kind(line)}")
+    if "messages" in line:
+        messages = [_message(i, m, "role", "content") for i, m in _numbered(line, "messages")]
+    elif "items" in line:
+        messages = [_message(i, m, "role", "content", True) for i, m in _numbered(line, "items")]
+        if line.get("system"):
+            messages.insert(0, _message(0, {"role": "system", "content": line["system"]}))
+    elif "conversations" in line:
+        turns = _numbered(line, "conversations")
+        messages = [_message(i, m, "from", "value", roles=SHAREGPT_ROLES) for i, m in turns]
+    else:
+        raise ValueError("no 'messages' (nor OpenChat's 'items', nor ShareGPT's 'conversations')")
+    _check_turns(messages)
+    return Conversation(_source_class(line, classes), tuple(messages))
+
+
+def _kind(value):
+    names = {dict: "an object", list: "a list", str: "text", type(None): "null"}
+    return names.get(type(value), f"{type(value).__name__} {value!r:.40}")
+
+
+def _numbered(line, key):
+    if not isinstance(line[key], list):
+        raise ValueError(f"'{key}' must be a list, not {_kind(line[key])}")
+    return enumerate(line[key], start=1)
+
+
+ROLES = {role: role for role in ("system", "user", ASSISTANT)}
+
+
+def _message(number, raw, role_key="role", content_key="content", weighted=False, roles=ROLES):
+    if not isinstance(raw, dict):
+        raise ValueError(f"message {number} must be an object, not {_kind(raw)}")
+    role, content = raw.get(role_key), raw.get(content_key)
+    if not isinstance(role, str) or role not in roles:
+        raise ValueError(f"message {number} has role {role!r:.40}, not one of {', '.join(roles)}")
+    if not isinstance(content, str):
+        raise ValueError(f"message {number}: '{content_key}' must be text, not {_kind(content)}")
+    role = roles[role]
+    if not content.strip():
+        raise ValueError("empty answer" if role == ASSISTANT else f"empty {role} message")
+    try:
+        content.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"message {number}: lone surrogate {ascii(error.object[error.start])}") from None
+    weight = raw.get("weight") if weighted else None
+    if weight is not None and not (
+        type(weight) in (int, float) and math.isfinite(weight) and weight >= 0
+    ):
+        raise ValueError(f"message {number}: weight must be a number from 0, not {weight!r:.40}")
+    return Message(role, content, weight)
+
+
+def _check_turns(messages):
+    roles = [message.role for message in messages]
+    if ASSISTANT not in roles:
+        raise ValueError("no assistant turn")
+    if "system" in roles[1:]:
+        raise ValueError("a system message after the first message")
+    for number, (role, following) in enumerate(zip(roles, roles[1:], strict=False), start=1):
+        if role == following:
+            raise ValueError(f"messages {number} and {number + 1} are two {role} turns in a row")
+
+
+def _source_class(line, classes):
+    name = line.get("class")
+    if name is None and line.get("condition"):  # OpenChat names the condition, not the class
+        condition = line["condition"]
+        for name, source in classes.items():
+            if source.condition == condition:
+                return name
+        raise ValueError(f"condition {condition!r:.40} is of no class ({_listed(classes)})")
+    if not isinstance(name, str):
+        raise ValueError(f"'class' must be one of {_listed(classes)}, not {_kind(name)}")
+    if name not in classes:
+        raise ValueError(f"class {name!r:.40} is not in the class table ({_listed(classes)})")
+    return name
+
+
+def _listed(classes):
+    return ", ".join(classes)
+
+
+def prefix_text(condition, role):
+    """What starts a turn: 'GPT4 User:'; without a condition 'User:'; nothing for the system."""
+    return "" if role == "system" else f"{condition} {role.title()}:".strip()
+
+
+def lay_out(messages, contents, tokenizer, condition):
+    """tokens and weights (two lists) of one conversation; `contents` are its messages' ids.
+
+    <s>, then a turn: prefix, content, <|end_of_turn|>. Weight 0 up to the content; then the
+    message's own, CLASS_WEIGHT where it has none and is the assistant's.
+    """
+    tokens, weights = [tokenizer.bos], [0.0]
+    for message, content in zip(messages, contents, strict=True):
+        prefix = tokenizer.prefix(condition, message.role)
+        weight = message.weight
+        if weight is None or message.role == "system":
+            weight = CLASS_WEIGHT if message.role == ASSISTANT else 0.0
+        tokens += [*prefix, *content, tokenizer.eot]
+        weights += [0.0] * len(prefix) + [float(weight)] * (len(content) + 1)
+    return tokens, weights
+
+
+def encode(conversation, tokenizer, classes):
+    """(tokens, supervised mask), two lists of one length, of a JSON line or a Conversation."""
+    classes = loss.class_table(classes)
+    if not isinstance(conversation, Conversation):
+        conversation = parse_conversation(conversation, classes)
+    contents = [tokenizer.encode(message.content) for message in conversation.messages]
+    condition = classes[conversation.source_class].condition
+    tokens, weights = lay_out(conversation.messages, contents, tokenizer, condition)
+    return tokens, [weight != 0 for weight in weights]
+
+
+def encode_prompt(messages, tokenizer, condition):
+    """The tokens after which the model answers: all turns, then 'GPT4 Assistant:'."""
+    contents = [tokenizer.encode(message.content) for message in messages]
+    tokens, _ = lay_out(messages, contents, tokenizer, condition)
+    return tokens + tokenizer.prefix(condition, ASSISTANT)
+
+
+# --------------------------------------------------------------------------------- tokenizer
+
+
+class Tokenizer:
+    """The SentencePiece model of a Hugging Face folder, with an end-of-turn token.
+
+    <|end_of_turn|> is the folder's own where it has one (a control symbol of tokenizer.model, or
+    an added token), and otherwise the id after the last piece: `vocab_size` then exceeds the
+    checkpoint's.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        path = self.folder / "tokenizer.model"
+        if not path.is_file():
+            raise ValueError(f"{path}: not found; a SentencePiece tokenizer.model is needed")
+        try:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{path}: not a SentencePiece model: {error}") from None
+        count = self.pieces.vocab_size()
+        self.bos, self.eos = self.pieces.bos_id(), self.pieces.eos_id()
+        if self.bos < 0:
+            raise ValueError(f"{path}: has no <s> (beginning of sequence) token")
+        self.added = self._added_tokens()
+        own = self.pieces.piece_to_id(END_OF_TURN)
+        if self.pieces.id_to_piece(own) == END_OF_TURN:
+            self.eot = own
+        else:
+            self.eot = self.added.get(END_OF_TURN, max([count - 1, *self.added.values()]) + 1)
+        if self.eot in self.pieces.encode(END_OF_TURN):
+            raise ValueError(f"{path}: {END_OF_TURN} must be a control symbol; as it is, any text can forge it")
+        self.vocab_size = max([count - 1, self.eot, *self.added.values()]) + 1
+        self._prefixes = {}
+
+    def _added_tokens(self):
+        """{content: id} of tokens beyond tokenizer.model, from the two files that list them."""
+        found = {}
+        for file in ("added_tokens.json", "tokenizer_config.json"):
+            path = self.folder / file
+            if not path.exists():
+                continue
+            try:
+                raw = json.loads(path.read_text(encoding="utf-8"))
+                decoder = raw.get("added_tokens_decoder", {}) if file != "added_tokens.json" else {}
+                found |= raw if file == "added_tokens.json" else {}
+                found |= {token["content"]: int(number) for number, token in decoder.items()}
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                raise ValueError(f"{path}: cannot be read: {error!r}") from None
+        if any(type(number) is not int or not 0 <= number < 1 << 22 for number in found.values()):
+            raise ValueError(f"{self.folder}: an added token's id is not a whole number in range")
+        return found
+
+    def encode(self, text):
+        """Ids of a text on its own, special tokens off: '<s>' in it is three characters."""
+        return self.pieces.encode(text)
+
+    def encode_many(self, texts):
+        """Ids of each text, on all cores."""
+        return self.pieces.encode(texts, num_threads=os.cpu_count())
+
+    def decode(self, tokens):
+        """Text of ids; end-of-turn and other special tokens give none."""
+        return self.pieces.decode([int(t) for t in tokens if t < self.pieces.vocab_size()])
+
+    def prefix(self, condition, role):
+        key = condition, role
+        if key not in self._prefixes:
+            self._prefixes[key] = self.encode(prefix_text(condition, role))
+        return self._prefixes[key]
+
+    def check_vocabulary(self, rows):
+        """ValueError unless a checkpoint of `rows` embeddings can be this tokenizer's."""
+        count = self.pieces.vocab_size()
+        if not count <= rows <= max(count, self.vocab_size) + 1024:
+            raise ValueError(
+                f"{self.folder}: tokenizer.model has {count} pieces, config.json's vocab_size is "
+                f"{rows}: this tokenizer belongs to another checkpoint"
+            )
+
+    def save(self, folder, condition):
+        """Write the tokenizer for transformers and vLLM, with a chat template that gives our ids.
+
+        The template's default condition is `condition`; apply_chat_template(..., condition="GPT3")
+        selects another.
+        """
+        folder = Path(folder)
+        shutil.copyfile(self.folder / "tokenizer.model", folder / "tokenizer.model")
+        special = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+        tokens = {self.pieces.id_to_piece(i): i for i in range(self.pieces.vocab_size()) if self._special(i)}
+        tokens |= self.added | {END_OF_TURN: self.eot}
+        added = {i: {"content": text} | special for text, i in sorted(tokens.items(), key=lambda t: t[1])}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": self.pieces.id_to_piece(self.bos),
+            "eos_token": END_OF_TURN,
+            "unk_token": self.pieces.id_to_piece(self.pieces.unk_id()),
+            "clean_up_tokenization_spaces": False,
+            "added_tokens_decoder": {str(i): token for i, token in added.items()},
+            "chat_template": CHAT_TEMPLATE.replace("CONDITION", condition),
+        }
+        _write_json(folder / "tokenizer_config.json", config)
+        _write_json(folder / "tokenizer.json", self._tokenizer_json(added))
+
+    def _special(self, i):
+        return self.pieces.is_control(i) or self.pieces.is_unknown(i)
+
+    def _tokenizer_json(self, added):
+        """The SentencePiece BPE model in the format of Hugging Face's tokenizers.
+
+        A merge is every split of a piece into two pieces, ordered by the piece's score, which for
+        BPE is minus its rank.
+        """
+        pieces, count = self.pieces, self.pieces.vocab_size()
+        vocabulary = {pieces.id_to_piece(i): i for i in range(count)}
+        merges = []
+        for piece, i in vocabulary.items():
+            if self._special(i) or pieces.is_byte(i) or pieces.is_unused(i):
+                continue
+            splits = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
+            splits = [s for s in splits if s[0] in vocabulary and s[1] in vocabulary]
+            splits.sort(key=lambda s: (vocabulary[s[0]], vocabulary[s[1]]))
+            merges += [(-pieces.get_score(i), split) for split in splits]
+        merges.sort(key=lambda merge: merge[0])
+        replace = [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ]
+        if pieces.normalize("a  b ") == "▁a▁b":  # SentencePiece's remove_extra_whitespaces
+            trim = {"type": "Replace", "pattern": {"Regex": "^ +| +$"}, "content": ""}
+            collapse = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
+            replace = [trim, collapse, *replace]
+        decoders = [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ]
+        model = {
+            "type": "BPE",
+            "unk_token": pieces.id_to_piece(pieces.unk_id()),
+            "fuse_unk": True,
+            "byte_fallback": any(pieces.is_byte(i) for i in range(count)),
+            "vocab": vocabulary,
+            "merges": [list(split) for _, split in merges],
+        }
+        return {
+            "version": "1.0",
+            "added_tokens": [{"id": i} | token for i, token in added.items()],
+            "normalizer": {"type": "Sequence", "normalizers": replace},
+            "decoder": {"type": "Sequence", "decoders": decoders},
+            "model": model,
+        }
+
+
+# The template in Jinja. The space after the colon is SentencePiece's own at the start of a text.
+CHAT_TEMPLATE = (
+    "{% set condition = condition | default('CONDITION') %}{{ bos_token }}"
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}"
+    "{% else %}{{ (condition + ' ' + m['role'].title()).strip() + ': ' + m['content'] }}{% endif %}"
+    "{{ '<|end_of_turn|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ (condition + ' Assistant:').strip() }}{% endif %}"
+)
+
+
+def _write_json(path, value):
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# --------------------------------------------------------------------------- files to arrays
+
+LONGEST_LINE = 16 << 20  # bytes
+SHOWN_PROBLEMS = 20
+BLOCK = 4 << 20  # bytes of text tokenized at a time; a killed run loses at most one block
+
+# One row a conversation: where its tokens start, how many, the number of its class, how many take
+# the weight of the class, how many a weight of their own and that weight's sum, its file and line.
+INDEX = np.dtype(
+    [
+        ("start", "<i8"),
+        ("length", "<i4"),
+        ("source_class", "<i4"),
+        ("supervised", "<i4"),
+        ("own_supervised", "<i4"),
+        ("own_weight", "<f8"),
+        ("file", "<i4"),
+        ("line", "<i4"),
+    ]
+)
+ARRAYS = {"tokens": np.dtype("<i4"), "weights": np.dtype("<f4"), "index": INDEX}
+
+
+class BadData(ValueError):
+    """Lines that cannot be trained on: the first 20 as file:line: reason, and their count."""
+
+    def __init__(self, problems, count):
+        more = "" if count <= len(problems) else f"\n... and {count - len(problems)} more"
+        hint = "\nFix them, or pass --skip-bad to drop and count them."
+        super().__init__(f"{count} bad lines:\n" + "\n".join(problems) + more + hint)
+
+
+def prepare(
+    paths, tokenizer, classes, folder, *, max_length, condition=True, skip_bad=False, report=None
+):
+    """Tokenize JSONL files once into memory-mapped arrays below `folder`; returns a Dataset.
+
+    The arrays are keyed by the content of data, tokenizer and template. Reads in a stream; a run
+    that was killed goes on at its last block. `condition=False` leaves the class out of the
+    prompt. `report(done bytes, all bytes, conversations)` is called as it goes. Raises BadData
+    after all files were checked, unless `skip_bad`.
+    """
+    classes = loss.class_table(classes)
+    paths = [Path(path) for path in paths]
+    sizes = [_size(path) for path in paths]
+    conditions = {name: c.condition if condition else "" for name, c in classes.items()}
+    key = _cache_key(paths, tokenizer, [TEMPLATE, conditions, max_length, skip_bad])
+    folder = Path(folder) / key
+    if not (folder / "done.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        writer = _Writer(folder, tokenizer, conditions, max_length, skip_bad)
+        writer.run(paths, classes, lambda done, n: report and report(done, sum(sizes), n))
+    return Dataset(folder, paths)
+
+
+def _size(path):
+    try:
+        with open(path, "rb") as file:
+            return os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _cache_key(paths, tokenizer, settings):
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for path in [tokenizer.folder / "tokenizer.model", *paths]:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    digest.update(json.dumps([tokenizer.bos, tokenizer.eot]).encode())
+    return digest.hexdigest()[:16]
+
+
+def lines(path, offset=0):
+    """(bytes of a line or None where it is too long, offset behind it) from `offset` on."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        while line := file.readline(LONGEST_LINE):
+            whole = line.endswith(b"\n") or len(line) < LONGEST_LINE
+            while line and not whole:  # pass over the rest, a piece at a time
+                line = file.readline(LONGEST_LINE)
+                whole = line.endswith(b"\n") or len(line) < LONGEST_LINE
+                if whole:
+                    line = None
+            yield line, file.tell()
+
+
+def parse_line(raw, classes):
+    """A Conversation, or None for an empty line; ValueError says what is wrong."""
+    if raw is None:
+        raise ValueError(f"longer than {LONGEST_LINE >> 20} MiB")
+    try:
+        text = raw.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: byte {error.start + 1}: {error.reason}") from None
+    if not text:
+        return None
+    try:
+        line = json.loads(text)
+    except RecursionError:
+        raise ValueError("broken JSON: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"broken JSON: {error}") from None
+    return parse_conversation(line, classes)
+
+
+class _Writer:
+    """Appends conversations to the arrays, and commits them a block at a time to progress.json."""
+
+    def __init__(self, folder, tokenizer, conditions, max_length, skip_bad):
+        self.folder, self.tokenizer, self.conditions = folder, tokenizer, conditions
+        self.max_length, self.skip_bad = max_length, skip_bad
+        self.names = list(conditions)
+        # Where to go on: file, offset and line; and what was counted.
+        self.state = {"file": 0, "offset": 0, "line": 0, "tokens": 0, "conversations": 0}
+        self.state |= {"cut": 0, "tokens_cut": 0, "without_answer": 0, "bad": 0, "problems": []}
+        with contextlib.suppress(OSError, ValueError):
+            self.state |= json.loads((folder / "progress.json").read_text())
+
+    def run(self, paths, classes, report):
+        state, read_before = self.state, 0
+        sizes = {"tokens": state["tokens"], "weights": state["tokens"], "index": state["conversations"]}
+        with contextlib.ExitStack() as stack:
+            self.files = {}
+            for name, dtype in ARRAYS.items():
+                file = stack.enter_context(open(self.folder / f"{name}.bin", "ab"))
+                file.truncate(sizes[name] * dtype.itemsize)
+                self.files[name] = file
+            for number, path in enumerate(paths):
+                if number >= state["file"]:
+                    self._read_file(number, path, classes, lambda at: report(read_before + at, state["conversations"]))  # noqa: B023
+                read_before += path.stat().st_size
+        if state["bad"] and not self.skip_bad:
+            shutil.rmtree(self.folder)
+            raise BadData(state["problems"], state["bad"])
+        if not state["conversations"]:
+            shutil.rmtree(self.folder)
+            raise ValueError(f"{', '.join(map(str, paths))}: no conversation to train on")
+        self._commit(name="done.json")
+
+    def _read_file(self, number, path, classes, report):
+        state = self.state
+        block, size = [], 0
+        start = state["offset"] if number == state["file"] else 0
+        line_number = state["line"] if number == state["file"] else 0
+        for raw, offset in lines(path, start):
+            line_number += 1
+            try:
+                conversation = parse_line(raw, classes)
+            except ValueError as error:
+                state["bad"] += 1
+                if len(state["problems"]) < SHOWN_PROBLEMS:
+                    state["problems"].append(f"{path}:{line_number}: {error}")
+                continue
+            if conversation:
+                block.append((line_number, conversation))
+                size += len(raw)
+            if size >= BLOCK:
+                self._append(number, block)
+                state |= {"file": number, "offset": offset, "line": line_number}
+                self._commit()
+                report(offset)
+                block, size = [], 0
+        self._append(number, block)
+        state |= {"file": number + 1, "offset": 0, "line": 0}
+        self._commit()
+        report(path.stat().st_size)
+
+    def _append(self, number, block):
+        """Tokenize a block of (line, conversation) and append it to the three arrays."""
+        state = self.state
+        texts = [message.content for _, conversation in block for message in conversation.messages]
+        ids = iter(self.tokenizer.encode_many(texts) if texts else [])
+        all_tokens, all_weights, rows = [], [], []
+        for line, conversation in block:
+            contents = [next(ids) for _ in conversation.messages]
+            condition = self.conditions[conversation.source_class]
+            tokens, weights = lay_out(conversation.messages, contents, self.tokenizer, condition)
+            lost = len(tokens) - self.max_length
+            if lost > 0:
+                state["cut"] += 1
+                state["tokens_cut"] += lost
+                tokens, weights = tokens[: self.max_length], weights[: self.max_length]
+            supervised = weights.count(CLASS_WEIGHT)
+            own = [weight for weight in weights if weight > 0]
+            if not supervised and not own:
+                state["without_answer"] += 1
+                continue
+            source_class = self.names.index(conversation.source_class)
+            counts = (supervised, len(own), math.fsum(own))
+            rows.append((state["tokens"], len(tokens), source_class, *counts, number, line))
+            state["tokens"] += len(tokens)
+            all_tokens += tokens
+            all_weights += weights
+        state["conversations"] += len(rows)
+        for name, values in (("tokens", all_tokens), ("weights", all_weights), ("index", rows)):
+            np.array(values, dtype=ARRAYS[name]).tofile(self.files[name])
+
+    def _commit(self, name="progress.json"):
+        for file in self.files.values():
+            if not file.closed:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary = self.folder / "progress.tmp"
+        temporary.write_text(json.dumps(self.state))
+        temporary.replace(self.folder / name)
+
+
+class Dataset:
+    """Tokenized conversations, memory-mapped; `lengths` (C,) are their tokens."""
+
+    def __init__(self, folder, paths):
+        self.folder, self.paths = Path(folder), paths
+        self.report = json.loads((self.folder / "done.json").read_text())
+        arrays = {name: self.folder / f"{name}.bin" for name in ARRAYS}
+        self.tokens, self.weights, self.index = (
+            np.memmap(path, dtype=ARRAYS[name], mode="r") for name, path in arrays.items()
+        )
+        self.lengths = np.ascontiguousarray(self.index["length"])
+
+    def __len__(self):
+        return len(self.index)
+
+    def total_weight(self, conversations, class_weights):
+        """Σ w over the supervised tokens; class_weights (classes,), or None where every w is 1."""
+        rows = self.index[conversations]
+        if class_weights is None:
+            return float((rows["supervised"] + rows["own_supervised"]).sum())
+        by_class = class_weights[rows["source_class"]] * rows["supervised"]
+        return float((by_class + rows["own_weight"]).sum())
+
+    def where(self, conversation):
+        """file:line of a conversation, for messages."""
+        row = self.index[conversation]
+        return f"{self.paths[row['file']]}:{row['line']}"
+
+
+# ----------------------------------------------------------------------------------- batches
+
+
+@dataclasses.dataclass
+class Batch:
+    """One micro-batch of one rank: whole conversations end to end, T tokens.
+
+    `rows` (N,) are the positions whose next token is learned: targets (N,) is that token,
+    weights (N,) float32 its weight, classes (N,) the number of its conversation's class.
+    """
+
+    tokens: torch.Tensor  # (T,) int64
+    positions: torch.Tensor  # (T,) int64, from 0 in each conversation
+    cu_seqlens: torch.Tensor  # (B + 1,) int32
+    rows: torch.Tensor  # (N,) int64
+    targets: torch.Tensor  # (N,) int64
+    weights: torch.Tensor  # (N,) float32
+    classes: torch.Tensor  # (N,) int64
+    conversations: np.ndarray  # (B,) indices into the data set
+
+    def map(self, function):
+        """This batch with `function` applied to every tensor."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Batch(**{k: function(v) if torch.is_tensor(v) else v for k, v in fields.items()})
+
+
+def collate(dataset, conversations, class_weights, shape=None):
+    """The Batch of some conversations; class_weights (classes,), or None for no reward.
+
+    `shape` = (tokens, offsets, longest) pads to a fixed number of tokens and of cu_seqlens, so
+    that a compiled network sees one shape; the padding forms conversations of its own, of weight 0
+    and at most `longest` tokens.
+    """
+    rows = dataset.index[conversations]
+    spans = [slice(row["start"], row["start"] + row["length"]) for row in rows]
+    lengths = rows["length"].tolist()
+    tokens = np.concatenate([dataset.tokens[s] for s in spans] or [[]]).astype(np.int64)
+    weights = np.concatenate([dataset.weights[s] for s in spans] or [[]]).astype(np.float32)
+    classes = np.repeat(rows["source_class"], lengths)
+    if class_weights is None:
+        weights = (weights != 0).astype(np.float32)
+    else:
+        weights = np.where(weights == CLASS_WEIGHT, class_weights[classes], weights)
+    # Position t learns token t + 1. A conversation's first token has weight 0: none looks across.
+    predicted = np.flatnonzero(weights)
+    targets, weights, classes = tokens[predicted], weights[predicted], classes[predicted]
+    if shape:
+        capacity, offsets, longest = shape
+        padding = capacity - len(tokens)
+        lengths += [longest] * (padding // longest) + [padding % longest]
+        lengths += [0] * (offsets - 1 - len(lengths))
+        tokens = np.pad(tokens, (0, padding))
+    ends = np.cumsum([0, *lengths])
+    positions = np.arange(len(tokens)) - np.repeat(ends[:-1], lengths)
+    arrays = (tokens, positions, ends.astype(np.int32), predicted - 1, targets)
+    tensors = [torch.from_numpy(array) for array in arrays]
+    tensors += [torch.from_numpy(weights.astype(np.float32)), torch.from_numpy(classes.astype(np.int64))]
+    return Batch(*tensors, np.asarray(conversations))
+
+
+def pack(lengths, capacity, bins_per_step, seed, epoch):
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    bins, cur, size = [], [], 0
+    for i in order.tolist():
+        if size + lengths[i] > capacity:
+            bins.append(cur); cur, size = [], 0
+        cur.append(i); size += int(lengths[i])
+    bins.append(cur)
+    while len(bins) % bins_per_step: bins.append([])
+    return [[np.array(b, dtype=np.int64) for b in bins[k:k+bins_per_step]] for k in range(0, len(bins), bins_per_step)]
+
+
+# ----------------------------------------------------------------------------------- preview
+
+
+def summary(dataset, classes, class_weights):
+    """Lines of text: by class, conversations, tokens, what is supervised, its weight and share."""
+    index, report = dataset.index, dataset.report
+    total = dataset.total_weight(slice(None), class_weights) or 1.0
+    out = [f"{'class':14} {'condition':14} {'conversations':>13} {'tokens':>12} {'supervised':>12} {'w':>8} {'weight mass':>11}"]
+    for number, (name, source) in enumerate(classes.items()):
+        of = np.flatnonzero(index["source_class"] == number)
+        mass = dataset.total_weight(of, class_weights) / total
+        supervised = dataset.total_weight(of, None)
+        weight = 1.0 if class_weights is None else class_weights[number]
+        tokens = int(index["length"][of].sum())
+        out.append(
+            f"{name:14} {source.condition:14} {len(of):13,} {tokens:12,} {supervised:12,.0f} "
+            f"{weight:8.4g} {mass:11.1%}"
+        )
+    lengths = dataset.lengths
+    quantiles = ", ".join(f"{q}% {np.percentile(lengths, q):.0f}" for q in (50, 90, 99))
+    out.append(f"tokens a conversation: mean {lengths.mean():.1f}, {quantiles}, longest {lengths.max()}")
+    if report["cut"]:
+        out.append(f"cut at the maximum length: {report['cut']:,} conversations, {report['tokens_cut']:,} tokens lost")
+    if report["without_answer"]:
+        out.append(f"dropped, no answer left to learn: {report['without_answer']:,} conversations")
+    if report["bad"]:
+        out.append(f"dropped as bad (--skip-bad): {report['bad']:,} lines, the first {report['problems'][0]}")
+    return out
+
+
+def preview(dataset, conversation, tokenizer, classes, class_weights, colour):
+    """One conversation as the model reads it: what is learned stands out, with its weight."""
+    batch = collate(dataset, [conversation], class_weights)
+    weights = np.zeros(len(batch.tokens))
+    weights[batch.rows.numpy() + 1] = batch.weights.numpy()
+    name = list(classes)[dataset.index["source_class"][conversation]]
+    out = [f"{dataset.where(conversation)}  class {name}, {len(weights)} tokens"]
+    text, tokens = "", batch.tokens.tolist()
+    bounds = [0, *(np.flatnonzero(np.diff(weights)) + 1).tolist(), len(tokens)]
+    for low, high in zip(bounds, bounds[1:], strict=False):
+        run = visible(tokens[low:high], tokenizer)
+        weight = weights[low]
+        if not weight:
+            text += f"\033[2m{run}\033[0m" if colour else run
+        elif colour:
+            text += f"\033[{'1;32' if weight == 1 else '33'}m{run}\033[0m\033[7m w={weight:.3g} \033[0m"
+        else:
+            text += f"⟦{run}⟧w={weight:.3g} "
+    return out + [text.replace(END_OF_TURN, END_OF_TURN + "\n").rstrip("\n"), ""]
+
+
+def visible(tokens, tokenizer):
+    """Text of ids with the special tokens written out."""
+    names = {tokenizer.bos: "<s>", tokenizer.eos: "</s>", tokenizer.eot: END_OF_TURN}
+    text, plain = "", []
+    for token in [*tokens, None]:
+        if token is not None and token not in names:
+            plain.append(token)
+            continue
+        if plain:
+            space = tokenizer.pieces.id_to_piece(plain[0]).startswith("▁")
+            text, plain = text + " " * space + tokenizer.decode(plain), []
+        text += names.get(token, "")
+    return text
+
+
+def progress_line(label, done, total, count, started, width=24):
+    """'tokenizing [#####     ] 21 %, 12,000 conversations, 3.1 MB/s, 0:42 left'."""
+    share, seconds = done / max(total, 1), max(time.time() - started, 1e-3)
+    left = seconds * (1 - share) / max(share, 1e-6)
+    bar = "#" * int(width * share)
+    return (
+        f"{label} [{bar:{width}}] {share:4.0%}, {count:,} conversations, "
+        f"{done / seconds / 1e6:.1f} MB/s, {clock(left)} left"
+    )
+
+
+def clock(seconds):
+    seconds = int(seconds)
+    hours, rest = divmod(seconds, 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
+class Progress:
+    """Prints a prepare() report: one line refreshed on a terminal, else one every 30 seconds."""
+
+    def __init__(self, label):
+        self.label, self.started, self.shown = label, time.time(), 0.0
+
+    def __call__(self, done, total, count):
+        terminal, now = sys.stderr.isatty(), time.time()
+        if now - self.shown < (0.2 if terminal else 30) or now - self.started < 1:
+            return
+        self.shown = now
+        line = progress_line(self.label, done, total, count, self.started)
+        print(f"\r{line}\033[K" if terminal else line, end="" if terminal else "\n", file=sys.stderr)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="data.py", description="Check conversations and show what would be trained on."
+    )
+    add = parser.add_argument
+    add("files", nargs="+", metavar="FILE", help="JSON lines: one conversation a line")
+    add("--model", required=True, metavar="DIR", help="folder with tokenizer.model")
+    add("--classes", metavar="C", help='JSON: {"gpt4": {"condition": "GPT4", "reward": 1.0}, ...}')
+    add("--beta", type=float, default=0.4343, help="w = exp((reward - best reward) / beta)")
+    add("--max-length", type=int, default=4096, help="tokens; longer conversations are cut")
+    add("--batch-tokens", type=int, default=8192, help="tokens a bin, for the packing's figures")
+    add("--ranks", type=int, default=1, help="bins a step, for the packing's figures")
+    add("--show", type=int, default=4, metavar="N", help="conversations to show")
+    add("--skip-bad", action="store_true", help="drop bad lines and count them")
+    args = parser.parse_args(argv)
+    try:
+        run_preview(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def run_preview(args):
+    if min(args.max_length, args.batch_tokens, args.ranks) < 1 or args.max_length > args.batch_tokens:
+        raise ValueError("needs 1 <= --max-length <= --batch-tokens and --ranks of at least 1")
+    classes = loss.read_classes(args.classes) if args.classes else loss.DEFAULT_CLASSES
+    tokenizer = Tokenizer(args.model)
+    weights = np.array(list(loss.class_weights(classes, args.beta).values()))
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = prepare(
+            args.files, tokenizer, classes, folder,
+            max_length=args.max_length, skip_bad=args.skip_bad, report=Progress("tokenizing"),
+        )  # fmt: skip
+        print("\n".join(summary(dataset, classes, weights)))
+        steps = pack(dataset.lengths, args.batch_tokens, args.ranks, seed=0, epoch=0)
+        fill = dataset.lengths.sum() / (len(steps) * args.ranks * args.batch_tokens)
+        print(f"packing: {len(steps):,} steps of {args.ranks} x {args.batch_tokens:,} tokens, {fill:.2%} full")
+        print("\nnot learned: dim; learned: bright, with its weight w\n" if sys.stdout.isatty() else
+              "\nlearned: ⟦between these⟧, with its weight w\n")  # fmt: skip
+        for conversation in varied(dataset, args.show):
+            print("\n".join(preview(dataset, conversation, tokenizer, classes, weights, sys.stdout.isatty())))
+
+
+def varied(dataset, count):
+    """Indices of the first conversations of each class in turn."""
+    by_class = [np.flatnonzero(dataset.index["source_class"] == c) for c in range(dataset.index["source_class"].max() + 1)]
+    turns = [of[i] for i in range(count) for of in by_class if i < len(of)]
+    return turns[:count]
+
+
+if __name__ == "__main__":
+    main()

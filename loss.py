@@ -1,0 +1,215 @@
+"""C-RLFT's loss: source class -> reward -> weight -> weighted cross-entropy.
+
+OpenChat (arXiv 2309.11235) knows of each conversation x, y only its source class c, and takes
+that for the reward:
+
+    (3)  r_c = 1 for the expert class, alpha < 1 for a sub-optimal one
+    (6)  maximise  E[ exp(r_c / beta) · log pi(y | x, c) ]
+         w_c = exp((r_c - r_max) / beta)        L = Σ_t w_t · CE_t / Σ_t w_t
+
+with t over every supervised token of the global batch. A weight therefore acts only relative to
+the other classes in the same global batch: a data set of one class trains the same at any reward.
+This file gives w_c and the sum Σ w·CE; train.py, which knows the whole step, divides.
+
+N rows (supervised tokens), V vocabulary, D hidden size.
+"""
+
+import json
+import math
+import os
+import unicodedata
+from dataclasses import dataclass
+
+import torch
+
+from kernels.linear_cross_entropy import LinearWeightedCrossEntropy, scaled
+
+
+@dataclass(frozen=True)
+class SourceClass:
+    condition: str  # starts every turn of the class: "GPT4 User: ..."
+    reward: float  # r_c of Eq. (3)
+
+
+DEFAULT_CLASSES = {"gpt4": SourceClass("GPT4", 1.0), "gpt3.5": SourceClass("GPT3", 0.0)}
+
+
+def class_weights(classes, beta):
+    """Weight of each source class: w_c = exp((r_c - r_max) / beta), Eq. (6) up to a factor.
+
+    The factor exp(r_max / beta) cancels in L = Σ w·CE / Σ w, so the best class has weight 1, and
+    beta = 1 / ln 10 with rewards 1 and 0 gives the 1.0 and 0.1 of OpenChat's own runs. An infinite
+    beta gives every class weight 1.
+    """
+    if not beta > 0:
+        raise ValueError(f"beta must be a number above 0, not {beta!r}")
+    classes = class_table(classes)
+    best = max(c.reward for c in classes.values())
+    return {name: math.exp((c.reward - best) / beta) for name, c in classes.items()}
+
+
+def read_classes(path):
+    """The class table of a JSON file: {"gpt4": {"condition": "GPT4", "reward": 1.0}, ...}."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return class_table(json.load(file))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def class_table(mapping):
+    """A checked {name: SourceClass} from a mapping of names to SourceClass or its JSON form."""
+    if not isinstance(mapping, dict) or not mapping:
+        raise ValueError('classes must be a table like {"gpt4": {"condition": ..., "reward": ...}}')
+    table = {name: _source_class(name, entry) for name, entry in mapping.items()}
+    owner = {}
+    for name, entry in table.items():
+        if (other := owner.setdefault(entry.condition, name)) != name:
+            raise ValueError(
+                f"class {name!r}: condition {entry.condition!r} is class {other!r}'s already, "
+                "and two classes of one condition cannot be told apart"
+            )
+    return table
+
+
+def _source_class(name, entry):
+    def wrong(what):
+        return ValueError(f"class {name!r}: {what}")
+
+    if isinstance(entry, SourceClass):
+        entry = vars(entry)
+    if not isinstance(entry, dict) or set(entry) != {"condition", "reward"}:
+        raise wrong(f'must be {{"condition": text, "reward": number}}, not {entry!r}')
+    condition, reward = entry["condition"], entry["reward"]
+    if not isinstance(condition, str):
+        raise wrong(f"condition must be text, not {condition!r}")
+    if condition != condition.strip() or any(unicodedata.category(c) == "Cc" for c in condition):
+        raise wrong(f"condition {condition!r} has control characters, or spaces around it")
+    if isinstance(reward, bool) or not isinstance(reward, (int, float)):
+        raise wrong(f"reward must be a number, not {reward!r}")
+    if not math.isfinite(reward):
+        raise wrong(f"reward must be finite, not {reward!r}")
+    return SourceClass(condition, float(reward))
+
+
+def weighted_cross_entropy(logits, targets, weights):
+    """w_i · CE_i of each row: (N,) float32 (float64 for float64 logits).
+
+    logits (N, V) of any floating dtype, targets (N,) integer, weights (N,). Differentiable once,
+    in logits; the weights are constants. A row of weight 0 is never read: its loss and gradient
+    are 0 whatever its logits and target hold. In any other row a target outside 0..V-1 is an
+    IndexError on a CPU, and on CUDA a device-side assertion that says so, without a wait for it.
+    """
+    targets, weights = _checked(logits, logits.shape[-1], targets, weights)
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    with_grad = torch.is_grad_enabled()
+    return WeightedCrossEntropy.apply(logits, targets, weights, _step_for(logits), with_grad)
+
+
+def linear_weighted_cross_entropy(hidden, weight, targets, weights, per_token=False):
+    """Σ_i w_i · CE_i of the logits hidden @ weight.T, which never exist all at once.
+
+    hidden (N, D), weight (V, D), targets (N,) integer, weights (N,); targets and weights as in
+    weighted_cross_entropy. Returns the sum (float32; float64 for float64 input), differentiable
+    once in hidden and weight, and correct (N,) bool: the target is the argmax of its row, and the
+    row has weight. per_token adds the rows' w_i · CE_i (N,), without gradient.
+    """
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if hasattr(tensor, "placements"):
+            raise TypeError(
+                f"{name} is a DTensor, whose rows live on many ranks: call the loss inside the "
+                "forward of the module that owns lm_head, where fully_shard has gathered it"
+            )
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if hidden.dtype != weight.dtype or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} {hidden.dtype} and weight {tuple(weight.shape)} "
+            f"{weight.dtype} must have one dtype and one hidden size"
+        )
+    targets, weights = _checked(hidden, len(weight), targets, weights)
+    step, with_grad = _step_for(hidden), torch.is_grad_enabled()
+    with torch.autocast(device, enabled=False):
+        outputs = LinearWeightedCrossEntropy.apply(
+            hidden, weight, targets, weights, step, with_grad
+        )
+    return outputs if per_token else outputs[:2]
+
+
+def _step_for(tensor):
+    """What works on the elements of the logits: the Triton kernel, or its plain PyTorch."""
+    if tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
+        if tensor.dtype != torch.float64:  # the kernel computes in float32
+            import kernels.cross_entropy
+
+            return kernels.cross_entropy
+    return PlainStep
+
+
+def _checked(rows, V, targets, weights):
+    N = len(rows)
+    if rows.dim() != 2 or targets.shape != (N,) or weights.shape != (N,):
+        raise ValueError(
+            f"rows {tuple(rows.shape)}, targets {tuple(targets.shape)} and weights "
+            f"{tuple(weights.shape)} must be (N, ·), (N,) and (N,)"
+        )
+    if targets.is_floating_point():
+        raise ValueError(f"targets must be integers, not {targets.dtype}")
+    message = f"a target of a row with weight is outside the vocabulary, 0..{V - 1}"
+    wrong = (weights != 0) & ((targets < 0) | (targets >= V))
+    if wrong.is_cuda:
+        torch._assert_async(~wrong.any(), message)
+    elif wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise IndexError(f"{message}: targets[{row}] is {int(targets[row])}")
+    weights = weights.detach().to(torch.promote_types(rows.dtype, torch.float32))
+    return targets.to(torch.int64).contiguous(), weights.contiguous()
+
+
+class WeightedCrossEntropy(torch.autograd.Function):
+    """Loss and gradient at once, in the forward; the backward only scales the rows."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, weights, step, with_grad):
+        losses = torch.empty_like(weights)
+        correct = torch.empty_like(weights, dtype=torch.bool)
+        with_grad = with_grad and ctx.needs_input_grad[0]
+        grad = step.empty_gradient(logits) if with_grad else None
+        step.cross_entropy_rows(logits, targets, weights, losses, correct, grad)
+        ctx.step = step
+        ctx.save_for_backward(grad, weights)
+        return losses
+
+    @staticmethod
+    def backward(ctx, grad_losses):
+        grad, weights = ctx.saved_tensors
+        # 1, not the scale it may have: 0 · NaN is NaN, and a row of weight 0 has no gradient.
+        scale = grad_losses.masked_fill(weights == 0, 1)
+        return scaled(grad, scale, ctx.step), None, None, None, None
+
+
+class PlainStep:
+    """The functions of kernels/cross_entropy.py in PyTorch: their reference, and the CPU's path."""
+
+    empty_gradient = staticmethod(torch.empty_like)
+
+    @staticmethod
+    def cross_entropy_rows(logits, targets, weights, losses, correct, grad):
+        live = weights != 0
+        x = logits.to(weights.dtype)  # float32, or float64
+        if not live.all():
+            x = x.masked_fill(~live[:, None], 0)
+            targets = targets.masked_fill(~live, 0)
+        torch.logical_and(live, x.max(dim=1).indices == targets, out=correct)
+        log_p = torch.log_softmax(x, dim=1)
+        torch.mul(weights, -log_p.gather(1, targets[:, None])[:, 0], out=losses)
+        if grad is not None:
+            p = log_p.exp_()
+            p[torch.arange(len(p), device=p.device), targets] -= 1
+            grad.copy_(p.mul_(weights[:, None]))
+
+    @staticmethod
+    def scale_rows(grad, scale):
+        grad.mul_(scale[:, None])

@@ -1,0 +1,1033 @@
+"""C-RLFT (OpenChat, arXiv 2309.11235): fine-tune a Llama on conversations of mixed quality.
+
+    python train.py                                   the embedded example, examples/sums
+    torchrun --nproc_per_node 8 train.py --model DIR --data F.jsonl --out RUN
+
+The whole method, with where each part lives:
+
+    the class c of a conversation conditions its prompt, "GPT4 User: ..."     data.py, lay_out
+    the class's reward becomes a weight, w_c = exp((r_c - r_max) / beta)      loss.py, class_weights
+    L = Σ w_t · CE_t / Σ w_t over all tokens of all ranks and micro-batches   train_step, below
+    no reference model, no value model, no sampling: pi_c of Eq. (4) is the data itself
+
+Read from `main` down: command line, plan, network, loop, step, evaluation, checkpoints, export.
+Shapes: T tokens of a micro-batch, N supervised rows, C classes, D hidden, V vocabulary.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import fcntl
+import inspect
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+import data
+import loss
+import model
+
+ROOT = Path(__file__).resolve().parent
+EXAMPLE = ROOT / "examples" / "sums"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    # --- what
+    model: str = ""  # folder: config.json, *.safetensors (else random weights), tokenizer.model
+    data: list = ()  # training conversations, one or more JSONL files
+    eval_data: list = ()  # held-out conversations, one or more JSONL files
+    classes: str = ""  # JSON {class: {"condition", "reward"}}; without it gpt4 1.0, gpt3.5 0.0
+    beta: float = 0.4343  # w = exp((reward - best reward) / beta); 1/ln 10 gives 1.0 and 0.1
+    condition: bool = True  # put the class into the prompt (off: the paper's "w/o condition")
+    reward: bool = True  # weigh by class (off: the paper's "w/o reward", every w = 1)
+    out: str = ""  # folder for metrics, checkpoints and exported models
+    # --- how long
+    epochs: int = 5  # passes over the data
+    max_steps: int = 0  # stop after this many steps (0: no limit); the schedule ends there
+    seed: int = 0  # order of the data, random weights
+    # --- a step: ranks x accumulate micro-batches of batch-tokens each
+    batch_tokens: int = 8192  # tokens of a micro-batch on one rank
+    accumulate: int = 1  # micro-batches a step on each rank
+    max_length: int = 0  # cut conversations at this many tokens (0: 4096, or less if needed)
+    # --- optimizer
+    lr: str = "auto"  # peak learning rate; auto: OpenChat's rule from the batch size
+    min_lr_ratio: float = 0.1  # the cosine ends at this share of the peak
+    warmup_ratio: float = 0.05  # share of the steps with a rising learning rate
+    weight_decay: float = 0.1  # AdamW, on all parameters
+    adam_beta1: float = 0.9  # decay of the gradient's mean
+    adam_beta2: float = 0.95  # decay of the gradient's square
+    adam_eps: float = 1e-5  # not negligible: at gradient norm 1 a 13B has RMS gradient 9e-6
+    clip: float = 1.0  # largest gradient norm
+    # --- along the way
+    eval_every: int = 0  # steps between evaluations (0: at every export), besides first and last
+    save_every: int = 250  # steps between checkpoints, besides every export and the end
+    keep: int = 2  # newest checkpoints kept
+    export_every: int = 1  # epochs between exported models (0: only the last)
+    resume: bool = True  # go on from the newest checkpoint in --out
+    # --- the machine
+    precision: str = ""  # compute in bf16 or fp32 over float32 weights (default: bf16 on CUDA)
+    compile: bool = None  # torch.compile every block (default: on CUDA)
+    recompute: int = -1  # blocks whose activations are made again in backward (-1: as needed)
+    replicas: int = 1  # hybrid sharding: this many groups of ranks each hold the whole model
+    deterministic: bool = False  # the same bits in every run; always so on CPU, slower on CUDA
+    skip_bad: bool = False  # drop bad lines and count them, instead of stopping
+    dry_run: bool = False  # check everything, print plan, memory and a batch; train nothing
+    plan_ranks: int = 0  # with --dry-run: plan for this many ranks, none of which need be here
+    plan_memory: float = 0  # with --dry-run: GiB of one rank's GPU
+
+    def __post_init__(self):
+        for name in ("model", "data", "out"):
+            if not getattr(self, name) and not (self.dry_run and name == "out"):
+                raise ValueError(f"--{name} is required")
+        whole = {"epochs": 1, "batch_tokens": 2, "accumulate": 1, "keep": 1, "replicas": 1}
+        whole |= dict.fromkeys(("max_steps", "eval_every", "save_every", "export_every"), 0)
+        positive = ("beta", "adam_eps", "clip")
+        ratios = ("min_lr_ratio", "warmup_ratio", "adam_beta1", "adam_beta2", "weight_decay")
+        for name, least in whole.items():
+            _require(getattr(self, name) >= least, name, f"at least {least}")
+        for name in positive:
+            _require(getattr(self, name) > 0, name, "above 0")
+        for name in ratios:
+            _require(0 <= getattr(self, name) <= 1, name, "from 0 to 1")
+        _require(self.max_length == 0 or 2 <= self.max_length <= self.batch_tokens, "max_length",
+                 f"from 2 to --batch-tokens {self.batch_tokens}")  # fmt: skip
+        _require(self.precision in ("", "bf16", "fp32"), "precision", "bf16 or fp32")
+        _require(self.lr == "auto" or _is_number(self.lr), "lr", "auto or a number above 0")
+
+
+def _require(holds, name, what):
+    if not holds:
+        raise ValueError(f"--{name.replace('_', '-')} must be {what}")
+
+
+def _is_number(text):
+    with contextlib.suppress(ValueError):
+        return 0 < float(text) < math.inf
+    return False
+
+
+def parse_arguments(arguments):
+    """A Config from flags; a comment beside its field above is a flag's help."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="C-RLFT: class-conditioned, reward-weighted fine-tuning of a Llama.",
+        epilog="@FILE reads flags from a file. Without any flag: examples/sums/flags.txt.",
+        fromfile_prefix_chars="@",
+        allow_abbrev=False,
+    )
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+    for field in dataclasses.fields(Config):
+        options = {"default": field.default, "help": comments[field.name].replace("%", "%%")}
+        if field.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif field.type is list:
+            options |= {"nargs": "+", "metavar": "FILE"}
+        else:
+            options |= {"type": field.type, "metavar": field.type.__name__.upper()}
+            if field.default not in ("", 0, -1):
+                options["help"] += f" (default: {field.default})"
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+    try:
+        return Config(**vars(parser.parse_args(arguments)))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def main(arguments=None):
+    arguments = sys.argv[1:] if arguments is None else arguments
+    embedded = not arguments
+    if embedded:
+        arguments = [f"@{EXAMPLE / 'flags.txt'}"]
+    config = parse_arguments(arguments)
+    ranks = Ranks()
+    if embedded:
+        os.chdir(ROOT)  # its flags name files relative to this one
+        ranks.say(f"no flags: the embedded example, as with\n  train.py @{EXAMPLE / 'flags.txt'}\n")
+    try:
+        run(config, ranks)
+        if embedded and ranks.first:
+            subprocess.run([sys.executable, EXAMPLE / "score.py", f"{config.out}/model"], check=True)
+    except (ValueError, OSError, SaveFailed) as error:
+        ranks.stop(f"error: {error}")
+    ranks.finish()
+
+
+class Ranks:
+    """The processes of this run: one a GPU, or any number on a CPU."""
+
+    def __init__(self):
+        self.cuda = torch.cuda.is_available()
+        backend = "cuda:nccl,cpu:gloo" if self.cuda else "gloo"
+        timeout = datetime.timedelta(minutes=10)  # for one collective; a dead rank ends the run
+        if "RANK" in os.environ:  # torchrun
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            store = dist.HashStore()
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.first = self.rank == 0
+        self.device = torch.device("cpu")
+        if self.cuda:
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+
+    def say(self, text, end="\n"):
+        if self.first:
+            print(text, end=end, flush=True)
+
+    def first_does(self, key, function):
+        """What `function()` returns on rank 0 as JSON; the others wait as long as it takes."""
+        store = dist.distributed_c10d._get_default_store()
+        if self.first:
+            result = function()
+            store.set(key, json.dumps(result))
+            return result
+        store.wait([key], datetime.timedelta(days=30))
+        return json.loads(store.get(key))
+
+    def sum(self, tensor):
+        dist.all_reduce(tensor)
+        return tensor
+
+    def stop(self, message):
+        """An error of this rank: torchrun ends the others."""
+        print(message, file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def finish(self):
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------- plan
+
+
+def run(config, ranks):
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(held_output(config, ranks))
+        plan = Plan(config, ranks, out)
+        ranks.say("\n".join(plan.describe()))
+        if config.dry_run:
+            ranks.say("\n".join(plan.preview()))
+        else:
+            train(plan, ranks, out)
+
+
+@contextlib.contextmanager
+def held_output(config, ranks):
+    """The folder --out, locked against other live runs; a temporary one for --dry-run."""
+    if config.dry_run:
+        out = Path(ranks.first_does("out", lambda: os.path.join("/tmp", f"crlft-{os.getpid()}")))
+        try:
+            yield out
+        finally:
+            dist.barrier()
+            shutil.rmtree(out, ignore_errors=True)
+        return
+    out = Path(config.out)
+    lock = ranks.first and lock_folder(out)
+    ranks.first_does("locked", lambda: True)
+    try:
+        yield out
+    finally:
+        if lock:
+            lock.close()
+
+
+def lock_folder(out):
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / ".lock", "a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        raise ValueError(f"--out {out} is held by another live run (process {lock.read()})") from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
+
+
+class Plan:
+    """Everything decided before a weight is read; whatever is wrong with the input raises here."""
+
+    def __init__(self, config, ranks, out):
+        self.config = config
+        self.world = config.plan_ranks or ranks.world
+        self.bf16 = (config.precision or ("bf16" if ranks.cuda else "fp32")) == "bf16"
+        self.compile = ranks.cuda if config.compile is None else config.compile
+        _require(self.world % config.replicas == 0, "replicas", f"a divisor of {self.world} ranks")
+        self.classes = loss.read_classes(config.classes) if config.classes else loss.DEFAULT_CLASSES
+        weights = loss.class_weights(self.classes, config.beta)
+        self.class_weights = np.array(list(weights.values())) if config.reward else None
+        self.tokenizer = data.Tokenizer(config.model)
+        self.network, self.new_rows = self._network()
+        self.max_length = config.max_length or min(
+            4096, config.batch_tokens, self.network.max_position_embeddings
+        )
+        _require(self.max_length <= self.network.max_position_embeddings, "max_length",
+                 f"at most the model's {self.network.max_position_embeddings} positions")  # fmt: skip
+        self.dataset = self._dataset("data", ranks, out)
+        self.eval_dataset = self._dataset("eval_data", ranks, out) if config.eval_data else None
+        self.order = Order(self.dataset.lengths, config, self.world * config.accumulate)
+        self.lr = float(config.lr) if config.lr != "auto" else self._auto_lr()
+        self.recompute = config.recompute if config.recompute >= 0 else self._blocks_to_recompute()
+
+    def _network(self):
+        """The network to train, and how many rows its vocabulary gains over the checkpoint's."""
+        config = model.LlamaConfig.from_folder(self.config.model)
+        self.tokenizer.check_vocabulary(config.vocab_size)
+        rows = max(config.vocab_size, self.tokenizer.vocab_size)
+        tokens = {"bos_token_id": self.tokenizer.bos, "eos_token_id": self.tokenizer.eot}
+        network = dataclasses.replace(config, vocab_size=rows, **tokens)
+        self.pretrained = model.has_weights(self.config.model)
+        if self.pretrained:
+            model.check_weights(self.config.model, network, rows - config.vocab_size)
+        return network, rows - config.vocab_size
+
+    def _dataset(self, field, ranks, out):
+        config, label = self.config, f"tokenizing --{field.replace('_', '-')}"
+
+        def prepare(report=None):
+            return data.prepare(
+                getattr(config, field), self.tokenizer, self.classes, out / "tokens",
+                max_length=self.max_length, condition=config.condition,
+                skip_bad=config.skip_bad, report=report,
+            )  # fmt: skip
+
+        ranks.first_does(field, lambda: len(prepare(data.Progress(label))))
+        return prepare()
+
+    def _auto_lr(self):
+        """OpenChat's rule: 3e-4 (Mistral a sixth) · sqrt(supervised tokens a step / 4e6)."""
+        base = 3e-4 / 6 if self.network.model_type == "mistral" else 3e-4
+        share = self.dataset.total_weight(slice(None), None) / int(self.dataset.lengths.sum())
+        tokens = self.config.batch_tokens * self.world * self.config.accumulate * share
+        return base * math.sqrt(tokens / 4e6)
+
+    def memory(self, recompute):
+        """Bytes a rank at the peak, by part. Estimates; activations for a block as it is saved."""
+        network, config = self.network, self.config
+        parameters = network.parameter_count()
+        shards = self.world // config.replicas
+        size = 2 if self.bf16 else 4
+        d, f, t = network.hidden_size, network.intermediate_size, config.batch_tokens
+        q = network.num_attention_heads * network.head_dim
+        kv = network.num_key_value_heads * network.head_dim
+        # Saved for backward, a token: norms' and projections' inputs, q, k, v, attention, MLP.
+        block = size * (4 * d + 2 * q + 2 * kv + 3 * f)
+        embedding = network.vocab_size * d
+        per_block = (parameters - embedding) // network.num_hidden_layers
+        stored = (network.num_hidden_layers - recompute) * block + recompute * size * d
+        return {
+            "parameters": 4 * parameters // shards,
+            "gradients": 4 * parameters // shards,
+            "AdamW": 8 * parameters // shards,
+            "gathered blocks": size * (2 * embedding + 2 * per_block) + 4 * per_block,
+            "activations": t * (stored + (block if recompute else 0) + 6 * size * d),
+            "loss workspace": min(1 << 30, size * t * network.vocab_size) + 4 * embedding,
+        }
+
+    def memory_of_rank(self):
+        if self.config.plan_memory:
+            return int(self.config.plan_memory * 2**30)
+        if torch.cuda.is_available():
+            return torch.cuda.get_device_properties(0).total_memory
+        return 0  # a CPU: not limited here
+
+    def _blocks_to_recompute(self):
+        """The fewest blocks with which the estimate stays within 90 % of the memory."""
+        available = 0.9 * self.memory_of_rank()
+        layers = self.network.num_hidden_layers
+        if not available:
+            return 0
+        fits = (n for n in range(layers + 1) if sum(self.memory(n).values()) <= available)
+        return next(fits, layers)
+
+    def describe(self):
+        """The header: model, data, schedule, memory."""
+        config, network, order = self.config, self.network, self.order
+        start = "pretrained weights" if self.pretrained else "random weights (no safetensors there)"
+        mode = {(True, True): "C-RLFT", (False, True): "C-RLFT without condition",
+                (True, False): "C-RLFT without reward", (False, False): "plain SFT"}  # fmt: skip
+        memory = self.memory(self.recompute)
+        parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
+        total, available = sum(memory.values()), self.memory_of_rank()
+        fits = ""
+        if available:
+            fits = f", {'fits' if total <= available else 'DOES NOT FIT'} {available / 2**30:.1f}"
+        compute = "bf16 over float32 weights" if self.bf16 else "fp32"
+        out = [
+            f"{mode[config.condition, config.reward]}: {config.model}, {start}",
+            f"model      {network.model_type}, {network.parameter_count():,} parameters, "
+            f"{network.num_hidden_layers} blocks of {network.hidden_size}, {compute}",
+        ]
+        if self.new_rows:
+            out.append(f"           {data.END_OF_TURN} added as token {self.tokenizer.eot}")
+        out += ["", *data.summary(self.dataset, self.classes, self.class_weights), ""]
+        if len(self.classes) > 1 and len(np.unique(self.dataset.index["source_class"])) == 1:
+            out.append("one class only: a weight acts relative to other classes, so here it does nothing")
+        return out + [
+            f"schedule   {order.total:,} steps, {order.epochs_begun} epochs begun, "
+            f"{self.world} ranks x {config.accumulate} x {config.batch_tokens:,} tokens a step, "
+            f"conversations up to {self.max_length:,} tokens",
+            f"optimizer  AdamW, peak learning rate {self.lr:.3g}{' (auto)' * (config.lr == 'auto')}",
+            f"memory     about {total / 2**30:.2f} GiB a rank{fits}: {parts}; "
+            f"{self.recompute} of {network.num_hidden_layers} blocks recomputed",
+            "",
+        ]
+
+    def preview(self):
+        """The conversations of the first step's first bin, as the model reads them."""
+        conversations = self.order.bins(0)[0]
+        out = [f"step 1, rank 0: {len(conversations)} conversations, the first of them:"]
+        for conversation in conversations[:4]:
+            out += data.preview(self.dataset, conversation, self.tokenizer, self.classes,
+                                self.class_weights, sys.stdout.isatty())  # fmt: skip
+        return out
+
+
+class Order:
+    """Which conversations make up a step: a function of (lengths, seed, epoch) alone."""
+
+    def __init__(self, lengths, config, bins_per_step):
+        self.lengths, self.config, self.bins_per_step = lengths, config, bins_per_step
+        self.first_step = [0]  # of each epoch; the last entry is the end
+        self._epoch, self._steps = None, None
+        for epoch in range(config.epochs):
+            if not config.max_steps or self.first_step[-1] < config.max_steps:
+                self.first_step.append(self.first_step[-1] + len(self._pack(epoch)))
+        self.epochs_begun = len(self.first_step) - 1
+        self.total = min(config.max_steps or math.inf, self.first_step[-1])
+
+    def _pack(self, epoch):
+        if epoch != self._epoch:
+            config = self.config
+            shape = config.batch_tokens, self.bins_per_step
+            self._steps = data.pack(self.lengths, *shape, config.seed, epoch)
+            self._epoch = epoch
+        return self._steps
+
+    def epoch_of(self, step):
+        return int(np.searchsorted(self.first_step, step, side="right")) - 1
+
+    def ends_epoch(self, step):
+        """Is `step`, from 0, the last of its epoch?"""
+        return step + 1 in self.first_step
+
+    def bins(self, step):
+        epoch = self.epoch_of(step)
+        return self._pack(epoch)[step - self.first_step[epoch]]
+
+    def fixed_shape(self, longest):
+        """(tokens, offsets, longest) for collate: room for the fullest bin of the first epoch."""
+        most = max(len(b) for step in self._pack(0) for b in step)
+        padding = self.config.batch_tokens // longest + 2
+        return self.config.batch_tokens, 2 ** math.ceil(math.log2(2 * most + padding)), longest
+
+
+# ------------------------------------------------------------------------------------- network
+
+
+def build(plan, ranks):
+    """The sharded network with its weights, and its optimizer.
+
+    Built without memory (meta), sharded block by block, then the root, which holds embeddings,
+    norm and head; only then allocated, and every rank reads its own rows. Weights, gradients and
+    AdamW's state are float32; with bf16 a block computes in bf16 on gathered copies.
+    """
+    config = plan.config
+    with torch.device("meta"):
+        llama = model.Llama(plan.network)
+    llama.recompute = plan.recompute
+    if plan.compile:
+        for block in llama.model.layers:
+            block.compile(fullgraph=True, dynamic=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if plan.bf16 else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # the rotary table stays float32
+    )
+    groups, names = (config.replicas, ranks.world // config.replicas), ("replicate", "shard")
+    shape = (groups, names) if config.replicas > 1 else (groups[1:], names[1:])
+    mesh = dist.init_device_mesh(ranks.device.type, shape[0], mesh_dim_names=shape[1])
+    for block in llama.model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(llama, mesh=mesh, mp_policy=policy)
+    llama.to_empty(device=ranks.device)
+    if plan.pretrained:
+        model.fill_parameters(llama, config.model, plan.new_rows)
+    else:
+        model.random_parameters(llama, config.seed)
+    optimizer = torch.optim.AdamW(
+        llama.parameters(), lr=plan.lr, betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_eps, weight_decay=config.weight_decay, fused=True,
+    )  # fmt: skip
+    return llama, optimizer
+
+
+def learning_rate(step, total, peak, config):
+    """Linear warm-up, then a cosine to min_lr_ratio; steps count from 1, as OpenChat's."""
+    warmup = math.ceil(config.warmup_ratio * total)
+    if step <= warmup:
+        return peak * step / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+
+
+# ---------------------------------------------------------------------------------------- loop
+
+
+def train(plan, ranks, out):
+    config, order = plan.config, plan.order
+    torch.use_deterministic_algorithms(config.deterministic or not ranks.cuda, warn_only=ranks.cuda)
+    checkpoints = Checkpoints(plan, ranks, out)
+    llama, optimizer = build(plan, ranks)
+    start, best = checkpoints.resume(llama, optimizer)
+    if start == order.total:
+        ranks.say(f"this run is finished: {start} steps are done; the model is {out / 'model'}")
+        return
+    log = Log(plan, ranks, out, start)
+    signals = Signals()
+    if start == 0:
+        log.evaluation(0, evaluate(plan, ranks, llama))
+    with ThreadPoolExecutor(1) as loader:  # makes the next step's batches during this one
+        pending = loader.submit(load_step, plan, ranks, start)
+        for step in range(start, order.total):
+            batches, total_weight = pending.result()
+            if step + 1 < order.total:
+                pending = loader.submit(load_step, plan, ranks, step + 1)
+            lr = learning_rate(step + 1, order.total, plan.lr, config)
+            log.step(train_step(plan, ranks, llama, optimizer, step, lr, batches, total_weight))
+
+            done, last = step + 1, step + 1 == order.total
+            stopped = signals.received(ranks)
+            exports = last or (config.export_every and order.ends_epoch(step)
+                               and (order.epoch_of(step) + 1) % config.export_every == 0)  # fmt: skip
+            if exports or (config.eval_every and done % config.eval_every == 0):
+                expert_loss = log.evaluation(done, evaluate(plan, ranks, llama))
+            if exports:
+                best = export(plan, ranks, llama, out, step, expert_loss, best)
+            if exports or stopped or (config.save_every and done % config.save_every == 0):
+                checkpoints.save(llama, optimizer, done, best, must=last or stopped)
+            if stopped and not last:
+                ranks.say(f"stopped after step {done} as asked; the same command goes on from here")
+                return
+    ranks.say(f"done: the model is {out / 'model'}, the metrics {out / 'metrics.jsonl'}")
+    ranks.say(f"chat with it:  python chat.py {out / 'model'}")
+
+
+def load_step(plan, ranks, step):
+    """This rank's batches of a step, and Σ w over all of the step's tokens.
+
+    Every rank knows every bin, so the normaliser of the loss needs no communication.
+    """
+    bins, device = plan.order.bins(step), ranks.device
+    total_weight = sum(plan.dataset.total_weight(b, plan.class_weights) for b in bins)
+    shape = plan.order.fixed_shape(plan.max_length) if plan.compile else None
+    mine = bins[ranks.rank :: ranks.world]
+    batches = [data.collate(plan.dataset, b, plan.class_weights, shape) for b in mine]
+    if ranks.cuda:
+        batches = [b.map(torch.Tensor.pin_memory) for b in batches]
+        batches = [b.map(lambda x: x.to(device, non_blocking=True)) for b in batches]
+    return batches, total_weight
+
+
+def objective(batch, classes):
+    """C-RLFT on one micro-batch: what Llama.forward calls with hidden (N, D) and the head (V, D).
+
+    Returns Σ w·CE, and a (4, classes) float64 table: tokens, Σ CE, correct tokens, Σ w.
+    """
+
+    def weighted_loss(hidden, weight):
+        total, correct, losses = loss.linear_weighted_cross_entropy(
+            hidden, weight, batch.targets, batch.weights, per_token=True
+        )
+        per_token = torch.stack(
+            [torch.ones_like(losses), losses / batch.weights, correct.float(), batch.weights]
+        )
+        table = torch.zeros(4, classes, dtype=torch.float64, device=hidden.device)
+        return total, table.index_add(1, batch.classes, per_token.double())
+
+    return weighted_loss
+
+
+def forward(llama, plan, batch):
+    return llama(
+        batch.tokens, batch.positions, batch.cu_seqlens,
+        objective(batch, len(plan.classes)), batch.rows, plan.max_length,
+    )  # fmt: skip
+
+
+def train_step(plan, ranks, llama, optimizer, step, lr, batches, total_weight):
+    """One optimizer step over `accumulate` micro-batches on every rank; returns its metrics.
+
+    FSDP averages gradients over the ranks, so each micro-batch's Σ w·CE is scaled by
+    ranks / Σ w: the sum is then L = Σ w·CE / Σ w of the global batch, Eq. (6) normalised.
+    """
+    started = time.perf_counter()
+    losses = torch.zeros(len(batches), dtype=torch.float64, device=ranks.device)
+    table = torch.zeros(4, len(plan.classes), dtype=torch.float64, device=ranks.device)
+    for micro, batch in enumerate(batches):
+        llama.set_requires_gradient_sync(micro == len(batches) - 1)
+        total, by_class = forward(llama, plan, batch)
+        (total * (ranks.world / total_weight)).backward()
+        losses[micro] = total.detach()
+        table += by_class
+    grad_norm = torch.nn.utils.clip_grad_norm_(llama.parameters(), plan.config.clip)
+    grad_norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
+    summed = ranks.sum(torch.cat([losses.sum()[None], table.flatten()]))
+    value, norm = summed[0].item() / total_weight, grad_norm.item()
+    if not math.isfinite(value) or not math.isfinite(norm):
+        raise ValueError(not_finite(plan, ranks, llama, step, value, norm, losses))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return step, value, lr, norm, summed[1:].view(4, -1).tolist(), time.perf_counter() - started
+
+
+def not_finite(plan, ranks, llama, step, value, norm, losses):
+    """The message for a step with NaN or inf: every rank comes here, before the optimizer."""
+    names = [name for name, _ in llama.named_parameters()]
+    gradients = [model.local_tensor(p.grad) if p.grad is not None else None for p in llama.parameters()]
+    bad = [i for i, g in enumerate(gradients) if g is not None and not g.isfinite().all()]
+    first = torch.tensor(min(bad, default=len(names)), device=ranks.device)
+    dist.all_reduce(first, op=dist.ReduceOp.MIN)
+    gathered = torch.zeros(ranks.world, len(losses), dtype=torch.float64, device=ranks.device)
+    gathered[ranks.rank] = losses
+    ranks.sum(gathered)
+    bins = plan.order.bins(step)
+    suspects = (~gathered.T.flatten().isfinite()).nonzero()[:, 0].tolist() or range(len(bins))
+    conversations = [c for b in suspects for c in bins[b]]
+    where = "\n  ".join(plan.dataset.where(c) for c in conversations[:20])
+    more = f"\n  ... and {len(conversations) - 20} more" if len(conversations) > 20 else ""
+    parameter = names[first] if first < len(names) else "none"
+    return (
+        f"step {step + 1}: loss {value}, gradient norm {norm}; the first parameter with a "
+        f"non-finite gradient is {parameter}. The weights were not changed; the last checkpoint "
+        f"is untouched. Try a lower --lr, or look at the conversations of this batch:\n  {where}{more}"
+    )
+
+
+@torch.no_grad()
+def evaluate(plan, ranks, llama):
+    """(4, classes) table of the held-out conversations, as `objective`'s; None without them."""
+    if plan.eval_dataset is None:
+        return None
+    lengths = plan.eval_dataset.lengths
+    table = torch.zeros(4, len(plan.classes), dtype=torch.float64, device=ranks.device)
+    shape = plan.order.fixed_shape(plan.max_length) if plan.compile else None
+    llama.eval()
+    for bins in data.pack(lengths, plan.config.batch_tokens, ranks.world, 0, 0):
+        batch = data.collate(plan.eval_dataset, bins[ranks.rank], plan.class_weights, shape)
+        table += forward(llama, plan, batch.map(lambda x: x.to(ranks.device)))[1]
+    llama.train()
+    return ranks.sum(table).tolist()
+
+
+class Signals:
+    """SIGTERM and SIGINT: finish the step, save, end. A second one ends at once."""
+
+    def __init__(self):
+        self.at = None
+        signal.signal(signal.SIGTERM, self)
+        signal.signal(signal.SIGINT, self)
+
+    def __call__(self, number, frame):
+        # Ctrl-C reaches a rank twice, from the terminal and through torchrun: that is one wish.
+        if self.at is not None and time.monotonic() - self.at > 1:
+            os._exit(128 + number)
+        if self.at is None:
+            print("stopping after this step; again to stop at once", file=sys.stderr, flush=True)
+            self.at = time.monotonic()
+
+    def received(self, ranks):
+        """Has any rank got one? All ranks agree."""
+        return bool(ranks.sum(torch.tensor(int(self.at is not None), device=ranks.device)))
+
+
+class Log:
+    """metrics.jsonl, a line a step, and the lines on the terminal."""
+
+    def __init__(self, plan, ranks, out, start):
+        self.plan, self.ranks, self.start = plan, ranks, start
+        self.began, self.shown = time.perf_counter(), 0.0
+        self.peak = PEAK_FLOPS.get(torch.cuda.get_device_name(0).split()[-1]) if ranks.cuda else None
+        if ranks.first:
+            path = out / "metrics.jsonl"
+            keep = [line for line in read_lines(path) if line["step"] <= start]
+            temporary = out / "metrics.tmp"
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in keep))
+            temporary.replace(path)
+            self.file = open(path, "a", buffering=1)
+
+    def step(self, result):
+        step, value, lr, norm, table, seconds = result
+        if not self.ranks.first:
+            return
+        plan, lengths = self.plan, self.plan.dataset.lengths
+        conversations = np.concatenate(plan.order.bins(step)).astype(np.int64)
+        tokens = int(lengths[conversations].sum())
+        squares = float((lengths[conversations].astype(np.float64) ** 2).sum())
+        flops = training_flops(plan.network, tokens, squares) / seconds / self.ranks.world
+        line = {
+            "step": step + 1,
+            "epoch": plan.order.epoch_of(step) + 1,
+            "loss": value,
+            "lr": lr,
+            "grad_norm": norm,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "supervised_tokens_per_second": sum(table[0]) / seconds,
+            "mfu": flops / self.peak if self.peak and plan.bf16 else None,
+            "memory_bytes": peak_memory(self.ranks),
+            "classes": by_class(plan, table),
+        }
+        self.file.write(json.dumps(line) + "\n")
+        done = step + 1 - self.start
+        left = (time.perf_counter() - self.began) / done * (plan.order.total - step - 1)
+        classes = "  ".join(
+            f"{name} {c['loss']:.3f} {c['accuracy']:4.0%}"
+            for name, c in line["classes"].items()
+            if c["tokens"]
+        )
+        speed = f"{line['tokens_per_second']:,.0f} tok/s"
+        if line["mfu"]:
+            speed += f" {line['mfu']:.0%} mfu"
+        self.show(
+            f"step {step + 1}/{plan.order.total}  loss {value:.4f}  {classes}  lr {lr:.2e}  "
+            f"norm {norm:.2f}  {speed}  {data.clock(left)} left",
+            final=step + 1 == plan.order.total,
+        )
+
+    def show(self, text, final):
+        """A line a step; on a terminal one line, refreshed; in a file at most one a second."""
+        now, terminal = time.perf_counter(), sys.stdout.isatty()
+        if now - self.shown < (0.1 if terminal else 1.0) and not final:
+            return
+        self.shown = now
+        if terminal:
+            width = shutil.get_terminal_size().columns
+            print(f"\r{text[: width - 1]}\033[K", end="\n" if final else "", flush=True)
+        else:
+            print(text, flush=True)
+
+    def evaluation(self, step, table):
+        """Logs an evaluation; returns the best-rewarded class's loss (None without one)."""
+        if table is None:
+            return None
+        classes = by_class(self.plan, table)
+        expert = max(self.plan.classes, key=lambda name: self.plan.classes[name].reward)
+        if self.ranks.first:
+            self.file.write(json.dumps({"step": step, "eval": classes}) + "\n")
+            shown = "  ".join(
+                f"{name} loss {c['loss']:.4f}, {c['accuracy']:.1%} of tokens right"
+                for name, c in classes.items()
+                if c["tokens"]
+            )
+            print(("\r\033[K" if sys.stdout.isatty() else "") + f"evaluation at step {step}: {shown}", flush=True)
+        return classes[expert]["loss"]
+
+
+def by_class(plan, table):
+    """Per class: unweighted loss and accuracy over its supervised tokens, share of the weight."""
+    all_weight = sum(table[3]) or 1.0
+    return {
+        name: {
+            "tokens": int(tokens),
+            "loss": total / tokens if tokens else None,
+            "accuracy": correct / tokens if tokens else None,
+            "weight_share": weight / all_weight,
+        }
+        for name, tokens, total, correct, weight in zip(plan.classes, *table, strict=True)
+    }
+
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100-SXM4-80GB": 312e12}  # dense bf16
+
+
+def training_flops(network, tokens, sum_of_squares):
+    """6 · parameters (embeddings not counted) · tokens, plus causal attention by Σ length²."""
+    matrices = network.parameter_count() - network.vocab_size * network.hidden_size * (
+        not network.tie_word_embeddings
+    )
+    width = network.num_attention_heads * network.head_dim
+    return 6 * matrices * tokens + 6 * network.num_hidden_layers * width * sum_of_squares
+
+
+def peak_memory(ranks):
+    if ranks.cuda:
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def read_lines(path):
+    """The whole lines of a metrics.jsonl; a last one cut by a kill is left out."""
+    lines = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_text().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+    return lines
+
+
+# -------------------------------------------------------------------- exports and checkpoints
+
+
+def export(plan, ranks, llama, out, step, expert_loss, best):
+    """Write OUT/epoch-K as a Hugging Face folder and point OUT/model at the best or last.
+
+    `best` = {"loss", "folder"} of the exports so far, by the expert class's evaluation loss;
+    returned updated.
+    """
+    folder = out / f"epoch-{plan.order.epoch_of(step) + 1}"
+    aside = folder.with_name(folder.name + ".tmp")
+    model.save(llama, aside, torch.bfloat16 if plan.bf16 else torch.float32)
+    last = expert_loss is None
+    if last or best is None or expert_loss <= best["loss"]:
+        best = {"loss": expert_loss, "folder": folder.name}
+    if ranks.first:
+        expert = max(plan.classes.values(), key=lambda c: c.reward)
+        condition = expert.condition if plan.config.condition else ""
+        plan.tokenizer.save(aside, condition)
+        tokens = {"bos_token_id": plan.tokenizer.bos, "eos_token_id": plan.tokenizer.eot}
+        model.write_json(aside / "generation_config.json", tokens)
+        classes = {name: dataclasses.asdict(c) for name, c in plan.classes.items()}
+        crlft = {"classes": classes, "conditioned": plan.config.condition, "template": data.TEMPLATE}
+        crlft |= {"steps": step + 1, "config": dataclasses.asdict(plan.config)}
+        model.write_json(aside / "crlft.json", crlft)
+        sync_folder(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+        link = out / "model.tmp"
+        link.unlink(missing_ok=True)
+        link.symlink_to(best["folder"])
+        link.replace(out / "model")
+        sync(out)
+    return best
+
+
+def sync_folder(folder):
+    for path in [*folder.iterdir(), folder]:
+        sync(path)
+
+
+def sync(path):
+    """Have the disk hold a file or folder before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+class SaveFailed(RuntimeError):
+    pass
+
+
+class Checkpoints:
+    """OUT/checkpoints/step-N: the float32 weights, AdamW's state and the position, to resume.
+
+    Safetensors and JSON only, one file a rank; readable by any number of ranks. Written as
+    step-N.tmp, synced, then renamed on one rank after a barrier: a folder without .tmp is whole.
+    """
+
+    def __init__(self, plan, ranks, out):
+        self.plan, self.ranks, self.out = plan, ranks, out
+        self.folder = out / "checkpoints"
+        self.resumed_from = None
+        needed = self.plan.network.parameter_count() * 12
+        if ranks.first:
+            self.folder.mkdir(exist_ok=True)
+            for stale in self.folder.glob("*.tmp"):
+                shutil.rmtree(stale)
+            missing = max(0, plan.config.keep + 1 - len(self.committed()))
+            self._check_space(missing * needed + plan.network.parameter_count() * 4)
+
+    def _check_space(self, needed):
+        free = shutil.disk_usage(self.out).free
+        if free < needed:
+            raise SaveFailed(
+                f"{self.out} has {free / 1e9:.1f} GB free, and the checkpoints and model need "
+                f"{needed / 1e9:.1f} GB: free some, choose another --out, or a smaller --keep"
+            )
+
+    def committed(self):
+        """[(step, folder)] of whole checkpoints, oldest first."""
+        found = [(re.fullmatch(r"step-(\d+)", p.name), p) for p in self.folder.glob("step-*")]
+        return sorted((int(match[1]), path) for match, path in found if match)
+
+    def recipe(self):
+        """What a resumed run must share, with the flags that set it."""
+        plan, config = self.plan, self.plan.config
+        return {
+            "data and tokenizer (--data, --model, --max-length, --no-condition)": plan.dataset.folder.name,
+            "classes (--classes)": {n: dataclasses.asdict(c) for n, c in plan.classes.items()},
+            "weights (--beta, --no-reward)": [config.beta if config.reward else None],
+            "order of the data (--seed)": config.seed,
+            "tokens a micro-batch (--batch-tokens)": config.batch_tokens,
+            "micro-batches a step (ranks x --accumulate)": plan.world * config.accumulate,
+        }
+
+    def state(self, llama, optimizer):
+        options = StateDictOptions(flatten_optimizer_state_dict=True)
+        weights, moments = get_state_dict(llama, optimizer, options=options)
+        return weights, {k: v for k, v in moments.items() if torch.is_tensor(v)}, moments
+
+    def save(self, llama, optimizer, step, best, must):
+        """Save at `step` steps done. A failed save keeps the older ones; it ends the run only
+        where there is no later one to come (`must`)."""
+        aside, final = self.folder / f"step-{step}.tmp", self.folder / f"step-{step}"
+        if final.exists():
+            return
+        weights, moments, _ = self.state(llama, optimizer)
+        problem = None
+        try:
+            if self.ranks.first:
+                self._check_space(self.plan.network.parameter_count() * 12)
+            writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
+            dcp.save(weights | moments, storage_writer=writer)
+            checksums = self._checksums(aside)
+            if self.ranks.first:
+                state = {"step": step, "best": best, "recipe": self.recipe(), "files": checksums}
+                model.write_json(aside / "state.json", state)
+                sync_folder(aside)
+        except Exception as error:  # whatever the storage raised, the older checkpoint stands
+            problem = f"saving {final} failed: {str(error).splitlines()[0]}"
+        failed = self.ranks.sum(torch.tensor(int(problem is not None), device=self.ranks.device))
+        if failed:
+            self._give_up(aside, problem, must)
+        elif self.ranks.first:
+            aside.rename(final)
+            sync(self.folder)
+            self._prune()
+
+    def _give_up(self, aside, problem, must):
+        if self.ranks.first:
+            shutil.rmtree(aside, ignore_errors=True)
+        kept = [path.name for _, path in self.committed()]
+        what = f"{problem or 'another rank could not save'}; kept: {', '.join(kept) or 'none'}"
+        if must:
+            raise SaveFailed(what)
+        self.ranks.say(f"warning: {what}; training goes on", end="\n")
+
+    def _checksums(self, folder):
+        """{file: crc32} of the checkpoint's tensors, each rank reading its share."""
+        files = sorted(folder.glob("*.safetensors"))
+        values = torch.zeros(len(files), dtype=torch.int64, device=self.ranks.device)
+        for index in range(self.ranks.rank, len(files), self.ranks.world):
+            values[index] = crc32(files[index])
+        return dict(zip([f.name for f in files], self.ranks.sum(values).tolist(), strict=True))
+
+    def _prune(self):
+        committed = self.committed()
+        for _, path in committed[: -self.plan.config.keep]:
+            if path != self.resumed_from or len(committed) > self.plan.config.keep + 1:
+                doomed = path.with_name(path.name + ".tmp")  # a kill here leaves no half folder
+                path.rename(doomed)
+                shutil.rmtree(doomed)
+
+    def resume(self, llama, optimizer):
+        """(steps done, best export) of the newest checkpoint, loaded; (0, None) without one."""
+        committed = self.committed()
+        if not self.plan.config.resume:
+            if committed:
+                raise ValueError(
+                    f"{self.out} holds a run (checkpoint {committed[-1][1].name}); --no-resume "
+                    "starts a new one and needs a new --out"
+                )
+            return 0, None
+        if not committed:
+            return 0, None
+        step, folder = committed[-1]
+        state = self._read_state(folder)
+        if step > self.plan.order.total:
+            raise ValueError(
+                f"{folder} is beyond the {self.plan.order.total} steps asked for: raise --epochs "
+                "or --max-steps, or choose a new --out"
+            )
+        self.resumed_from = folder
+        if step < self.plan.order.total:
+            self._load(folder, llama, optimizer)
+            self.ranks.say(f"resuming from {folder}: {step} of {self.plan.order.total} steps done")
+        return step, state["best"]
+
+    def _read_state(self, folder):
+        try:
+            state = json.loads((folder / "state.json").read_text())
+            saved, files = state["recipe"], state["files"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder}/state.json: cannot be read: {error!r}; {REMOVE}") from None
+        here = json.loads(json.dumps(self.recipe()))
+        different = [
+            f"{key}: saved {saved.get(key)!r}, now {value!r}"
+            for key, value in here.items()
+            if saved.get(key) != value
+        ]
+        if different:
+            raise ValueError(
+                f"{folder} is of another run; give the saved values, or a new --out:\n  "
+                + "\n  ".join(different)
+            )
+        found = {path.name for path in folder.glob("*.safetensors")}
+        checksums = self._checksums(folder) if found == set(files) else None
+        if checksums != files:
+            odd = sorted(found ^ set(files)) or [n for n in files if files[n] != checksums[n]]
+            raise ValueError(f"{folder} is damaged: {', '.join(odd)}; {REMOVE}")
+        return state
+
+    def _load(self, folder, llama, optimizer):
+        weights, moments, all_moments = self.state(llama, optimizer)
+        tensors = weights | moments
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
+        options = StateDictOptions(flatten_optimizer_state_dict=True)
+        set_state_dict(
+            llama, optimizer,
+            model_state_dict={name: tensors[name] for name in weights},
+            optim_state_dict=all_moments | {name: tensors[name] for name in moments},
+            options=options,
+        )  # fmt: skip
+
+
+REMOVE = "remove that folder to go on from the one before"
+
+
+def crc32(path):
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            value = zlib.crc32(block, value)
+    return value
+
+
+if __name__ == "__main__":
+    main()
