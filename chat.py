@@ -92,7 +92,9 @@ class KeyValueCache:
         """The next forward holds one token a prompt, at these positions (B,)."""
         self.packed, self.positions = None, positions
         self.prompt = torch.arange(len(positions), device=positions.device)
-        distance = positions[:, None] - torch.arange(self.layers[0].keys.shape[1], device=positions.device)
+        distance = positions[:, None] - torch.arange(
+            self.layers[0].keys.shape[1], device=positions.device
+        )
         seen = distance >= 0
         if self.window is not None:
             seen &= distance < self.window
@@ -170,7 +172,9 @@ def read_classes(folder):
         raw = json.loads(path.read_text(encoding="utf-8"))
         return dict(data.loss.class_table(raw["classes"])), raw["conditioned"]
     except FileNotFoundError:
-        raise ValueError(f"{path}: not found; chat.py needs a folder exported by train.py") from None
+        raise ValueError(
+            f"{path}: not found; chat.py needs a folder exported by train.py"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: cannot be read: {error!r}") from None
 
@@ -244,7 +248,9 @@ def main(argv=None):
     add = parser.add_argument
     add("folder", metavar="DIR", help="a model exported by train.py, such as RUN/model")
     add("--prompt", metavar="TEXT", help="answer this and end")
-    add("--class", dest="source_class", metavar="NAME", help="condition (default: the expert class)")
+    add(
+        "--class", dest="source_class", metavar="NAME", help="condition (default: the expert class)"
+    )
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass")
     add("--max-new-tokens", type=int, default=512, help="longest answer (default 512)")
@@ -256,7 +262,9 @@ def main(argv=None):
         parser.error("needs --temperature from 0, --top-p in (0, 1], --max-new-tokens from 1")
     if bool(args.batch) != bool(args.to) or (args.batch and args.prompt is not None):
         parser.error("--batch and --to go together, and without --prompt")
-    options = {key: getattr(args, key) for key in ("temperature", "top_p", "max_new_tokens", "seed")}
+    options = {
+        key: getattr(args, key) for key in ("temperature", "top_p", "max_new_tokens", "seed")
+    }
     try:
         chat = Chat(args.folder, args.source_class)
         if args.batch:

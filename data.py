@@ -119,7 +119,9 @@ def _message(number, raw, role_key="role", content_key="content", weighted=False
     try:
         content.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"message {number}: lone surrogate {ascii(error.object[error.start])}") from None
+        raise ValueError(
+            f"message {number}: lone surrogate {ascii(error.object[error.start])}"
+        ) from None
     weight = raw.get("weight") if weighted else None
     if weight is not None and not (
         type(weight) in (int, float) and math.isfinite(weight) and weight >= 0
@@ -229,7 +231,9 @@ class Tokenizer:
         else:
             self.eot = self.added.get(END_OF_TURN, max([count - 1, *self.added.values()]) + 1)
         if self.eot in self.pieces.encode(END_OF_TURN):
-            raise ValueError(f"{path}: {END_OF_TURN} must be a control symbol; as it is, any text can forge it")
+            raise ValueError(
+                f"{path}: {END_OF_TURN} must be a control symbol; as it is, any text can forge it"
+            )
         self.vocab_size = max([count - 1, self.eot, *self.added.values()]) + 1
         self._prefixes = {}
 
@@ -286,10 +290,22 @@ class Tokenizer:
         """
         folder = Path(folder)
         shutil.copyfile(self.folder / "tokenizer.model", folder / "tokenizer.model")
-        special = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
-        tokens = {self.pieces.id_to_piece(i): i for i in range(self.pieces.vocab_size()) if self._special(i)}
+        special = {
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "single_word": False,
+            "special": True,
+        }
+        tokens = {
+            self.pieces.id_to_piece(i): i
+            for i in range(self.pieces.vocab_size())
+            if self._special(i)
+        }
         tokens |= self.added | {END_OF_TURN: self.eot}
-        added = {i: {"content": text} | special for text, i in sorted(tokens.items(), key=lambda t: t[1])}
+        added = {
+            i: {"content": text} | special for text, i in sorted(tokens.items(), key=lambda t: t[1])
+        }
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self.pieces.id_to_piece(self.bos),
@@ -487,7 +503,11 @@ class _Writer:
 
     def run(self, paths, classes, report):
         state, read_before = self.state, 0
-        sizes = {"tokens": state["tokens"], "weights": state["tokens"], "index": state["conversations"]}
+        sizes = {
+            "tokens": state["tokens"],
+            "weights": state["tokens"],
+            "index": state["conversations"],
+        }
         with contextlib.ExitStack() as stack:
             self.files = {}
             for name, dtype in ARRAYS.items():
@@ -496,7 +516,12 @@ class _Writer:
                 self.files[name] = file
             for number, path in enumerate(paths):
                 if number >= state["file"]:
-                    self._read_file(number, path, classes, lambda at: report(read_before + at, state["conversations"]))  # noqa: B023
+                    self._read_file(
+                        number,
+                        path,
+                        classes,
+                        lambda at: report(read_before + at, state["conversations"]),
+                    )  # noqa: B023
                 read_before += path.stat().st_size
         if state["bad"] and not self.skip_bad:
             shutil.rmtree(self.folder)
@@ -659,21 +684,104 @@ def collate(dataset, conversations, class_weights, shape=None):
     positions = np.arange(len(tokens)) - np.repeat(ends[:-1], lengths)
     arrays = (tokens, positions, ends.astype(np.int32), predicted - 1, targets)
     tensors = [torch.from_numpy(array) for array in arrays]
-    tensors += [torch.from_numpy(weights.astype(np.float32)), torch.from_numpy(classes.astype(np.int64))]
+    tensors += [
+        torch.from_numpy(weights.astype(np.float32)),
+        torch.from_numpy(classes.astype(np.int64)),
+    ]
     return Batch(*tensors, np.asarray(conversations))
 
 
+# ----------------------------------------------------------------------------------- packing
+
+WINDOW = 2048  # conversations packed together: enough choice for bins both full and even
+AT_ONCE = 128  # windows filled side by side, while 128 x 400 bins stay in the cache
+SPARE = 0.004  # share of its capacity that a full bin may leave empty
+
+
 def pack(lengths, capacity, bins_per_step, seed, epoch):
+    """Bins of whole conversations for every optimizer step: steps[k][b] is an array of indices.
+
+    Rank r of R takes bins r, r + R, ... of a step. Every conversation comes exactly once an epoch,
+    no bin exceeds `capacity` tokens, and nothing but the arguments decides the result.
+
+    A random permutation is cut into windows of about 2,048 conversations (at least a step), so
+    that every step is a random sample of the data. Within a window, longest first, a conversation
+    goes where it fills a bin to 99.6 % without making it the dearest, else into the cheapest bin
+    with room; a bin costs Σ len², its attention. The 0.3 % without room join later windows. The
+    last step takes the rest, evenly; only there can a bin be empty.
+
+    On ShareGPT's lengths (at most 2048), 8 bins of 8192 a step: 99.7 % full, the dearest bin
+    1.02 x the mean, 1M conversations in 2 s (bench/packing.py). A bin of only one or two of the
+    longest conversations cannot be evened: with bins of 4096 the dearest is 1.14 x the mean.
+
+    Raises ValueError at a length outside 1..capacity.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    bad = np.flatnonzero((lengths < 1) | (lengths > capacity))
+    if len(bad):
+        raise ValueError(
+            f"conversation {bad[0]} has {lengths[bad[0]]} tokens; a bin takes 1 to {capacity}"
+        )
     rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(lengths))
-    bins, cur, size = [], [], 0
-    for i in order.tolist():
-        if size + lengths[i] > capacity:
-            bins.append(cur); cur, size = [], 0
-        cur.append(i); size += int(lengths[i])
-    bins.append(cur)
-    while len(bins) % bins_per_step: bins.append([])
-    return [[np.array(b, dtype=np.int64) for b in bins[k:k+bins_per_step]] for k in range(0, len(bins), bins_per_step)]
+    todo = rng.permutation(len(lengths))
+    step_tokens = bins_per_step * capacity
+    window_tokens = WINDOW * lengths.sum() / max(1, len(lengths))
+    window_bins = bins_per_step * max(1, round(window_tokens / step_tokens))
+    indices, sizes, full_steps = [], [], 0
+    while len(todo):
+        tokens = np.cumsum(lengths[todo])
+        steps = int(tokens[-1]) // step_tokens  # 0: what is left is the last, partial step
+        bins = min(window_bins, steps * bins_per_step) or bins_per_step
+        # Half of what is left at a time: leftovers then mix with as many fresh conversations.
+        windows = min(max(1, steps * bins_per_step // bins // 2), AT_ONCE)
+        ends = np.searchsorted(tokens, np.arange(1, windows + 1) * bins * capacity, side="right")
+        now, later = todo[: ends[-1]], todo[ends[-1] :]
+        chosen = choose_bins(lengths[now], ends, bins, capacity, 2 if steps else 1, rng)
+        placed = chosen < windows * bins
+        indices.append(now[np.argsort(chosen, kind="stable")][: placed.sum()])
+        sizes.append(np.bincount(chosen[placed], minlength=windows * bins))
+        full_steps += windows * bins // bins_per_step if steps else 0
+        todo = rng.permutation(np.concatenate([now[~placed], later]))
+    ends = np.cumsum(np.concatenate(sizes or [todo]))
+    bins = np.split(np.concatenate(indices or [todo]), ends[:-1])
+    order = [*rng.permutation(full_steps), *range(full_steps, len(ends) // bins_per_step)]
+    return [bins[k * bins_per_step : (k + 1) * bins_per_step] for k in order]
+
+
+def choose_bins(lengths, ends, bins, capacity, power, rng):
+    """The bin of each conversation, or len(ends) * bins where its window has no room left.
+
+    Window w is lengths[ends[w - 1]:ends[w]] and owns the `bins` bins from w * bins. All windows
+    move together: table[m, w] is the m-th longest of window w, 0 past its end. The cost of a bin
+    is Σ len ** power: 2, attention, for full bins; 1 to spread the tokens of the last step.
+    """
+    window = np.searchsorted(ends, np.arange(len(lengths)), side="right")
+    longest_first = np.lexsort((-lengths, window))
+    m = np.arange(len(lengths)) - np.concatenate([[0], ends])[window]
+    table = np.zeros((m.max() + 1, len(ends)), dtype=np.float32)
+    table[m, window] = lengths[longest_first]
+    chosen = np.full(table.shape, len(ends) * bins)
+    rows = np.arange(len(ends))
+    gap = np.full((len(ends), bins), capacity, dtype=np.float32)
+    cost = np.zeros_like(gap)
+    dearest = (1.03 * (table**power).sum(0, dtype=np.float64) / bins).astype(np.float32)
+    # Ties favour low columns: without new names rank 0 would get the longest conversations.
+    names = rng.permuted(np.arange(gap.size).reshape(gap.shape), axis=1)
+    for length, choice in zip(table, chosen):
+        added = length**power
+        room = gap - length[:, None]
+        fills = (room <= SPARE * capacity) & (cost <= (dearest - added)[:, None])
+        score = np.where(fills, -1, cost)
+        score[room < 0] = np.inf
+        best = score.argmin(1)
+        fits = score[rows, best] < np.inf
+        choice[fits] = names[rows, best][fits]
+        gap[rows, best] -= fits * length
+        cost[rows, best] += fits * added
+        dearest = np.maximum(dearest, cost[rows, best])
+    where = np.empty(len(lengths), dtype=np.int64)
+    where[longest_first] = chosen[m, window]
+    return where
 
 
 # ----------------------------------------------------------------------------------- preview
@@ -683,7 +791,9 @@ def summary(dataset, classes, class_weights):
     """Lines of text: by class, conversations, tokens, what is supervised, its weight and share."""
     index, report = dataset.index, dataset.report
     total = dataset.total_weight(slice(None), class_weights) or 1.0
-    out = [f"{'class':14} {'condition':14} {'conversations':>13} {'tokens':>12} {'supervised':>12} {'w':>8} {'weight mass':>11}"]
+    out = [
+        f"{'class':14} {'condition':14} {'conversations':>13} {'tokens':>12} {'supervised':>12} {'w':>8} {'weight mass':>11}"
+    ]
     for number, (name, source) in enumerate(classes.items()):
         of = np.flatnonzero(index["source_class"] == number)
         mass = dataset.total_weight(of, class_weights) / total
@@ -696,13 +806,19 @@ def summary(dataset, classes, class_weights):
         )
     lengths = dataset.lengths
     quantiles = ", ".join(f"{q}% {np.percentile(lengths, q):.0f}" for q in (50, 90, 99))
-    out.append(f"tokens a conversation: mean {lengths.mean():.1f}, {quantiles}, longest {lengths.max()}")
+    out.append(
+        f"tokens a conversation: mean {lengths.mean():.1f}, {quantiles}, longest {lengths.max()}"
+    )
     if report["cut"]:
-        out.append(f"cut at the maximum length: {report['cut']:,} conversations, {report['tokens_cut']:,} tokens lost")
+        out.append(
+            f"cut at the maximum length: {report['cut']:,} conversations, {report['tokens_cut']:,} tokens lost"
+        )
     if report["without_answer"]:
         out.append(f"dropped, no answer left to learn: {report['without_answer']:,} conversations")
     if report["bad"]:
-        out.append(f"dropped as bad (--skip-bad): {report['bad']:,} lines, the first {report['problems'][0]}")
+        out.append(
+            f"dropped as bad (--skip-bad): {report['bad']:,} lines, the first {report['problems'][0]}"
+        )
     return out
 
 
@@ -721,7 +837,9 @@ def preview(dataset, conversation, tokenizer, classes, class_weights, colour):
         if not weight:
             text += f"\033[2m{run}\033[0m" if colour else run
         elif colour:
-            text += f"\033[{'1;32' if weight == 1 else '33'}m{run}\033[0m\033[7m w={weight:.3g} \033[0m"
+            text += (
+                f"\033[{'1;32' if weight == 1 else '33'}m{run}\033[0m\033[7m w={weight:.3g} \033[0m"
+            )
         else:
             text += f"⟦{run}⟧w={weight:.3g} "
     return out + [text.replace(END_OF_TURN, END_OF_TURN + "\n").rstrip("\n"), ""]
@@ -771,7 +889,9 @@ class Progress:
             return
         self.shown = now
         line = progress_line(self.label, done, total, count, self.started)
-        print(f"\r{line}\033[K" if terminal else line, end="" if terminal else "\n", file=sys.stderr)
+        print(
+            f"\r{line}\033[K" if terminal else line, end="" if terminal else "\n", file=sys.stderr
+        )
 
 
 def main(argv=None):
@@ -796,7 +916,10 @@ def main(argv=None):
 
 
 def run_preview(args):
-    if min(args.max_length, args.batch_tokens, args.ranks) < 1 or args.max_length > args.batch_tokens:
+    if (
+        min(args.max_length, args.batch_tokens, args.ranks) < 1
+        or args.max_length > args.batch_tokens
+    ):
         raise ValueError("needs 1 <= --max-length <= --batch-tokens and --ranks of at least 1")
     classes = loss.read_classes(args.classes) if args.classes else loss.DEFAULT_CLASSES
     tokenizer = Tokenizer(args.model)
@@ -809,16 +932,25 @@ def run_preview(args):
         print("\n".join(summary(dataset, classes, weights)))
         steps = pack(dataset.lengths, args.batch_tokens, args.ranks, seed=0, epoch=0)
         fill = dataset.lengths.sum() / (len(steps) * args.ranks * args.batch_tokens)
-        print(f"packing: {len(steps):,} steps of {args.ranks} x {args.batch_tokens:,} tokens, {fill:.2%} full")
+        print(
+            f"packing: {len(steps):,} steps of {args.ranks} x {args.batch_tokens:,} tokens, {fill:.2%} full"
+        )
         print("\nnot learned: dim; learned: bright, with its weight w\n" if sys.stdout.isatty() else
               "\nlearned: ⟦between these⟧, with its weight w\n")  # fmt: skip
         for conversation in varied(dataset, args.show):
-            print("\n".join(preview(dataset, conversation, tokenizer, classes, weights, sys.stdout.isatty())))
+            print(
+                "\n".join(
+                    preview(dataset, conversation, tokenizer, classes, weights, sys.stdout.isatty())
+                )
+            )
 
 
 def varied(dataset, count):
     """Indices of the first conversations of each class in turn."""
-    by_class = [np.flatnonzero(dataset.index["source_class"] == c) for c in range(dataset.index["source_class"].max() + 1)]
+    by_class = [
+        np.flatnonzero(dataset.index["source_class"] == c)
+        for c in range(dataset.index["source_class"].max() + 1)
+    ]
     turns = [of[i] for i in range(count) for of in by_class if i < len(of)]
     return turns[:count]
 

@@ -66,8 +66,8 @@ def class_table(mapping):
     for name, entry in table.items():
         if (other := owner.setdefault(entry.condition, name)) != name:
             raise ValueError(
-                f"class {name!r}: condition {entry.condition!r} is class {other!r}'s already, "
-                "and two classes of one condition cannot be told apart"
+                f"class {name!r}: condition {entry.condition!r} already belongs to class "
+                f"{other!r}, and two classes of one condition cannot be told apart"
             )
     return table
 
@@ -87,7 +87,7 @@ def _source_class(name, entry):
         raise wrong(f"condition {condition!r} has control characters, or spaces around it")
     if isinstance(reward, bool) or not isinstance(reward, (int, float)):
         raise wrong(f"reward must be a number, not {reward!r}")
-    if not math.isfinite(reward):
+    if not abs(reward) <= 1e308:  # NaN, infinities, and integers beyond floats
         raise wrong(f"reward must be finite, not {reward!r}")
     return SourceClass(condition, float(reward))
 
@@ -114,6 +114,17 @@ def linear_weighted_cross_entropy(hidden, weight, targets, weights, per_token=Fa
     once in hidden and weight, and correct (N,) bool: the target is the argmax of its row, and the
     row has weight. per_token adds the rows' w_i · CE_i (N,), without gradient.
     """
+    hidden, weight = _one_dtype(hidden, weight)
+    targets, weights = _checked(hidden, len(weight), targets, weights)
+    step, with_grad = _step_for(hidden), torch.is_grad_enabled()
+    with torch.autocast(hidden.device.type, enabled=False):
+        outputs = LinearWeightedCrossEntropy.apply(
+            hidden, weight, targets, weights, step, with_grad
+        )
+    return outputs if per_token else outputs[:2]
+
+
+def _one_dtype(hidden, weight):
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         if hasattr(tensor, "placements"):
             raise TypeError(
@@ -129,13 +140,7 @@ def linear_weighted_cross_entropy(hidden, weight, targets, weights, per_token=Fa
             f"hidden {tuple(hidden.shape)} {hidden.dtype} and weight {tuple(weight.shape)} "
             f"{weight.dtype} must have one dtype and one hidden size"
         )
-    targets, weights = _checked(hidden, len(weight), targets, weights)
-    step, with_grad = _step_for(hidden), torch.is_grad_enabled()
-    with torch.autocast(device, enabled=False):
-        outputs = LinearWeightedCrossEntropy.apply(
-            hidden, weight, targets, weights, step, with_grad
-        )
-    return outputs if per_token else outputs[:2]
+    return hidden, weight
 
 
 def _step_for(tensor):

@@ -161,7 +161,9 @@ def _implemented(raw):
         raw["num_key_value_heads"] = heads
     if raw.get("head_dim") is None and type(heads) is int and type(size) is int and heads > 0:
         if size % heads:
-            raise ValueError("hidden_size must be a multiple of num_attention_heads, or give head_dim")
+            raise ValueError(
+                "hidden_size must be a multiple of num_attention_heads, or give head_dim"
+            )
         raw["head_dim"] = size // heads
     known = {field.name for field in dataclasses.fields(LlamaConfig)}
     unknown = [k for k in raw if k not in known | IGNORED and raw[k] not in (None, False)]
@@ -351,7 +353,11 @@ def rotary_frequencies(config, device):
         if not _is_positive(scaling.get(key)):
             raise ValueError(f"rope_scaling {kind!r} needs {key} as a positive number")
     factor = scaling["factor"]
-    return frequencies / factor if kind == "linear" else _llama3(frequencies, *(scaling[k] for k in needed))
+    return (
+        frequencies / factor
+        if kind == "linear"
+        else _llama3(frequencies, *(scaling[k] for k in needed))
+    )
 
 
 LLAMA3_KEYS = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
@@ -481,7 +487,7 @@ def fill_parameters(llama, folder, new_rows=0):
         if new_rows and is_vocabulary(name):
             total = local[: max(0, old - low)].sum(0, dtype=torch.float32)
             if isinstance(parameter, DTensor):
-                dist.all_reduce(total, group=parameter.device_mesh.get_group(-1))
+                dist.all_reduce(total, group=_shard_group(parameter))
             local[max(0, old - low) :] = total / old
 
 
@@ -507,14 +513,19 @@ def local_tensor(parameter):
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
+def _shard_group(parameter):
+    mesh = parameter.device_mesh  # its last dimension shards, any before it replicates
+    return mesh.get_group(mesh.ndim - 1)
+
+
 def local_rows(parameter):
     """(low, high): the rows of dimension 0 that this rank holds; all of them when not sharded."""
     rows = parameter.shape[0]
     if not isinstance(parameter, DTensor):
         return 0, rows
-    mesh = parameter.device_mesh  # the last mesh dimension shards, any before it replicates
-    chunk = -(-rows // mesh.size(mesh.ndim - 1))
-    low = min(rows, chunk * mesh.get_local_rank(mesh.ndim - 1))
+    group = _shard_group(parameter)
+    chunk = -(-rows // group.size())
+    low = min(rows, chunk * group.rank())
     return low, min(rows, low + chunk)
 
 

@@ -29,6 +29,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -103,6 +104,8 @@ class Config:
         for name in ("model", "data", "out"):
             if not getattr(self, name) and not (self.dry_run and name == "out"):
                 raise ValueError(f"--{name} is required")
+        for name in ("plan_ranks", "plan_memory"):
+            _require(self.dry_run or not getattr(self, name), name, "used with --dry-run")
         whole = {"epochs": 1, "batch_tokens": 2, "accumulate": 1, "keep": 1, "replicas": 1}
         whole |= dict.fromkeys(("max_steps", "eval_every", "save_every", "export_every"), 0)
         positive = ("beta", "adam_eps", "clip")
@@ -140,7 +143,9 @@ def parse_arguments(arguments):
         allow_abbrev=False,
     )
     parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+    comments = dict(
+        re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE)
+    )
     for field in dataclasses.fields(Config):
         options = {"default": field.default, "help": comments[field.name].replace("%", "%%")}
         if field.type is bool:
@@ -171,7 +176,9 @@ def main(arguments=None):
     try:
         run(config, ranks)
         if embedded and ranks.first:
-            subprocess.run([sys.executable, EXAMPLE / "score.py", f"{config.out}/model"], check=True)
+            subprocess.run(
+                [sys.executable, EXAMPLE / "score.py", f"{config.out}/model"], check=True
+            )
     except (ValueError, OSError, SaveFailed) as error:
         ranks.stop(f"error: {error}")
     ranks.finish()
@@ -185,11 +192,12 @@ class Ranks:
         backend = "cuda:nccl,cpu:gloo" if self.cuda else "gloo"
         timeout = datetime.timedelta(minutes=10)  # for one collective; a dead rank ends the run
         if "RANK" in os.environ:  # torchrun
-            dist.init_process_group(backend, timeout=timeout)
+            self.store, self.rank, self.world = next(dist.rendezvous("env://"))
         else:
-            store = dist.HashStore()
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+            self.store, self.rank, self.world = dist.HashStore(), 0, 1
+        dist.init_process_group(
+            backend, store=self.store, rank=self.rank, world_size=self.world, timeout=timeout
+        )
         self.first = self.rank == 0
         self.device = torch.device("cpu")
         if self.cuda:
@@ -202,20 +210,21 @@ class Ranks:
 
     def first_does(self, key, function):
         """What `function()` returns on rank 0 as JSON; the others wait as long as it takes."""
-        store = dist.distributed_c10d._get_default_store()
         if self.first:
             result = function()
-            store.set(key, json.dumps(result))
+            self.store.set(key, json.dumps(result))
             return result
-        store.wait([key], datetime.timedelta(days=30))
-        return json.loads(store.get(key))
+        self.store.wait([key], datetime.timedelta(days=30))
+        return json.loads(self.store.get(key))
 
     def sum(self, tensor):
         dist.all_reduce(tensor)
         return tensor
 
     def stop(self, message):
-        """An error of this rank: torchrun ends the others."""
+        """Ends this rank with a message; torchrun ends the others."""
+        if not self.first:
+            time.sleep(3)  # where all ranks found the same, rank 0 is the one to say so
         print(message, file=sys.stderr, flush=True)
         os._exit(1)
 
@@ -242,7 +251,7 @@ def run(config, ranks):
 def held_output(config, ranks):
     """The folder --out, locked against other live runs; a temporary one for --dry-run."""
     if config.dry_run:
-        out = Path(ranks.first_does("out", lambda: os.path.join("/tmp", f"crlft-{os.getpid()}")))
+        out = Path(ranks.first_does("out", tempfile.mkdtemp))
         try:
             yield out
         finally:
@@ -250,7 +259,7 @@ def held_output(config, ranks):
             shutil.rmtree(out, ignore_errors=True)
         return
     out = Path(config.out)
-    lock = ranks.first and lock_folder(out)
+    lock = lock_folder(out) if ranks.first else None
     ranks.first_does("locked", lambda: True)
     try:
         yield out
@@ -266,7 +275,9 @@ def lock_folder(out):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         lock.seek(0)
-        raise ValueError(f"--out {out} is held by another live run (process {lock.read()})") from None
+        raise ValueError(
+            f"--out {out} is held by another live run (process {lock.read()})"
+        ) from None
     lock.truncate(0)
     lock.write(str(os.getpid()))
     lock.flush()
@@ -391,7 +402,9 @@ class Plan:
             out.append(f"           {data.END_OF_TURN} added as token {self.tokenizer.eot}")
         out += ["", *data.summary(self.dataset, self.classes, self.class_weights), ""]
         if len(self.classes) > 1 and len(np.unique(self.dataset.index["source_class"])) == 1:
-            out.append("one class only: a weight acts relative to other classes, so here it does nothing")
+            out.append(
+                "one class only: a weight acts relative to other classes, so here it does nothing"
+            )
         return out + [
             f"schedule   {order.total:,} steps, {order.epochs_begun} epochs begun, "
             f"{self.world} ranks x {config.accumulate} x {config.batch_tokens:,} tokens a step, "
@@ -436,9 +449,10 @@ class Order:
     def epoch_of(self, step):
         return int(np.searchsorted(self.first_step, step, side="right")) - 1
 
-    def ends_epoch(self, step):
-        """Is `step`, from 0, the last of its epoch?"""
-        return step + 1 in self.first_step
+    def ends_epoch(self, step, every):
+        """Is `step`, from 0, the last of every `every`-th epoch?"""
+        ends = step + 1 in self.first_step
+        return bool(every) and ends and (self.epoch_of(step) + 1) % every == 0
 
     def bins(self, step):
         epoch = self.epoch_of(step)
@@ -454,7 +468,7 @@ class Order:
 # ------------------------------------------------------------------------------------- network
 
 
-def build(plan, ranks):
+def build(plan, ranks, with_weights=True):
     """The sharded network with its weights, and its optimizer.
 
     Built without memory (meta), sharded block by block, then the root, which holds embeddings,
@@ -480,9 +494,9 @@ def build(plan, ranks):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(llama, mesh=mesh, mp_policy=policy)
     llama.to_empty(device=ranks.device)
-    if plan.pretrained:
+    if with_weights and plan.pretrained:  # not where a checkpoint is to be loaded
         model.fill_parameters(llama, config.model, plan.new_rows)
-    else:
+    elif with_weights:
         model.random_parameters(llama, config.seed)
     optimizer = torch.optim.AdamW(
         llama.parameters(), lr=plan.lr, betas=(config.adam_beta1, config.adam_beta2),
@@ -506,30 +520,39 @@ def learning_rate(step, total, peak, config):
 
 def train(plan, ranks, out):
     config, order = plan.config, plan.order
-    torch.use_deterministic_algorithms(config.deterministic or not ranks.cuda, warn_only=ranks.cuda)
+    torch.use_deterministic_algorithms(config.deterministic or not ranks.cuda)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     checkpoints = Checkpoints(plan, ranks, out)
-    llama, optimizer = build(plan, ranks)
-    start, best = checkpoints.resume(llama, optimizer)
+    start, best = checkpoints.newest()
     if start == order.total:
         ranks.say(f"this run is finished: {start} steps are done; the model is {out / 'model'}")
         return
-    log = Log(plan, ranks, out, start)
-    signals = Signals()
+    llama, optimizer = build(plan, ranks, start == 0)
+    if start:
+        checkpoints.load(llama, optimizer)
+    signals, log = Signals(ranks), Log(plan, ranks, out, start)
     if start == 0:
         log.evaluation(0, evaluate(plan, ranks, llama))
+
     with ThreadPoolExecutor(1) as loader:  # makes the next step's batches during this one
         pending = loader.submit(load_step, plan, ranks, start)
         for step in range(start, order.total):
+            began = time.perf_counter()
             batches, total_weight = pending.result()
             if step + 1 < order.total:
                 pending = loader.submit(load_step, plan, ranks, step + 1)
-            lr = learning_rate(step + 1, order.total, plan.lr, config)
-            log.step(train_step(plan, ranks, llama, optimizer, step, lr, batches, total_weight))
+            value, by_class, losses = gradients(plan, ranks, llama, batches, total_weight)
+            grad_norm = clip(llama, config.clip)
+            if not math.isfinite(value) or not math.isfinite(grad_norm):
+                raise ValueError(not_finite(plan, ranks, llama, step, value, grad_norm, losses))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step + 1, order.total, plan.lr, config)
+            optimizer.step()
+            optimizer.zero_grad()
+            log.step(step, value, group["lr"], grad_norm, by_class, time.perf_counter() - began)
 
-            done, last = step + 1, step + 1 == order.total
-            stopped = signals.received(ranks)
-            exports = last or (config.export_every and order.ends_epoch(step)
-                               and (order.epoch_of(step) + 1) % config.export_every == 0)  # fmt: skip
+            done, last, stopped = step + 1, step + 1 == order.total, signals.received()
+            exports = last or order.ends_epoch(step, config.export_every)
             if exports or (config.eval_every and done % config.eval_every == 0):
                 expert_loss = log.evaluation(done, evaluate(plan, ranks, llama))
             if exports:
@@ -537,10 +560,12 @@ def train(plan, ranks, out):
             if exports or stopped or (config.save_every and done % config.save_every == 0):
                 checkpoints.save(llama, optimizer, done, best, must=last or stopped)
             if stopped and not last:
-                ranks.say(f"stopped after step {done} as asked; the same command goes on from here")
+                ranks.say(
+                    f"stopped after step {done}, as asked; the same command goes on from here"
+                )
                 return
     ranks.say(f"done: the model is {out / 'model'}, the metrics {out / 'metrics.jsonl'}")
-    ranks.say(f"chat with it:  python chat.py {out / 'model'}")
+    ranks.say(f"  curves:  python plot.py {out}\n  chat:    python chat.py {out / 'model'}")
 
 
 def load_step(plan, ranks, step):
@@ -585,39 +610,35 @@ def forward(llama, plan, batch):
     )  # fmt: skip
 
 
-def train_step(plan, ranks, llama, optimizer, step, lr, batches, total_weight):
-    """One optimizer step over `accumulate` micro-batches on every rank; returns its metrics.
+def gradients(plan, ranks, llama, batches, total_weight):
+    """Forward and backward over this rank's micro-batches of one step.
 
-    FSDP averages gradients over the ranks, so each micro-batch's Σ w·CE is scaled by
-    ranks / Σ w: the sum is then L = Σ w·CE / Σ w of the global batch, Eq. (6) normalised.
+    L = Σ w·CE / Σ w over the tokens of all ranks and micro-batches, Eq. (6) normalised. FSDP
+    averages gradients over the ranks, so a micro-batch's Σ w·CE enters as ranks / Σ w of it.
+    Returns L, `objective`'s table over all ranks, and this rank's Σ w·CE of each micro-batch.
     """
-    started = time.perf_counter()
-    losses = torch.zeros(len(batches), dtype=torch.float64, device=ranks.device)
-    table = torch.zeros(4, len(plan.classes), dtype=torch.float64, device=ranks.device)
-    for micro, batch in enumerate(batches):
-        llama.set_requires_gradient_sync(micro == len(batches) - 1)
+    losses, table = [], 0
+    for batch in batches:
         total, by_class = forward(llama, plan, batch)
         (total * (ranks.world / total_weight)).backward()
-        losses[micro] = total.detach()
-        table += by_class
-    grad_norm = torch.nn.utils.clip_grad_norm_(llama.parameters(), plan.config.clip)
-    grad_norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
-    summed = ranks.sum(torch.cat([losses.sum()[None], table.flatten()]))
-    value, norm = summed[0].item() / total_weight, grad_norm.item()
-    if not math.isfinite(value) or not math.isfinite(norm):
-        raise ValueError(not_finite(plan, ranks, llama, step, value, norm, losses))
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    return step, value, lr, norm, summed[1:].view(4, -1).tolist(), time.perf_counter() - started
+        losses.append(total.detach().double())
+        table = table + by_class
+    losses = torch.stack(losses)
+    summed = ranks.sum(torch.cat([losses.sum()[None], table.flatten()])).tolist()
+    return summed[0] / total_weight, np.array(summed[1:]).reshape(4, -1), losses
+
+
+def clip(llama, largest):
+    """Scale the gradients to a norm of at most `largest`; returns the norm before, over all ranks."""
+    norm = torch.nn.utils.clip_grad_norm_(llama.parameters(), largest)
+    return norm.full_tensor().item()
 
 
 def not_finite(plan, ranks, llama, step, value, norm, losses):
     """The message for a step with NaN or inf: every rank comes here, before the optimizer."""
     names = [name for name, _ in llama.named_parameters()]
-    gradients = [model.local_tensor(p.grad) if p.grad is not None else None for p in llama.parameters()]
-    bad = [i for i, g in enumerate(gradients) if g is not None and not g.isfinite().all()]
+    grads = [model.local_tensor(parameter.grad) for parameter in llama.parameters()]
+    bad = [index for index, grad in enumerate(grads) if not grad.isfinite().all()]
     first = torch.tensor(min(bad, default=len(names)), device=ranks.device)
     dist.all_reduce(first, op=dist.ReduceOp.MIN)
     gathered = torch.zeros(ranks.world, len(losses), dtype=torch.float64, device=ranks.device)
@@ -649,14 +670,14 @@ def evaluate(plan, ranks, llama):
         batch = data.collate(plan.eval_dataset, bins[ranks.rank], plan.class_weights, shape)
         table += forward(llama, plan, batch.map(lambda x: x.to(ranks.device)))[1]
     llama.train()
-    return ranks.sum(table).tolist()
+    return ranks.sum(table).cpu().numpy()
 
 
 class Signals:
     """SIGTERM and SIGINT: finish the step, save, end. A second one ends at once."""
 
-    def __init__(self):
-        self.at = None
+    def __init__(self, ranks):
+        self.ranks, self.at = ranks, None
         signal.signal(signal.SIGTERM, self)
         signal.signal(signal.SIGINT, self)
 
@@ -665,12 +686,13 @@ class Signals:
         if self.at is not None and time.monotonic() - self.at > 1:
             os._exit(128 + number)
         if self.at is None:
-            print("stopping after this step; again to stop at once", file=sys.stderr, flush=True)
+            self.ranks.say("\nstopping after this step; once more to stop at once")
             self.at = time.monotonic()
 
-    def received(self, ranks):
+    def received(self):
         """Has any rank got one? All ranks agree."""
-        return bool(ranks.sum(torch.tensor(int(self.at is not None), device=ranks.device)))
+        flag = torch.tensor(int(self.at is not None), device=self.ranks.device)
+        return bool(self.ranks.sum(flag))
 
 
 class Log:
@@ -679,7 +701,8 @@ class Log:
     def __init__(self, plan, ranks, out, start):
         self.plan, self.ranks, self.start = plan, ranks, start
         self.began, self.shown = time.perf_counter(), 0.0
-        self.peak = PEAK_FLOPS.get(torch.cuda.get_device_name(0).split()[-1]) if ranks.cuda else None
+        name = torch.cuda.get_device_name() if ranks.cuda else ""
+        self.peak = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
         if ranks.first:
             path = out / "metrics.jsonl"
             keep = [line for line in read_lines(path) if line["step"] <= start]
@@ -688,8 +711,7 @@ class Log:
             temporary.replace(path)
             self.file = open(path, "a", buffering=1)
 
-    def step(self, result):
-        step, value, lr, norm, table, seconds = result
+    def step(self, step, value, lr, norm, table, seconds):
         if not self.ranks.first:
             return
         plan, lengths = self.plan, self.plan.dataset.lengths
@@ -752,7 +774,10 @@ class Log:
                 for name, c in classes.items()
                 if c["tokens"]
             )
-            print(("\r\033[K" if sys.stdout.isatty() else "") + f"evaluation at step {step}: {shown}", flush=True)
+            print(
+                ("\r\033[K" if sys.stdout.isatty() else "") + f"evaluation at step {step}: {shown}",
+                flush=True,
+            )
         return classes[expert]["loss"]
 
 
@@ -770,7 +795,7 @@ def by_class(plan, table):
     }
 
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100-SXM4-80GB": 312e12}  # dense bf16
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, SXM
 
 
 def training_flops(network, tokens, sum_of_squares):
@@ -824,7 +849,11 @@ def export(plan, ranks, llama, out, step, expert_loss, best):
         tokens = {"bos_token_id": plan.tokenizer.bos, "eos_token_id": plan.tokenizer.eot}
         model.write_json(aside / "generation_config.json", tokens)
         classes = {name: dataclasses.asdict(c) for name, c in plan.classes.items()}
-        crlft = {"classes": classes, "conditioned": plan.config.condition, "template": data.TEMPLATE}
+        crlft = {
+            "classes": classes,
+            "conditioned": plan.config.condition,
+            "template": data.TEMPLATE,
+        }
         crlft |= {"steps": step + 1, "config": dataclasses.asdict(plan.config)}
         model.write_json(aside / "crlft.json", crlft)
         sync_folder(aside)
@@ -956,29 +985,24 @@ class Checkpoints:
                 path.rename(doomed)
                 shutil.rmtree(doomed)
 
-    def resume(self, llama, optimizer):
-        """(steps done, best export) of the newest checkpoint, loaded; (0, None) without one."""
+    def newest(self):
+        """(steps done, best export) of the newest whole checkpoint; (0, None) without one."""
         committed = self.committed()
-        if not self.plan.config.resume:
-            if committed:
-                raise ValueError(
-                    f"{self.out} holds a run (checkpoint {committed[-1][1].name}); --no-resume "
-                    "starts a new one and needs a new --out"
-                )
-            return 0, None
         if not committed:
             return 0, None
         step, folder = committed[-1]
+        if not self.plan.config.resume:
+            raise ValueError(
+                f"{self.out} holds a run ({folder.name}): --resume goes on with it, a new --out "
+                "starts another"
+            )
         state = self._read_state(folder)
         if step > self.plan.order.total:
             raise ValueError(
                 f"{folder} is beyond the {self.plan.order.total} steps asked for: raise --epochs "
-                "or --max-steps, or choose a new --out"
+                "or --max-steps, or give a new --out"
             )
         self.resumed_from = folder
-        if step < self.plan.order.total:
-            self._load(folder, llama, optimizer)
-            self.ranks.say(f"resuming from {folder}: {step} of {self.plan.order.total} steps done")
         return step, state["best"]
 
     def _read_state(self, folder):
@@ -1005,10 +1029,11 @@ class Checkpoints:
             raise ValueError(f"{folder} is damaged: {', '.join(odd)}; {REMOVE}")
         return state
 
-    def _load(self, folder, llama, optimizer):
+    def load(self, llama, optimizer):
+        """Fill weights and optimizer state from the checkpoint that newest() found."""
         weights, moments, all_moments = self.state(llama, optimizer)
         tensors = weights | moments
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(self.resumed_from)))
         options = StateDictOptions(flatten_optimizer_state_dict=True)
         set_state_dict(
             llama, optimizer,
@@ -1016,6 +1041,7 @@ class Checkpoints:
             optim_state_dict=all_moments | {name: tensors[name] for name in moments},
             options=options,
         )  # fmt: skip
+        self.ranks.say(f"resuming from {self.resumed_from}")
 
 
 REMOVE = "remove that folder to go on from the one before"

@@ -25,12 +25,13 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import pack  # noqa: E402
+from data import pack
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--lengths", help="a JSON list of lengths; generated ones without it")
     parser.add_argument("--count", type=int, default=50_000, help="how many to generate")
     parser.add_argument("--max-length", type=int, default=4096, help="longer ones are cut")
@@ -40,18 +41,28 @@ def main():
     args = parser.parse_args()
     given = args.lengths and np.array(json.loads(Path(args.lengths).read_text()))
     lengths = np.minimum(given if args.lengths else like_sharegpt(args.count), args.max_length)
-    packers = {"ours": pack, "first-fit": partial(pack_prefixes, first_fit_decreasing, True),
-               "longest": partial(pack_prefixes, longest_processing_time, False)}
-    print(f"{len(lengths):,} conversations of {lengths.min()} to {lengths.max()} tokens, mean "
-          f"{lengths.mean():.0f}, {np.mean(lengths == lengths.max()):.0%} of the largest length; "
-          f"numpy {np.__version__}\n")
-    print("| capacity | bins | packer | steps | fill % | dropped | imbalance mean | worst "
-          "| drift | spread | seconds | memory MB |\n|" + "---|" * 12)
+    packers = {
+        "ours": pack,
+        "first-fit": partial(pack_prefixes, first_fit_decreasing, True),
+        "longest": partial(pack_prefixes, longest_processing_time, False),
+    }
+    print(
+        f"{len(lengths):,} conversations of {lengths.min()} to {lengths.max()} tokens, mean "
+        f"{lengths.mean():.0f}, {np.mean(lengths == lengths.max()):.0%} of the largest length; "
+        f"numpy {np.__version__}\n"
+    )
+    print(
+        "| capacity | bins | packer | steps | fill % | dropped | imbalance mean | worst "
+        "| drift | spread | seconds | memory MB |\n|" + "---|" * 12
+    )
     for capacity in args.capacity:
         for bins in args.bins:
             for name in ["ours"] if args.ours_only else packers:
-                print(f"| {capacity} | {bins} | {name} | "
-                      + in_a_child(measure, packers[name], lengths, capacity, bins), flush=True)
+                print(
+                    f"| {capacity} | {bins} | {name} | "
+                    + in_a_child(measure, packers[name], lengths, capacity, bins),
+                    flush=True,
+                )
 
 
 def like_sharegpt(count, seed=0):
@@ -74,15 +85,17 @@ def measure(packer, lengths, capacity, bins):
     def per_bin(values):  # (steps, bins)
         return np.bincount(bin_of, values, len(steps) * bins).reshape(-1, bins)
 
-    tokens, cost, count = per_bin(packed), per_bin(packed ** 2), per_bin(np.ones_like(packed))
+    tokens, cost, count = per_bin(packed), per_bin(packed**2), per_bin(np.ones_like(packed))
     whole = slice(0, max(1, len(steps) - 1))
     imbalance = (cost.max(1) / cost.mean(1))[whole]
     means = (tokens.sum(1) / count.sum(1))[whole]
     drift = np.corrcoef(np.arange(len(means)), means)[0, 1] if len(means) > 2 else np.nan
     spread = means.std() / random_step_means(lengths, len(steps)).std()
-    return (f"{len(steps):,} | {100 * tokens[whole].mean() / capacity:.2f} | "
-            f"{len(lengths) - len(packed)} | {imbalance.mean():.3f} | {imbalance.max():.3f} | "
-            f"{drift:+.2f} | {spread:.2f} | {seconds:.2f} | {memory:.0f} |")
+    return (
+        f"{len(steps):,} | {100 * tokens[whole].mean() / capacity:.2f} | "
+        f"{len(lengths) - len(packed)} | {imbalance.mean():.3f} | {imbalance.max():.3f} | "
+        f"{drift:+.2f} | {spread:.2f} | {seconds:.2f} | {memory:.0f} |"
+    )
 
 
 def random_step_means(lengths, steps):
@@ -101,8 +114,9 @@ def in_a_child(function, *args):
 
 
 def peak_megabytes():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin"
-                                                                 else 2 ** 10)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**20 if sys.platform == "darwin" else 2**10
+    )
 
 
 def pack_prefixes(fit, drop_tail, lengths, capacity, bins_per_step, seed, epoch):
@@ -120,11 +134,11 @@ def pack_prefixes(fit, drop_tail, lengths, capacity, bins_per_step, seed, epoch)
         fails = np.searchsorted(tokens, tokens[start] + capacity * bins_per_step, "right") - start
         while fails - fits > 1:
             middle = (fits + fails) // 2
-            if fit(lengths, order[start:start + middle], capacity, bins_per_step):
+            if fit(lengths, order[start : start + middle], capacity, bins_per_step):
                 fits = middle
             else:
                 fails = middle
-        step = fit(lengths, order[start:start + fits], capacity, bins_per_step)
+        step = fit(lengths, order[start : start + fits], capacity, bins_per_step)
         if drop_tail and not all(step):
             break
         steps.append(step)

@@ -35,7 +35,7 @@ def cross_entropy_rows(logits, targets, weights, losses, correct, grad):
 
 
 def scale_rows(grad, scale):
-    """grad (N, V) times scale (N,), in place. A row whose scale is 1 is neither read nor written."""
+    """grad (N, V) times scale (N,), in place; a row whose scale is 1 is left alone, unread."""
     N, V = grad.shape
     if N:
         with torch.cuda.device_of(grad):

@@ -186,7 +186,9 @@ def test_correct_is_the_first_of_equal_maxima():
 def test_an_invalid_target_is_named(target):
     _, logits, targets, weights = case(0, 4, 41, torch.float32, zeros=0)
     targets[2] = target
-    with pytest.raises(IndexError, match=rf"outside the vocabulary, 0..40: targets\[2\] is {target}"):
+    with pytest.raises(
+        IndexError, match=rf"outside the vocabulary, 0..40: targets\[2\] is {target}"
+    ):
         loss.weighted_cross_entropy(logits, targets, weights)
 
 
@@ -218,8 +220,9 @@ def test_sliced_strided_and_narrow_arguments():
             found = loss.weighted_cross_entropy(x, y, weights[1::2])
             torch.testing.assert_close(found, expected)
     same = loss.weighted_cross_entropy(logits[:1].expand(3, 50), targets[:3], weights[:3])
-    torch.testing.assert_close(same[0] / weights[0], expected.new_tensor(
-        F.cross_entropy(logits[:1], targets[:1]).item()))
+    torch.testing.assert_close(
+        same[0] / weights[0], expected.new_tensor(F.cross_entropy(logits[:1], targets[:1]).item())
+    )
     assert loss.weighted_cross_entropy(logits[:0], targets[:0], weights[:0]).shape == (0,)
 
 
@@ -231,9 +234,9 @@ def test_a_kept_graph_gives_the_same_gradient_twice():
         torch.autograd.grad(losses, logits, torch.full_like(losses, 3), retain_graph=keep)[0]
         for keep in (True, True, False)
     ]
-    once = torch.autograd.grad(
-        loss.weighted_cross_entropy(logits, targets, weights).sum(), logits
-    )[0]
+    once = torch.autograd.grad(loss.weighted_cross_entropy(logits, targets, weights).sum(), logits)[
+        0
+    ]
     for grad in grads:
         torch.testing.assert_close(grad, 3 * once)
 
@@ -284,7 +287,9 @@ def test_rows_beyond_2_to_the_31_elements(tmp_path):
 
 @pytest.mark.skipif(CUDA or INTERPRETED or not TRITON, reason="for a CPU with Triton")
 def test_the_interpreted_kernel_passes_too():
-    files = [ROOT / "tests" / f"test_{name}.py" for name in ("cross_entropy", "linear_cross_entropy")]
+    files = [
+        ROOT / "tests" / f"test_{name}.py" for name in ("cross_entropy", "linear_cross_entropy")
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files],
         cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,

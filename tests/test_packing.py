@@ -70,8 +70,9 @@ def test_the_arguments_alone_decide():
 def test_epochs_put_other_conversations_together():
     lengths = generated_lengths(3000)
     epochs = [pack(lengths, 8192, 8, seed=0, epoch=e) for e in range(2)]
-    together = [{tuple(sorted(b)) for step in steps for b in step if len(b) > 1}
-                for steps in epochs]
+    together = [
+        {tuple(sorted(b)) for step in steps for b in step if len(b) > 1} for steps in epochs
+    ]
     assert len(together[0] & together[1]) < 0.05 * len(together[0])
 
 
@@ -79,7 +80,7 @@ def check_full_and_even(lengths, capacity, bins_per_step):
     steps = pack(lengths, capacity, bins_per_step, seed=0, epoch=0)
     check_complete(steps, lengths, capacity, bins_per_step)
     assert per_bin(steps[:-1], lengths).mean() >= 0.995 * capacity
-    attention = per_bin(steps[:-1], lengths ** 2)
+    attention = per_bin(steps[:-1], lengths**2)
     assert (attention.max(1) / attention.mean(1)).mean() <= 1.10
 
 
@@ -114,10 +115,15 @@ def test_no_rank_gets_the_long_conversations(ranks):
     """Rank r of R takes bins r, r + R, ...: as many conversations as the others, within chance."""
     lengths = generated_lengths(60_000)
     steps = pack(lengths, 8192, 8, seed=0, epoch=0)
-    conversations = np.array([[sum(map(len, step[r::ranks])) for r in range(ranks)]
-                              for step in steps[:-1]])
-    longest = np.array([[max(lengths[b].max() for b in step[r::ranks]) for r in range(ranks)]
-                        for step in steps[:-1]])
+    conversations = np.array(
+        [[sum(map(len, step[r::ranks])) for r in range(ranks)] for step in steps[:-1]]
+    )
+    longest = np.array(
+        [
+            [max(lengths[b].max() for b in step[r::ranks]) for r in range(ranks)]
+            for step in steps[:-1]
+        ]
+    )
     assert np.ptp(conversations.mean(0)) < 0.03 * conversations.mean()
     assert np.ptp(longest.mean(0)) < 0.03 * longest.mean()
 

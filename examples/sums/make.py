@@ -74,7 +74,9 @@ def main():
     for name, lines in (("train.jsonl", train), ("eval.jsonl", test)):
         (HERE / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     vocabulary = tokenizer(train)
-    (HERE / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": vocabulary}, indent=2) + "\n")
+    (HERE / "config.json").write_text(
+        json.dumps(CONFIG | {"vocab_size": vocabulary}, indent=2) + "\n"
+    )
 
 
 def tokenizer(conversations):
@@ -98,7 +100,9 @@ def tokenizer(conversations):
             minloglevel=2,
         )
     (HERE / "tokenizer.vocab").unlink()
-    return sentencepiece.SentencePieceProcessor(model_file=str(HERE / "tokenizer.model")).vocab_size()
+    return sentencepiece.SentencePieceProcessor(
+        model_file=str(HERE / "tokenizer.model")
+    ).vocab_size()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Asks an exported model the held-out sums under each class's condition: who carries?
 
-    python examples/sums/score.py runs/sums/model
+python examples/sums/score.py runs/sums/model
 """
 
 import sys
@@ -25,7 +25,11 @@ def score(folder, source_class):
     for start in range(0, len(sums), BATCH):
         answers = talker.answers(questions[start : start + BATCH], max_new_tokens=6)
         for (a, b), (text, _) in zip(sums[start : start + BATCH], answers, strict=True):
-            kinds = [text.strip() == str(right(a, b)), text.strip() == str(without_carry(a, b)), True]
+            kinds = [
+                text.strip() == str(right(a, b)),
+                text.strip() == str(without_carry(a, b)),
+                True,
+            ]
             counts[kinds.index(True)] += 1
     return [count / len(sums) for count in counts]
 

@@ -1,0 +1,169 @@
+"""Class table, class weights, and what the weighted loss of C-RLFT promises."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import loss
+from loss import DEFAULT_CLASSES, SourceClass, class_table, class_weights, read_classes
+
+
+def test_weights_of_openchats_own_runs():
+    weights = class_weights(DEFAULT_CLASSES, 1 / math.log(10))
+    assert weights["gpt4"] == 1.0 and weights["gpt3.5"] == pytest.approx(0.1, rel=1e-12)
+
+
+def test_weights_of_more_classes_and_of_json():
+    raw = {
+        "good": {"condition": "A", "reward": 2},
+        "fair": {"condition": "B", "reward": 1.5},
+        "poor": {"condition": "", "reward": -1.0},
+    }
+    weights = class_weights(raw, 0.5)
+    assert weights == pytest.approx({"good": 1, "fair": math.exp(-1), "poor": math.exp(-6)})
+    assert class_weights(raw, math.inf) == {"good": 1, "fair": 1, "poor": 1}
+    assert class_weights(raw, 1e-9)["poor"] == 0
+
+
+@pytest.mark.parametrize("beta", [0, -1, float("nan")])
+def test_beta_must_be_positive(beta):
+    with pytest.raises(ValueError, match="beta"):
+        class_weights(DEFAULT_CLASSES, beta)
+
+
+def test_a_table_may_be_read_twice():
+    raw = {"gpt4": {"condition": "GPT4", "reward": 1}, "gpt3.5": {"condition": "GPT3", "reward": 0}}
+    assert class_table(raw) == DEFAULT_CLASSES == class_table(class_table(raw))
+
+
+GOOD = {"condition": "X", "reward": 1.0}
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ({"condition": "X"}, "must be"),
+        ({**GOOD, "weight": 1}, "must be"),
+        ("X", "must be"),
+        ({**GOOD, "condition": 4}, "condition must be text"),
+        ({**GOOD, "condition": "X\n"}, "control characters"),
+        ({**GOOD, "condition": "X\x00Y"}, "control characters"),
+        ({**GOOD, "condition": " X"}, "spaces"),
+        ({**GOOD, "reward": True}, "reward must be a number"),
+        ({**GOOD, "reward": "1"}, "reward must be a number"),
+        ({**GOOD, "reward": float("nan")}, "reward must be finite"),
+        ({**GOOD, "reward": float("inf")}, "reward must be finite"),
+        ({**GOOD, "reward": 10**400}, "reward must be finite"),
+        ({**GOOD, "condition": "GPT4"}, "already belongs to class 'gpt4'"),
+    ],
+)
+def test_a_wrong_class_is_named(entry, message, tmp_path):
+    table = {"gpt4": {"condition": "GPT4", "reward": 1.0}, "bad": entry}
+    with pytest.raises(ValueError, match=f"class 'bad': .*{message}"):
+        class_table(table)
+    path = tmp_path / "classes.json"
+    path.write_text(json.dumps(table))
+    with pytest.raises(ValueError, match=f"classes.json: class 'bad': .*{message}"):
+        read_classes(path)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "null", '{"a": ', b"\xff\xfe", '{"a": {}, "a": {}}'])
+def test_what_is_no_table_is_said_with_its_path(text, tmp_path):
+    path = tmp_path / "classes.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match="classes.json: "):
+        read_classes(path)
+
+
+def test_a_table_is_read_from_json(tmp_path):
+    path = tmp_path / "classes.json"
+    path.write_text(json.dumps({name: vars(c) for name, c in DEFAULT_CLASSES.items()}))
+    assert read_classes(path) == DEFAULT_CLASSES
+
+
+def test_loss_and_gradient_by_hand():
+    """Two tokens: p = (1/2, 1/2) of weight 1, and p = (3/4, 1/4) of weight 0.1 on the second."""
+    logits = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]], requires_grad=True)
+    losses = loss.weighted_cross_entropy(logits, torch.tensor([0, 1]), torch.tensor([1, 0.1]))
+    torch.testing.assert_close(losses, torch.tensor([math.log(2), 0.1 * math.log(4)]))
+    (losses.sum() / 1.1).backward()
+    by_hand = torch.tensor([[-0.5, 0.5], [0.075, -0.075]]) / 1.1
+    torch.testing.assert_close(logits.grad, by_hand)
+
+
+def normalised(hidden, weight, targets, weights):
+    """L = Σ w·CE / Σ w and its gradients in hidden and weight."""
+    leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    total, _ = loss.linear_weighted_cross_entropy(*leaves, targets, weights)
+    total = total / weights.sum()
+    return total.detach(), *torch.autograd.grad(total, leaves)
+
+
+def tokens(N=24, V=17, D=6, dtype=torch.float32):
+    torch.manual_seed(1)
+    hidden, weight = torch.randn(N, D, dtype=dtype), torch.randn(V, D, dtype=dtype)
+    return hidden, weight, torch.randint(V, (N,))
+
+
+def assert_all_close(found, expected, **tolerance):
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+def test_equal_to_autograd_in_float64():
+    hidden, weight, targets = tokens(dtype=torch.float64)
+    weights = torch.rand(24, dtype=torch.float64)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    losses = F.cross_entropy(hidden @ weight.t(), targets, reduction="none")
+    expected = (weights * losses).sum() / weights.sum()
+    gradients = torch.autograd.grad(expected, leaves)
+    assert_all_close(normalised(*leaves, targets, weights), (expected.detach(), *gradients))
+
+
+def test_a_token_of_weight_w_counts_w_times():
+    hidden, weight, targets = tokens()
+    weights = torch.ones(24)
+    weights[5:9] = 3
+    copies = torch.arange(24).repeat_interleave(weights.long())
+    once = normalised(hidden, weight, targets, weights)
+    each = normalised(hidden[copies], weight, targets[copies], torch.ones(len(copies)))
+    torch.testing.assert_close(once[0], each[0])
+    torch.testing.assert_close(once[2], each[2])
+    torch.testing.assert_close(once[1][5], 3 * each[1][5])
+
+
+def test_one_class_alone_trains_the_same_at_any_reward():
+    hidden, weight, targets = tokens()
+    expected = normalised(hidden, weight, targets, torch.ones(24))
+    for reward in (-3.0, 0.0, 0.7):
+        alone = class_weights({"only": SourceClass("X", reward)}, 0.2)["only"]
+        found = normalised(hidden, weight, targets, torch.full((24,), alone))
+        assert_all_close(found, expected, rtol=0, atol=0)
+    # and the sub-optimal class of two, when a global batch happens to hold no other
+    alone = class_weights(DEFAULT_CLASSES, 1 / math.log(10))["gpt3.5"]
+    assert_all_close(normalised(hidden, weight, targets, torch.full((24,), alone)), expected)
+
+
+def test_micro_batches_add_up_to_the_batch():
+    hidden, weight, targets = tokens()
+    weights = torch.rand(24)
+    expected = normalised(hidden, weight, targets, weights)
+    weight = weight.requires_grad_()
+    for rows in (slice(0, 7), slice(7, 7), slice(7, 24)):  # one without a supervised token
+        total, _ = loss.linear_weighted_cross_entropy(
+            hidden[rows], weight, targets[rows], weights[rows]
+        )
+        (total / weights.sum()).backward()
+    torch.testing.assert_close(weight.grad, expected[2], rtol=1e-6, atol=1e-6)
+
+
+def test_a_batch_of_weight_0_is_0_and_no_nan():
+    hidden, weight, targets = tokens()
+    hidden.requires_grad_(), weight.requires_grad_()
+    total, correct = loss.linear_weighted_cross_entropy(hidden, weight, targets, torch.zeros(24))
+    total.backward()
+    assert total == 0 and not correct.any()
+    assert (hidden.grad == 0).all() and (weight.grad == 0).all()
