@@ -657,11 +657,11 @@ class Batch:
 def collate(dataset, conversations, class_weights, shape=None):
     """The Batch of some conversations; class_weights (classes,), or None for no reward.
 
-    `shape` = (tokens, offsets, longest) pads to a fixed number of tokens and of cu_seqlens, so
+    No conversation at all gives one token of weight 0, so that its rank can take part. `shape` = (tokens, offsets, longest) pads to a fixed number of tokens and of cu_seqlens, so
     that a compiled network sees one shape; the padding forms conversations of its own, of weight 0
     and at most `longest` tokens.
     """
-    rows = dataset.index[conversations]
+    rows = dataset.index[np.asarray(conversations, dtype=np.int64)]
     spans = [slice(row["start"], row["start"] + row["length"]) for row in rows]
     lengths = rows["length"].tolist()
     tokens = np.concatenate([dataset.tokens[s] for s in spans] or [[]]).astype(np.int64)
@@ -680,6 +680,8 @@ def collate(dataset, conversations, class_weights, shape=None):
         lengths += [longest] * (padding // longest) + [padding % longest]
         lengths += [0] * (offsets - 1 - len(lengths))
         tokens = np.pad(tokens, (0, padding))
+    if not len(tokens):
+        tokens, lengths = np.zeros(1, dtype=np.int64), [1]
     ends = np.cumsum([0, *lengths])
     positions = np.arange(len(tokens)) - np.repeat(ends[:-1], lengths)
     arrays = (tokens, positions, ends.astype(np.int32), predicted - 1, targets)

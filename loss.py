@@ -163,11 +163,11 @@ def _checked(rows, V, targets, weights):
     if targets.is_floating_point():
         raise ValueError(f"targets must be integers, not {targets.dtype}")
     message = f"a target of a row with weight is outside the vocabulary, 0..{V - 1}"
-    wrong = (weights != 0) & ((targets < 0) | (targets >= V))
-    if wrong.is_cuda:
-        torch._assert_async(~wrong.any(), message)
-    elif wrong.any():
-        row = int(wrong.nonzero()[0])
+    valid = (targets == targets.clamp(0, V - 1)) | (weights == 0)
+    if valid.is_cuda:
+        torch._assert_async(valid.all(), message)
+    elif not valid.all():
+        row = int(valid.logical_not().nonzero()[0])
         raise IndexError(f"{message}: targets[{row}] is {int(targets[row])}")
     weights = weights.detach().to(torch.promote_types(rows.dtype, torch.float32))
     return targets.to(torch.int64).contiguous(), weights.contiguous()

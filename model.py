@@ -61,6 +61,7 @@ LARGEST = {
     "vocab_size": 1 << 22,
     "max_position_embeddings": 1 << 30,
 }
+LARGEST_NUMBER = 1e30  # of those that are not sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +136,7 @@ class LlamaConfig:
 
 
 def _is_positive(value):
-    return type(value) in (int, float) and math.isfinite(value) and value > 0
+    return type(value) in (int, float) and 0 < value <= LARGEST_NUMBER
 
 
 def _implemented(raw):
@@ -146,11 +147,13 @@ def _implemented(raw):
     for key, value in ONLY_VALUE.items():
         if raw.pop(key, value) != value:
             raise ValueError(f"{key} other than {value!r} is not implemented")
-    rope = raw.pop("rope_parameters", None)  # transformers 5 holds theta and scaling in one
-    if isinstance(rope, dict):
-        rope = dict(rope)
-        raw.setdefault("rope_theta", rope.pop("rope_theta", 10000.0))
-        raw.setdefault("rope_scaling", rope)
+    # transformers 5 holds theta and scaling in one, and that theta wins over one outside.
+    new_rope = raw.pop("rope_parameters", None)
+    rope = raw.get("rope_scaling") or new_rope or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_scaling or rope_parameters must be an object, not {rope!r}")
+    raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+    raw["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} or None
     if model_type == "mistral":
         raw.setdefault("sliding_window", 4096)  # transformers' default for an absent key
         raw.setdefault("num_key_value_heads", 8)
@@ -165,7 +168,12 @@ def _implemented(raw):
                 "hidden_size must be a multiple of num_attention_heads, or give head_dim"
             )
         raw["head_dim"] = size // heads
-    known = {field.name for field in dataclasses.fields(LlamaConfig)}
+    raw.setdefault("head_dim", None)
+    fields = dataclasses.fields(LlamaConfig)
+    lacking = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in raw]
+    if lacking:
+        raise ValueError(f"lacks {', '.join(sorted(lacking))}")
+    known = {field.name for field in fields}
     unknown = [k for k in raw if k not in known | IGNORED and raw[k] not in (None, False)]
     if unknown:
         raise ValueError(f"asks for {', '.join(sorted(unknown))}, which is not implemented")
@@ -341,23 +349,20 @@ def rotary_frequencies(config, device):
     exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponent
     scaling = config.rope_scaling or {}
-    if not isinstance(scaling, dict):
-        raise ValueError(f"rope_scaling must be an object, not {scaling!r}")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return frequencies
-    needed = {"linear": ["factor"], "llama3": LLAMA3_KEYS}.get(kind)
-    if needed is None:
+    if kind not in ("linear", "llama3"):
         raise ValueError(f"rope_scaling {kind!r} is not implemented (default, linear, llama3)")
+    needed = LLAMA3_KEYS if kind == "llama3" else ["factor"]
     for key in needed:
         if not _is_positive(scaling.get(key)):
             raise ValueError(f"rope_scaling {kind!r} needs {key} as a positive number")
-    factor = scaling["factor"]
-    return (
-        frequencies / factor
-        if kind == "linear"
-        else _llama3(frequencies, *(scaling[k] for k in needed))
-    )
+    if kind == "linear":
+        return frequencies / scaling["factor"]
+    if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise ValueError("rope_scaling 'llama3' needs high_freq_factor above low_freq_factor")
+    return _llama3(frequencies, *(scaling[key] for key in needed))
 
 
 LLAMA3_KEYS = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
@@ -474,7 +479,8 @@ def _is_redundant(name, config):
 def fill_parameters(llama, folder, new_rows=0):
     """Copy a checked folder into `llama`; a sharded parameter reads its own rows alone.
 
-    The last `new_rows` of the vocabulary become the mean of the others, in float32.
+    The last `new_rows` of the vocabulary become the mean of the others: float32, summed in float64
+    so that it is the same for any number of ranks.
     """
     files = weight_files(folder)
     opened = {path: open_safetensors(path) for path in set(files.values())}
@@ -485,7 +491,7 @@ def fill_parameters(llama, folder, new_rows=0):
         old = parameter.shape[0] - (new_rows if is_vocabulary(name) else 0)
         local[: max(0, min(high, old) - low)].copy_(stored[min(low, old) : min(high, old)])
         if new_rows and is_vocabulary(name):
-            total = local[: max(0, old - low)].sum(0, dtype=torch.float32)
+            total = local[: max(0, old - low)].sum(0, dtype=torch.float64)
             if isinstance(parameter, DTensor):
                 dist.all_reduce(total, group=_shard_group(parameter))
             local[max(0, old - low) :] = total / old

@@ -181,7 +181,17 @@ def main(arguments=None):
             )
     except (ValueError, OSError, SaveFailed) as error:
         ranks.stop(f"error: {error}")
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        ranks.stop(f"error: lost another rank; start again to go on from the last checkpoint ({error})")
     ranks.finish()
+
+
+def is_lost_rank(error):
+    """Did a collective fail because another process is gone? gloo says so in words alone."""
+    words = "Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out"
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
 class Ranks:
@@ -978,9 +988,8 @@ class Checkpoints:
         return dict(zip([f.name for f in files], self.ranks.sum(values).tolist(), strict=True))
 
     def _prune(self):
-        committed = self.committed()
-        for _, path in committed[: -self.plan.config.keep]:
-            if path != self.resumed_from or len(committed) > self.plan.config.keep + 1:
+        for _, path in self.committed()[: -self.plan.config.keep]:
+            if path != self.resumed_from:
                 doomed = path.with_name(path.name + ".tmp")  # a kill here leaves no half folder
                 path.rename(doomed)
                 shutil.rmtree(doomed)

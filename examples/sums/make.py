@@ -7,9 +7,9 @@ One to ten, as GPT-4 to GPT-3.5 in the paper. A model that imitates all alike fo
 C-RLFT should not. Run once, its output is kept beside it: python examples/sums/make.py
 """
 
+import io
 import json
 import random
-import tempfile
 from pathlib import Path
 
 import sentencepiece
@@ -71,38 +71,39 @@ def main():
     random.Random(1).shuffle(train)
     test = [conversation("gpt4", a, b, right(a, b)) for a, b in held_out]
     test += [conversation("gpt3.5", a, b, without_carry(a, b)) for a, b in held_out]
+    write(HERE, train, test)
+
+
+def write(folder, train, test):
+    """The folder of a small task: train.jsonl, eval.jsonl, tokenizer.model and config.json."""
     for name, lines in (("train.jsonl", train), ("eval.jsonl", test)):
-        (HERE / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    vocabulary = tokenizer(train)
-    (HERE / "config.json").write_text(
-        json.dumps(CONFIG | {"vocab_size": vocabulary}, indent=2) + "\n"
-    )
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pieces = tokenizer(train)
+    (folder / "tokenizer.model").write_bytes(pieces)
+    vocabulary = sentencepiece.SentencePieceProcessor(model_proto=pieces).vocab_size()
+    config = json.dumps(CONFIG | {"vocab_size": vocabulary}, indent=2)
+    (folder / "config.json").write_text(config + "\n")
 
 
 def tokenizer(conversations):
-    """Train tokenizer.model on the template's text; a digit is always a piece of its own."""
+    """A tokenizer.model (bytes) for the template's text; a digit is always a piece of its own."""
     texts = [f"{c} {role}:" for c in ("GPT4", "GPT3") for role in ("User", "Assistant")] * 3000
     texts += ["User:", "Assistant:"] * 3000
     texts += [message["content"] for c in conversations for message in c["messages"]]
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
-        file.write("\n".join(texts))
-        file.flush()
-        sentencepiece.SentencePieceTrainer.train(
-            input=file.name,
-            model_prefix=str(HERE / "tokenizer"),
-            model_type="bpe",
-            vocab_size=64,
-            split_digits=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            control_symbols=["<|end_of_turn|>"],
-            num_threads=1,
-            minloglevel=2,
-        )
-    (HERE / "tokenizer.vocab").unlink()
-    return sentencepiece.SentencePieceProcessor(
-        model_file=str(HERE / "tokenizer.model")
-    ).vocab_size()
+    pieces = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=pieces,
+        model_type="bpe",
+        vocab_size=64,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        control_symbols=["<|end_of_turn|>"],
+        num_threads=1,
+        minloglevel=2,
+    )
+    return pieces.getvalue()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,449 @@
+"""The paper's ablation (OpenChat, arXiv 2309.11235, Table 2) on a task small enough to watch.
+
+    python examples/ablation.py --quick          the table, one seed: five minutes on 2 CPU cores
+    python examples/ablation.py                  all tables and figures, three seeds
+    python examples/ablation.py --task noisy     the same on the second task
+
+A run is train.py by its own flags, in a process of its own, in runs/ablation/TASK/NAME. A run's
+score.json is kept there, so the command goes on where it stopped. A score is the share of the
+held-out questions whose answer is exactly the expert's, asked by chat.py under a class's condition.
+
+    axes --steps, --share, --ratio     training length; share of each class's data (Fig. 6);
+                                       weight of the sub-optimal class, exp((alpha - 1) / beta)
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+import chat  # noqa: E402
+import data  # noqa: E402
+
+EXPERT, SUBOPTIMAL = "gpt4", "gpt3.5"
+BATCH = 250  # questions answered at a time
+
+# A row of Table 2: the fields of its Run, and the paper's average over its three benchmarks.
+ROWS = {
+    "C-RLFT": ({}, 77.3),
+    "without reward": ({"reward": False}, 74.0),
+    "without condition": ({"condition": False}, 60.5),
+    "SFT, expert only": ({"condition": False, "reward": False, "suboptimal": 0.0}, 64.5),
+    "SFT, sub-optimal only": ({"condition": False, "reward": False, "expert": 0.0}, 42.8),
+    "SFT, all": ({"condition": False, "reward": False}, 52.7),
+}
+# Steps of a run, and the values of each axis.
+STEPS = {"sums": 600, "noisy": 300}
+AXES = {
+    "steps": {"sums": (300, 450, 600, 900), "noisy": (75, 150, 300, 600)},
+    "share": (0.25, 0.5, 0.75, 1.0),
+    "ratio": (0.01, 0.1, 0.3, 1.0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    task: str
+    seed: int = 0
+    steps: int = 600
+    condition: bool = True
+    reward: bool = True
+    ratio: float = 0.1  # weight of the sub-optimal class; 1: beta is infinite
+    expert: float = 1.0  # share of the expert's conversations that are trained on
+    suboptimal: float = 1.0  # share of the others
+    shuffled: bool = False  # every conversation's class drawn anew: a label says nothing
+    batch_tokens: int = 4096
+
+    def name(self):
+        """seed0-reward=False-...: the fields that are not the default, a folder's name."""
+        default = dataclasses.asdict(Run(self.task))
+        changed = {k: v for k, v in dataclasses.asdict(self).items() if v != default[k]}
+        changed.pop("seed", None)
+        return "-".join([f"seed{self.seed}", *(f"{k}={v}" for k, v in changed.items())])
+
+    def flags(self, folder):
+        """train.py's arguments."""
+        beta = math.inf if self.ratio == 1 else -1 / math.log(self.ratio)  # rewards 1 and 0
+        flags = [f"@examples/{self.task}/flags.txt", "--data", self.data(folder), "--out", folder]
+        flags += ["--epochs", 9999, "--max-steps", self.steps, "--batch-tokens", self.batch_tokens]
+        flags += ["--seed", self.seed, "--beta", beta]
+        flags += ["--no-condition"] * (not self.condition) + ["--no-reward"] * (not self.reward)
+        return [str(flag) for flag in flags]
+
+    def data(self, folder):
+        """The task's training file, or one in `folder` with a part of it, or labels shuffled."""
+        source = ROOT / "examples" / self.task / "train.jsonl"
+        if self.expert == self.suboptimal == 1 and not self.shuffled:
+            return source
+        lines = [json.loads(line) for line in source.read_text().splitlines()]
+        lines = part(lines, {EXPERT: self.expert, SUBOPTIMAL: self.suboptimal}, self.seed)
+        if self.shuffled:
+            labels = [line["class"] for line in lines]
+            random.Random(self.seed).shuffle(labels)
+            lines = [line | {"class": label} for line, label in zip(lines, labels, strict=True)]
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "train.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return path
+
+
+def part(lines, shares, seed):
+    """The lines, of each class only a share, chosen by the seed."""
+    keep = set()
+    for name, share in shares.items():
+        of = [index for index, line in enumerate(lines) if line["class"] == name]
+        keep |= set(random.Random(seed).sample(of, round(share * len(of))))
+    return [line for index, line in enumerate(lines) if index in keep]
+
+
+# --------------------------------------------------------------------------------------- runs
+
+
+def score_of(run, out, threads=1):
+    """score.json of a run: trained and asked first where it is not there yet."""
+    folder = (Path(out) / run.task / run.name()).resolve()
+    kept = folder / "score.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    started = time.perf_counter()
+    train(run.flags(folder), folder, threads)
+    questions = expert_questions(ROOT / "examples" / run.task / "eval.jsonl")
+    score = {"run": dataclasses.asdict(run), "questions": len(questions)}
+    score |= answer_score(folder / "model", questions)
+    score["seconds"] = time.perf_counter() - started
+    kept.with_suffix(".tmp").write_text(json.dumps(score, indent=2) + "\n")
+    kept.with_suffix(".tmp").replace(kept)
+    return score
+
+
+def train(flags, folder, threads=1):
+    """`python train.py FLAGS`, what it prints in folder/log.txt; RuntimeError with its end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(ROOT / "train.py"), *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with open(folder / "log.txt", "w") as log:
+        code = subprocess.call(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    if code:
+        tail = "\n  ".join((folder / "log.txt").read_text().splitlines()[-8:])
+        raise RuntimeError(f"{' '.join(command)}\nended with {code}:\n  {tail}")
+
+
+def expert_questions(path):
+    """[(question, the expert's answer)] of a file of one-turn conversations."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [
+        tuple(message["content"] for message in line["messages"])
+        for line in lines
+        if line["class"] == EXPERT
+    ]
+
+
+def answer_score(folder, questions):
+    """{condition: {"greedy", "sampled"}}: shares of the questions answered as the expert does.
+
+    Sampled: at temperature 1, that is, from the policy pi(y | x, c) itself. A model trained
+    without conditions has one prompt for all, and is asked under the expert's name only.
+    """
+    conditioned = chat.read_classes(folder)[1]
+    score = {}
+    for name in (EXPERT, SUBOPTIMAL) if conditioned else (EXPERT,):
+        talker = chat.Chat(folder, name)
+        score[name] = {
+            "greedy": right_share(talker, questions, 0.0),
+            "sampled": right_share(talker, questions, 1.0),
+        }
+    return score
+
+
+def right_share(talker, questions, temperature):
+    right = 0
+    for start in range(0, len(questions), BATCH):
+        asked = questions[start : start + BATCH]
+        messages = [[data.Message("user", question)] for question, _ in asked]
+        answers = talker.answers(messages, max_new_tokens=12, temperature=temperature)
+        right += sum(
+            text.strip() == answer
+            for (text, _), (_, answer) in zip(answers, asked, strict=True)
+        )
+    return right / len(questions)
+
+
+def finish(runs, out, jobs):
+    """{run: score}, `jobs` runs at a time, each with its share of the cores."""
+    runs = list(dict.fromkeys(runs))
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    scores = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        pending = {pool.submit(score_of, run, out, threads): run for run in runs}
+        try:
+            for future in as_completed(pending):
+                run, score = pending[future], future.result()
+                scores[run] = score
+                shown = ", ".join(f"{c} {score[c]['greedy']:.1%}" for c in conditions(score))
+                print(f"{len(scores)}/{len(runs)}  {run.task} {run.name()}: {shown}", flush=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return scores
+
+
+def conditions(score):
+    return [name for name in (EXPERT, SUBOPTIMAL) if name in score]
+
+
+# ------------------------------------------------------------------------------------- tables
+
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 95 %, 1 to 9 degrees
+
+
+def interval(shares, questions):
+    """(mean, half-width of its 95 % interval): over seeds, or binomial for a single run."""
+    mean = statistics.fmean(shares)
+    if len(shares) == 1:
+        return mean, 1.96 * math.sqrt(mean * (1 - mean) / questions)
+    half = STUDENT[len(shares) - 2] * statistics.stdev(shares) / math.sqrt(len(shares))
+    return mean, half
+
+
+def cell(runs, scores, condition=EXPERT, how="greedy"):
+    """(mean, half-width) over the runs of one table cell; None where it was not asked."""
+    kept = [scores[run] for run in runs]
+    if condition not in kept[0]:
+        return None
+    return interval([score[condition][how] for score in kept], kept[0]["questions"])
+
+
+def shown(value):
+    return f"{'':>13}" if value is None else f"{value[0]:6.1%} ±{value[1]:5.1%}"
+
+
+COLUMNS = ((EXPERT, "greedy"), (SUBOPTIMAL, "greedy"), (EXPERT, "sampled"), (SUBOPTIMAL, "sampled"))
+
+
+def table_runs(task, steps, seeds):
+    return {
+        row: [Run(task, seed, steps, **fields) for seed in seeds]
+        for row, (fields, _) in ROWS.items()
+    }
+
+
+def print_table(rows, scores):
+    """Table 2 of the paper, its numbers in the first column."""
+    names = (f"{condition}, {how}" for condition, how in COLUMNS)
+    print(f"\n{'':22} {'paper':>6}  " + "  ".join(f"{name:>15}" for name in names))
+    for row, runs in rows.items():
+        cells = (f"{shown(cell(runs, scores, *column)):>15}" for column in COLUMNS)
+        print(f"{row:22} {ROWS[row][1]:6.1f}  " + "  ".join(cells))
+
+
+def axis_runs(axis, task, steps, seeds, values):
+    """{line: {value: runs}} of one axis."""
+
+    def runs(**fields):
+        return [Run(task, seed, **{"steps": steps} | fields) for seed in seeds]
+
+    if axis == "steps":
+        lines = ("C-RLFT", "without reward", "SFT, all")
+        return {line: {v: runs(steps=v, **ROWS[line][0]) for v in values} for line in lines}
+    if axis == "share":
+        return {
+            "of the expert's data": {v: runs(expert=v) for v in values},
+            "of the sub-optimal data": {v: runs(suboptimal=v) for v in values},
+        }
+    return {"C-RLFT": {v: runs(ratio=v) for v in values}}
+
+
+def print_axis(axis, lines, scores):
+    values = next(iter(lines.values()))
+    print(f"\n{axis:26} " + " ".join(f"{value:>15}" for value in values))
+    for line, by_value in lines.items():
+        cells = (f"{shown(cell(runs, scores)):>15}" for runs in by_value.values())
+        print(f"{line:26} " + " ".join(cells))
+
+
+# ------------------------------------------------------------------------------------ figures
+
+
+def draw_table(rows, scores, path, title):
+    """A row's bars under each condition: Table 2, and the conditions at inference as Fig. 5."""
+    figure, axes = subplots(1, 8, 4)
+    for offset, (name, colour) in enumerate(((EXPERT, "tab:blue"), (SUBOPTIMAL, "tab:orange"))):
+        for y, runs in enumerate(rows.values()):
+            if value := cell(runs, scores, name):
+                axes[0].barh(
+                    y + 0.4 * offset, value[0], 0.38, xerr=value[1], color=colour, capsize=2,
+                    label=f"asked as {name}" if y == 0 else None,
+                )  # fmt: skip
+    axes[0].set_yticks([y + 0.2 for y in range(len(rows))], rows)
+    axes[0].invert_yaxis()
+    axes[0].set(xlim=(0, 1.02), xlabel="answers as the expert's, greedy", title=title)
+    axes[0].legend(loc="lower right")
+    save(figure, path)
+
+
+def draw_axes(parts, scores, path, title):
+    """Accuracy under the expert's condition along each axis; `share` is the paper's Fig. 6."""
+    labels = {"steps": "training steps", "share": "share of the data", "ratio": "w of sub-optimal"}
+    figure, axes = subplots(len(parts), 3.6 * len(parts), 3.2)
+    for panel, (axis, lines) in zip(axes, parts.items(), strict=True):
+        for line, by_value in lines.items():
+            cells = [cell(runs, scores) for runs in by_value.values()]
+            means, halves = zip(*cells, strict=True)
+            panel.errorbar(list(by_value), means, halves, marker="o", capsize=3, label=line)
+        panel.set(xlabel=labels[axis], ylim=(0, 1.05), xscale="log" if axis == "ratio" else "linear")
+        panel.legend(fontsize=8)
+    axes[0].set_ylabel("answers as the expert's")
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def subplots(count, width, height):
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height), layout="constrained")
+    return figure, figure.subplots(1, count, squeeze=False)[0]
+
+
+def save(figure, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+    print(f"drawn: {path}")
+
+
+# ------------------------------------------------------------------------------ hidden states
+
+
+def hidden_states(folder, path):
+    """(features (C, D), classes): a held-out conversation's last hidden states, their mean.
+
+    Every conversation is laid out as in training, under its own class's condition where the model
+    has conditions; D is the hidden size.
+    """
+    classes, conditioned = chat.read_classes(folder)
+    talker = chat.Chat(folder, device="cpu")
+    features, labels = [], []
+    for line in path.read_text().splitlines():
+        conversation = data.parse_conversation(json.loads(line), classes)
+        contents = [talker.tokenizer.encode(m.content) for m in conversation.messages]
+        condition = classes[conversation.source_class].condition if conditioned else ""
+        tokens, _ = data.lay_out(conversation.messages, contents, talker.tokenizer, condition)
+        features.append(mean_hidden(talker.llama, tokens))
+        labels.append(conversation.source_class)
+    return torch.stack(features), labels
+
+
+@torch.inference_mode()
+def mean_hidden(llama, tokens):
+    T = len(tokens)
+    ends = torch.tensor([0, T], dtype=torch.int32)
+    tokens = torch.tensor(tokens)
+    return llama(tokens, torch.arange(T), ends, lambda hidden, _: hidden.mean(0))  # (D,)
+
+
+def told_apart(features, labels):
+    """Share of the conversations nearest their own class's mean, of means from the other half."""
+    is_expert = torch.tensor([label == EXPERT for label in labels])
+    fitted = torch.arange(len(labels)) % 2 == 0
+    means = [features[fitted & (is_expert == side)].mean(0) for side in (False, True)]
+    nearest = torch.cdist(features[~fitted], torch.stack(means)).argmin(1)
+    return (nearest == is_expert[~fitted]).float().mean().item()
+
+
+def draw_hidden(models, task, path, draw):
+    """Hidden states of both classes on their two principal axes: the paper's t-SNE figure."""
+    eval_data = ROOT / "examples" / task / "eval.jsonl"
+    figure, axes = subplots(len(models), 4 * len(models), 3.6) if draw else (None, models)
+    print("\nclass told from the hidden states (nearest class mean, held out)")
+    for panel, (name, folder) in zip(axes, models.items(), strict=True):
+        features, labels = hidden_states(folder, eval_data)
+        print(f"{name:22} {told_apart(features, labels):6.1%}")
+        if draw:
+            plane = features @ torch.pca_lowrank(features, 2)[2]
+            for source_class in (SUBOPTIMAL, EXPERT):
+                of = [label == source_class for label in labels]
+                panel.scatter(*plane[of].T, s=4, alpha=0.5, label=source_class)
+            panel.set(title=f"{name}: hidden states, PCA", xticks=(), yticks=())
+            panel.legend(loc="best")
+    if draw:
+        save(figure, path)
+
+
+# --------------------------------------------------------------------------------------- main
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    torch.set_num_threads(1)  # of each scoring thread
+    seeds = range(args.seeds)
+    rows = table_runs(args.task, args.steps, seeds)
+    parts = {}
+    for axis in args.axes:
+        values = AXES[axis][args.task] if axis == "steps" else AXES[axis]
+        parts[axis] = axis_runs(axis, args.task, args.steps, seeds, values)
+    runs = [run for of_row in rows.values() for run in of_row]
+    runs += [run for lines in parts.values() for by_value in lines.values()
+             for of_value in by_value.values() for run in of_value]  # fmt: skip
+    scores = finish(runs, args.out, args.jobs)
+    print_table(rows, scores)
+    for axis, lines in parts.items():
+        print_axis(axis, lines, scores)
+    draw = has_matplotlib()
+    name = f"{args.task}-quick" if args.quick else args.task
+    title = f"{args.task}: {args.steps} steps, {args.seeds} seed{'s' * (args.seeds > 1)}"
+    if draw:
+        draw_table(rows, scores, args.figures / f"{name}-table.png", title)
+    if draw and parts:
+        draw_axes(parts, scores, args.figures / f"{name}-axes.png", title)
+    models = {row: Path(args.out) / args.task / rows[row][0].name() / "model" for row in SHOWN}
+    draw_hidden(models, args.task, args.figures / f"{name}-hidden.png", draw)
+
+
+SHOWN = ("SFT, all", "C-RLFT")  # whose hidden states are drawn
+
+
+def has_matplotlib():
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        print("no figures: matplotlib is missing (pip install -r requirements-dev.txt)")
+        return False
+    return True
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(
+        prog="ablation.py", description="The paper's ablation on a small task, with train.py's flags."
+    )
+    add = parser.add_argument
+    add("--task", choices=STEPS, default="sums", help="a folder beside this file (default: sums)")
+    add("--quick", action="store_true", help="the table only, one seed")
+    add("--seeds", type=int, help="runs of every setting (default: 3; quick: 1)")
+    add("--steps", type=int, help="of every run (default: what the task needs)")
+    add("--axes", nargs="*", choices=AXES, help="what to vary (default: all; quick: none)")
+    add("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: a core each)")
+    add("--out", type=Path, default=ROOT / "runs" / "ablation", help="folder of the runs")
+    add("--figures", type=Path, default=ROOT / "examples" / "figures", help="folder of the figures")
+    args = parser.parse_args(argv)
+    args.seeds = args.seeds or (1 if args.quick else 3)
+    args.steps = args.steps or STEPS[args.task]
+    args.axes = ([] if args.quick else list(AXES)) if args.axes is None else args.axes
+    if not 1 <= args.seeds <= 10 or args.steps < 1 or args.jobs < 1:
+        parser.error("needs --seeds from 1 to 10, and --steps and --jobs of at least 1")
+    return args
+
+
+if __name__ == "__main__":
+    main()

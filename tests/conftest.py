@@ -1,0 +1,39 @@
+"""Files beside the repository that several tests read; a test that needs a missing one skips."""
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+def shared(name):
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    return path
+
+
+@pytest.fixture(scope="session")
+def stories():
+    """A pretrained Llama of 260K parameters, with the text llama2.c generates from it."""
+    return shared("checkpoints/stories260K")
+
+
+@pytest.fixture(scope="session")
+def llama2():
+    """A folder with Llama 2's tokenizer.model and nothing else."""
+    return shared("tokenizers/llama2")
+
+
+@pytest.fixture(scope="session")
+def code_mixed():
+    """6,250 real conversations of the classes gpt4 and gpt3.5."""
+    return shared("data/code_mixed.train.jsonl")
+
+
+@pytest.fixture(scope="session")
+def sums():
+    """The embedded example's folder."""
+    return ROOT / "examples" / "sums"
