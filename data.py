@@ -502,27 +502,20 @@ class _Writer:
             self.state |= json.loads((folder / "progress.json").read_text())
 
     def run(self, paths, classes, report):
-        state, read_before = self.state, 0
-        sizes = {
-            "tokens": state["tokens"],
-            "weights": state["tokens"],
-            "index": state["conversations"],
-        }
+        state = self.state
+        sizes = {"tokens": state["tokens"], "weights": state["tokens"]}
+        sizes["index"] = state["conversations"]
         with contextlib.ExitStack() as stack:
             self.files = {}
             for name, dtype in ARRAYS.items():
                 file = stack.enter_context(open(self.folder / f"{name}.bin", "ab"))
                 file.truncate(sizes[name] * dtype.itemsize)
                 self.files[name] = file
+            self.bytes_before = 0
             for number, path in enumerate(paths):
                 if number >= state["file"]:
-                    self._read_file(
-                        number,
-                        path,
-                        classes,
-                        lambda at: report(read_before + at, state["conversations"]),
-                    )  # noqa: B023
-                read_before += path.stat().st_size
+                    self._read_file(number, path, classes, report)
+                self.bytes_before += path.stat().st_size
         if state["bad"] and not self.skip_bad:
             shutil.rmtree(self.folder)
             raise BadData(state["problems"], state["bad"])
@@ -552,12 +545,12 @@ class _Writer:
                 self._append(number, block)
                 state |= {"file": number, "offset": offset, "line": line_number}
                 self._commit()
-                report(offset)
+                report(self.bytes_before + offset, state["conversations"])
                 block, size = [], 0
         self._append(number, block)
         state |= {"file": number + 1, "offset": 0, "line": 0}
         self._commit()
-        report(path.stat().st_size)
+        report(self.bytes_before + path.stat().st_size, state["conversations"])
 
     def _append(self, number, block):
         """Tokenize a block of (line, conversation) and append it to the three arrays."""
@@ -657,9 +650,10 @@ class Batch:
 def collate(dataset, conversations, class_weights, shape=None):
     """The Batch of some conversations; class_weights (classes,), or None for no reward.
 
-    No conversation at all gives one token of weight 0, so that its rank can take part. `shape` = (tokens, offsets, longest) pads to a fixed number of tokens and of cu_seqlens, so
-    that a compiled network sees one shape; the padding forms conversations of its own, of weight 0
-    and at most `longest` tokens.
+    No conversation at all gives one token of weight 0, so that its rank can take part. `shape` =
+    (tokens, offsets, longest) pads to a fixed number of tokens and of cu_seqlens, so that a
+    compiled network sees one shape; the padding forms conversations of its own, of weight 0 and
+    at most `longest` tokens.
     """
     rows = dataset.index[np.asarray(conversations, dtype=np.int64)]
     spans = [slice(row["start"], row["start"] + row["length"]) for row in rows]
@@ -794,7 +788,8 @@ def summary(dataset, classes, class_weights):
     index, report = dataset.index, dataset.report
     total = dataset.total_weight(slice(None), class_weights) or 1.0
     out = [
-        f"{'class':14} {'condition':14} {'conversations':>13} {'tokens':>12} {'supervised':>12} {'w':>8} {'weight mass':>11}"
+        f"{'class':14} {'condition':14} {'conversations':>13} {'tokens':>12} {'supervised':>12} "
+        f"{'w':>8} {'weight mass':>11}"
     ]
     for number, (name, source) in enumerate(classes.items()):
         of = np.flatnonzero(index["source_class"] == number)
@@ -813,13 +808,15 @@ def summary(dataset, classes, class_weights):
     )
     if report["cut"]:
         out.append(
-            f"cut at the maximum length: {report['cut']:,} conversations, {report['tokens_cut']:,} tokens lost"
+            f"cut at the maximum length: {report['cut']:,} conversations, "
+            f"{report['tokens_cut']:,} tokens lost"
         )
     if report["without_answer"]:
         out.append(f"dropped, no answer left to learn: {report['without_answer']:,} conversations")
     if report["bad"]:
         out.append(
-            f"dropped as bad (--skip-bad): {report['bad']:,} lines, the first {report['problems'][0]}"
+            f"dropped as bad (--skip-bad): {report['bad']:,} lines, the first "
+            f"{report['problems'][0]}"
         )
     return out
 
@@ -934,9 +931,8 @@ def run_preview(args):
         print("\n".join(summary(dataset, classes, weights)))
         steps = pack(dataset.lengths, args.batch_tokens, args.ranks, seed=0, epoch=0)
         fill = dataset.lengths.sum() / (len(steps) * args.ranks * args.batch_tokens)
-        print(
-            f"packing: {len(steps):,} steps of {args.ranks} x {args.batch_tokens:,} tokens, {fill:.2%} full"
-        )
+        shape = f"{args.ranks} x {args.batch_tokens:,} tokens"
+        print(f"packing: {len(steps):,} steps of {shape}, {fill:.2%} full")
         print("\nnot learned: dim; learned: bright, with its weight w\n" if sys.stdout.isatty() else
               "\nlearned: ⟦between these⟧, with its weight w\n")  # fmt: skip
         for conversation in varied(dataset, args.show):

@@ -145,11 +145,11 @@ def _one_dtype(hidden, weight):
 
 def _step_for(tensor):
     """What works on the elements of the logits: the Triton kernel, or its plain PyTorch."""
-    if tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
-        if tensor.dtype != torch.float64:  # the kernel computes in float32
-            import kernels.cross_entropy
+    kernel_runs = tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    if kernel_runs and tensor.dtype != torch.float64:  # the kernel computes in float32
+        import kernels.cross_entropy
 
-            return kernels.cross_entropy
+        return kernels.cross_entropy
     return PlainStep
 
 

@@ -181,10 +181,12 @@ def main(arguments=None):
             )
     except (ValueError, OSError, SaveFailed) as error:
         ranks.stop(f"error: {error}")
+    except KeyboardInterrupt:
+        ranks.stop("interrupted")
     except RuntimeError as error:
         if not is_lost_rank(error):
             raise
-        ranks.stop(f"error: lost another rank; start again to go on from the last checkpoint ({error})")
+        ranks.stop(f"error: lost another rank; the same command goes on from here ({error})")
     ranks.finish()
 
 
@@ -247,8 +249,7 @@ class Ranks:
 
 
 def run(config, ranks):
-    with contextlib.ExitStack() as stack:
-        out = stack.enter_context(held_output(config, ranks))
+    with held_output(config, ranks) as out:
         plan = Plan(config, ranks, out)
         ranks.say("\n".join(plan.describe()))
         if config.dry_run:
@@ -261,21 +262,14 @@ def run(config, ranks):
 def held_output(config, ranks):
     """The folder --out, locked against other live runs; a temporary one for --dry-run."""
     if config.dry_run:
-        out = Path(ranks.first_does("out", tempfile.mkdtemp))
-        try:
-            yield out
-        finally:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(ranks.first_does("out", lambda: folder))
             dist.barrier()
-            shutil.rmtree(out, ignore_errors=True)
         return
     out = Path(config.out)
-    lock = lock_folder(out) if ranks.first else None
-    ranks.first_does("locked", lambda: True)
-    try:
+    with lock_folder(out) if ranks.first else contextlib.nullcontext():
+        ranks.first_does("locked", lambda: True)
         yield out
-    finally:
-        if lock:
-            lock.close()
 
 
 def lock_folder(out):
@@ -308,14 +302,13 @@ class Plan:
         self.class_weights = np.array(list(weights.values())) if config.reward else None
         self.tokenizer = data.Tokenizer(config.model)
         self.network, self.new_rows = self._network()
-        self.max_length = config.max_length or min(
-            4096, config.batch_tokens, self.network.max_position_embeddings
-        )
-        _require(self.max_length <= self.network.max_position_embeddings, "max_length",
-                 f"at most the model's {self.network.max_position_embeddings} positions")  # fmt: skip
+        positions = self.network.max_position_embeddings
+        self.max_length = config.max_length or min(4096, config.batch_tokens, positions)
+        _require(self.max_length <= positions, "max_length", f"within the model's {positions}")
         self.dataset = self._dataset("data", ranks, out)
         self.eval_dataset = self._dataset("eval_data", ranks, out) if config.eval_data else None
         self.order = Order(self.dataset.lengths, config, self.world * config.accumulate)
+        self.shape = self.order.fixed_shape(self.max_length) if self.compile else None
         self.lr = float(config.lr) if config.lr != "auto" else self._auto_lr()
         self.recompute = config.recompute if config.recompute >= 0 else self._blocks_to_recompute()
 
@@ -419,7 +412,8 @@ class Plan:
             f"schedule   {order.total:,} steps, {order.epochs_begun} epochs begun, "
             f"{self.world} ranks x {config.accumulate} x {config.batch_tokens:,} tokens a step, "
             f"conversations up to {self.max_length:,} tokens",
-            f"optimizer  AdamW, peak learning rate {self.lr:.3g}{' (auto)' * (config.lr == 'auto')}",
+            f"optimizer  AdamW, peak learning rate {self.lr:.3g}"
+            + (" (OpenChat's rule)" if config.lr == "auto" else ""),
             f"memory     about {total / 2**30:.2f} GiB a rank{fits}: {parts}; "
             f"{self.recompute} of {network.num_hidden_layers} blocks recomputed",
             "",
@@ -548,18 +542,20 @@ def train(plan, ranks, out):
         pending = loader.submit(load_step, plan, ranks, start)
         for step in range(start, order.total):
             began = time.perf_counter()
-            batches, total_weight = pending.result()
+            bins, batches, total_weight = pending.result()
             if step + 1 < order.total:
                 pending = loader.submit(load_step, plan, ranks, step + 1)
             value, by_class, losses = gradients(plan, ranks, llama, batches, total_weight)
             grad_norm = clip(llama, config.clip)
             if not math.isfinite(value) or not math.isfinite(grad_norm):
-                raise ValueError(not_finite(plan, ranks, llama, step, value, grad_norm, losses))
+                where = f"step {step + 1}: loss {value}, gradient norm {grad_norm}"
+                raise ValueError(where + not_finite(plan, ranks, llama, bins, losses))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step + 1, order.total, plan.lr, config)
             optimizer.step()
             optimizer.zero_grad()
-            log.step(step, value, group["lr"], grad_norm, by_class, time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            log.step(step, bins, value, group["lr"], grad_norm, by_class, seconds)
 
             done, last, stopped = step + 1, step + 1 == order.total, signals.received()
             exports = last or order.ends_epoch(step, config.export_every)
@@ -579,19 +575,18 @@ def train(plan, ranks, out):
 
 
 def load_step(plan, ranks, step):
-    """This rank's batches of a step, and Σ w over all of the step's tokens.
+    """All bins of a step, this rank's batches of them, and Σ w over all of the step's tokens.
 
     Every rank knows every bin, so the normaliser of the loss needs no communication.
     """
     bins, device = plan.order.bins(step), ranks.device
     total_weight = sum(plan.dataset.total_weight(b, plan.class_weights) for b in bins)
-    shape = plan.order.fixed_shape(plan.max_length) if plan.compile else None
     mine = bins[ranks.rank :: ranks.world]
-    batches = [data.collate(plan.dataset, b, plan.class_weights, shape) for b in mine]
+    batches = [data.collate(plan.dataset, b, plan.class_weights, plan.shape) for b in mine]
     if ranks.cuda:
         batches = [b.map(torch.Tensor.pin_memory) for b in batches]
         batches = [b.map(lambda x: x.to(device, non_blocking=True)) for b in batches]
-    return batches, total_weight
+    return bins, batches, total_weight or 1.0
 
 
 def objective(batch, classes):
@@ -639,13 +634,13 @@ def gradients(plan, ranks, llama, batches, total_weight):
 
 
 def clip(llama, largest):
-    """Scale the gradients to a norm of at most `largest`; returns the norm before, over all ranks."""
+    """Scale the gradients to a norm of at most `largest`; returns the norm they had."""
     norm = torch.nn.utils.clip_grad_norm_(llama.parameters(), largest)
     return norm.full_tensor().item()
 
 
-def not_finite(plan, ranks, llama, step, value, norm, losses):
-    """The message for a step with NaN or inf: every rank comes here, before the optimizer."""
+def not_finite(plan, ranks, llama, bins, losses):
+    """What to say of a step with NaN or inf; every rank comes here, before the optimizer."""
     names = [name for name, _ in llama.named_parameters()]
     grads = [model.local_tensor(parameter.grad) for parameter in llama.parameters()]
     bad = [index for index, grad in enumerate(grads) if not grad.isfinite().all()]
@@ -654,16 +649,15 @@ def not_finite(plan, ranks, llama, step, value, norm, losses):
     gathered = torch.zeros(ranks.world, len(losses), dtype=torch.float64, device=ranks.device)
     gathered[ranks.rank] = losses
     ranks.sum(gathered)
-    bins = plan.order.bins(step)
     suspects = (~gathered.T.flatten().isfinite()).nonzero()[:, 0].tolist() or range(len(bins))
     conversations = [c for b in suspects for c in bins[b]]
     where = "\n  ".join(plan.dataset.where(c) for c in conversations[:20])
     more = f"\n  ... and {len(conversations) - 20} more" if len(conversations) > 20 else ""
     parameter = names[first] if first < len(names) else "none"
     return (
-        f"step {step + 1}: loss {value}, gradient norm {norm}; the first parameter with a "
-        f"non-finite gradient is {parameter}. The weights were not changed; the last checkpoint "
-        f"is untouched. Try a lower --lr, or look at the conversations of this batch:\n  {where}{more}"
+        f"; the first parameter with a non-finite gradient is {parameter}. The weights were not "
+        "changed, the last checkpoint is untouched. Try a lower --lr, or look at the conversations "
+        f"of this batch:\n  {where}{more}"
     )
 
 
@@ -674,10 +668,9 @@ def evaluate(plan, ranks, llama):
         return None
     lengths = plan.eval_dataset.lengths
     table = torch.zeros(4, len(plan.classes), dtype=torch.float64, device=ranks.device)
-    shape = plan.order.fixed_shape(plan.max_length) if plan.compile else None
     llama.eval()
     for bins in data.pack(lengths, plan.config.batch_tokens, ranks.world, 0, 0):
-        batch = data.collate(plan.eval_dataset, bins[ranks.rank], plan.class_weights, shape)
+        batch = data.collate(plan.eval_dataset, bins[ranks.rank], plan.class_weights, plan.shape)
         table += forward(llama, plan, batch.map(lambda x: x.to(ranks.device)))[1]
     llama.train()
     return ranks.sum(table).cpu().numpy()
@@ -721,11 +714,11 @@ class Log:
             temporary.replace(path)
             self.file = open(path, "a", buffering=1)
 
-    def step(self, step, value, lr, norm, table, seconds):
+    def step(self, step, bins, value, lr, norm, table, seconds):
         if not self.ranks.first:
             return
         plan, lengths = self.plan, self.plan.dataset.lengths
-        conversations = np.concatenate(plan.order.bins(step)).astype(np.int64)
+        conversations = np.concatenate(bins).astype(np.int64)
         tokens = int(lengths[conversations].sum())
         squares = float((lengths[conversations].astype(np.float64) ** 2).sum())
         flops = training_flops(plan.network, tokens, squares) / seconds / self.ranks.world
@@ -929,7 +922,9 @@ class Checkpoints:
         """What a resumed run must share, with the flags that set it."""
         plan, config = self.plan, self.plan.config
         return {
-            "data and tokenizer (--data, --model, --max-length, --no-condition)": plan.dataset.folder.name,
+            "data and tokenizer (--data, --model, --max-length, --no-condition)": (
+                plan.dataset.folder.name
+            ),
             "classes (--classes)": {n: dataclasses.asdict(c) for n, c in plan.classes.items()},
             "weights (--beta, --no-reward)": [config.beta if config.reward else None],
             "order of the data (--seed)": config.seed,

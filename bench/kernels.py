@@ -107,18 +107,6 @@ def launch_alone(logits, targets, weights):
     return lambda: ce.cross_entropy_rows(logits, targets, weights, losses, correct, grad)
 
 
-def launch_alone(logits, targets, weights):
-    losses, correct = torch.empty_like(weights), torch.empty_like(weights, dtype=torch.bool)
-    grad = ce.empty_gradient(logits)
-    return lambda: ce.cross_entropy_rows(logits, targets, weights, losses, correct, grad)
-
-
-def launch_alone(logits, targets, weights):
-    losses, correct = torch.empty_like(weights), torch.empty_like(weights, dtype=torch.bool)
-    grad = ce.empty_gradient(logits)
-    return lambda: ce.cross_entropy_rows(logits, targets, weights, losses, correct, grad)
-
-
 def linear_table():
     for N, D, V in LINEAR_SHAPES:
         for p in SHARES:

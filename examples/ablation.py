@@ -8,8 +8,8 @@ A run is train.py by its own flags, in a process of its own, in runs/ablation/TA
 score.json is kept there, so the command goes on where it stopped. A score is the share of the
 held-out questions whose answer is exactly the expert's, asked by chat.py under a class's condition.
 
-    axes --steps, --share, --ratio     training length; share of each class's data (Fig. 6);
-                                       weight of the sub-optimal class, exp((alpha - 1) / beta)
+    --axes steps share ratio      what is varied: training length; the share of each class's data
+                                  (Fig. 6); the weight of the sub-optimal class, exp((alpha-1)/beta)
 """
 
 import argparse
@@ -56,36 +56,35 @@ AXES = {
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    task: str
+    task: str  # folder with flags.txt, train.jsonl and eval.jsonl, such as examples/sums
+    steps: int
     seed: int = 0
-    steps: int = 600
     condition: bool = True
     reward: bool = True
     ratio: float = 0.1  # weight of the sub-optimal class; 1: beta is infinite
     expert: float = 1.0  # share of the expert's conversations that are trained on
     suboptimal: float = 1.0  # share of the others
-    shuffled: bool = False  # every conversation's class drawn anew: a label says nothing
-    batch_tokens: int = 4096
+    shuffled: bool = False  # the class labels permuted over all conversations
 
-    def name(self):
-        """seed0-reward=False-...: the fields that are not the default, a folder's name."""
-        default = dataclasses.asdict(Run(self.task))
-        changed = {k: v for k, v in dataclasses.asdict(self).items() if v != default[k]}
-        changed.pop("seed", None)
-        return "-".join([f"seed{self.seed}", *(f"{k}={v}" for k, v in changed.items())])
+    def folder(self, out):
+        """OUT/TASK/600steps-seed0-reward=False: named by the fields that are not the default."""
+        default = Run(self.task, self.steps, self.seed)
+        fields = dataclasses.asdict(self).items()
+        changed = [f"{key}={value}" for key, value in fields if value != getattr(default, key)]
+        name = "-".join([f"{self.steps}steps", f"seed{self.seed}", *changed])
+        return Path(out).resolve() / Path(self.task).name / name
 
     def flags(self, folder):
         """train.py's arguments."""
         beta = math.inf if self.ratio == 1 else -1 / math.log(self.ratio)  # rewards 1 and 0
-        flags = [f"@examples/{self.task}/flags.txt", "--data", self.data(folder), "--out", folder]
-        flags += ["--epochs", 9999, "--max-steps", self.steps, "--batch-tokens", self.batch_tokens]
-        flags += ["--seed", self.seed, "--beta", beta]
+        flags = [f"@{self.task}/flags.txt", "--data", self.data(folder), "--out", folder]
+        flags += ["--epochs", 9999, "--max-steps", self.steps, "--seed", self.seed, "--beta", beta]
         flags += ["--no-condition"] * (not self.condition) + ["--no-reward"] * (not self.reward)
         return [str(flag) for flag in flags]
 
     def data(self, folder):
         """The task's training file, or one in `folder` with a part of it, or labels shuffled."""
-        source = ROOT / "examples" / self.task / "train.jsonl"
+        source = ROOT / self.task / "train.jsonl"
         if self.expert == self.suboptimal == 1 and not self.shuffled:
             return source
         lines = [json.loads(line) for line in source.read_text().splitlines()]
@@ -112,18 +111,16 @@ def part(lines, shares, seed):
 # --------------------------------------------------------------------------------------- runs
 
 
-def score_of(run, out, threads=1):
-    """score.json of a run: trained and asked first where it is not there yet."""
-    folder = (Path(out) / run.task / run.name()).resolve()
+def score_of(run, out, judge, threads=1):
+    """score.json of a run: trained, and judged by `judge(run, folder)`, where it is not there."""
+    folder = run.folder(out)
     kept = folder / "score.json"
     if kept.exists():
         return json.loads(kept.read_text())
     started = time.perf_counter()
     train(run.flags(folder), folder, threads)
-    questions = expert_questions(ROOT / "examples" / run.task / "eval.jsonl")
-    score = {"run": dataclasses.asdict(run), "questions": len(questions)}
-    score |= answer_score(folder / "model", questions)
-    score["seconds"] = time.perf_counter() - started
+    score = {"run": dataclasses.asdict(run), "seconds": time.perf_counter() - started}
+    score |= judge(run, folder)
     kept.with_suffix(".tmp").write_text(json.dumps(score, indent=2) + "\n")
     kept.with_suffix(".tmp").replace(kept)
     return score
@@ -141,6 +138,28 @@ def train(flags, folder, threads=1):
         raise RuntimeError(f"{' '.join(command)}\nended with {code}:\n  {tail}")
 
 
+def answers_as_expert(run, folder):
+    """{condition: {"greedy", "sampled"}}: shares of the questions answered as the expert does.
+
+    Sampled: at temperature 1, that is, from the policy pi(y | x, c) itself. A model trained
+    without conditions has one prompt for all, and is asked under the expert's name only.
+    """
+    questions = expert_questions(ROOT / run.task / "eval.jsonl")
+    score = {"questions": len(questions)}
+    for name in conditions(folder / "model"):
+        talker = chat.Chat(folder / "model", name)
+        score[name] = {
+            "greedy": right_share(talker, questions, 0.0),
+            "sampled": right_share(talker, questions, 1.0),
+        }
+    return score
+
+
+def conditions(model):
+    conditioned = chat.read_classes(model)[1]
+    return (EXPERT, SUBOPTIMAL) if conditioned else (EXPERT,)
+
+
 def expert_questions(path):
     """[(question, the expert's answer)] of a file of one-turn conversations."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -151,23 +170,6 @@ def expert_questions(path):
     ]
 
 
-def answer_score(folder, questions):
-    """{condition: {"greedy", "sampled"}}: shares of the questions answered as the expert does.
-
-    Sampled: at temperature 1, that is, from the policy pi(y | x, c) itself. A model trained
-    without conditions has one prompt for all, and is asked under the expert's name only.
-    """
-    conditioned = chat.read_classes(folder)[1]
-    score = {}
-    for name in (EXPERT, SUBOPTIMAL) if conditioned else (EXPERT,):
-        talker = chat.Chat(folder, name)
-        score[name] = {
-            "greedy": right_share(talker, questions, 0.0),
-            "sampled": right_share(talker, questions, 1.0),
-        }
-    return score
-
-
 def right_share(talker, questions, temperature):
     right = 0
     for start in range(0, len(questions), BATCH):
@@ -175,33 +177,29 @@ def right_share(talker, questions, temperature):
         messages = [[data.Message("user", question)] for question, _ in asked]
         answers = talker.answers(messages, max_new_tokens=12, temperature=temperature)
         right += sum(
-            text.strip() == answer
-            for (text, _), (_, answer) in zip(answers, asked, strict=True)
+            text.strip() == answer for (text, _), (_, answer) in zip(answers, asked, strict=True)
         )
     return right / len(questions)
 
 
-def finish(runs, out, jobs):
+def finish(runs, out, jobs, judge=answers_as_expert):
     """{run: score}, `jobs` runs at a time, each with its share of the cores."""
     runs = list(dict.fromkeys(runs))
     threads = max(1, (os.cpu_count() or 1) // jobs)
     scores = {}
-    with ThreadPoolExecutor(jobs) as pool:
-        pending = {pool.submit(score_of, run, out, threads): run for run in runs}
+    with ThreadPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        pending = {pool.submit(score_of, run, out, judge, threads): run for run in runs}
         try:
             for future in as_completed(pending):
                 run, score = pending[future], future.result()
                 scores[run] = score
-                shown = ", ".join(f"{c} {score[c]['greedy']:.1%}" for c in conditions(score))
-                print(f"{len(scores)}/{len(runs)}  {run.task} {run.name()}: {shown}", flush=True)
+                asked = [name for name in (EXPERT, SUBOPTIMAL) if name in score]
+                first = ", ".join(f"{c} {next(iter(score[c].values())):.1%}" for c in asked)
+                print(f"{len(scores)}/{len(runs)}  {run.folder(out).name}: {first}", flush=True)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     return scores
-
-
-def conditions(score):
-    return [name for name in (EXPERT, SUBOPTIMAL) if name in score]
 
 
 # ------------------------------------------------------------------------------------- tables
@@ -235,7 +233,7 @@ COLUMNS = ((EXPERT, "greedy"), (SUBOPTIMAL, "greedy"), (EXPERT, "sampled"), (SUB
 
 def table_runs(task, steps, seeds):
     return {
-        row: [Run(task, seed, steps, **fields) for seed in seeds]
+        row: [Run(task, steps, seed, **fields) for seed in seeds]
         for row, (fields, _) in ROWS.items()
     }
 
@@ -252,8 +250,8 @@ def print_table(rows, scores):
 def axis_runs(axis, task, steps, seeds, values):
     """{line: {value: runs}} of one axis."""
 
-    def runs(**fields):
-        return [Run(task, seed, **{"steps": steps} | fields) for seed in seeds]
+    def runs(steps=steps, **fields):
+        return [Run(task, steps, seed, **fields) for seed in seeds]
 
     if axis == "steps":
         lines = ("C-RLFT", "without reward", "SFT, all")
@@ -303,7 +301,9 @@ def draw_axes(parts, scores, path, title):
             cells = [cell(runs, scores) for runs in by_value.values()]
             means, halves = zip(*cells, strict=True)
             panel.errorbar(list(by_value), means, halves, marker="o", capsize=3, label=line)
-        panel.set(xlabel=labels[axis], ylim=(0, 1.05), xscale="log" if axis == "ratio" else "linear")
+        panel.set(
+            xlabel=labels[axis], ylim=(0, 1.05), xscale="log" if axis == "ratio" else "linear"
+        )
         panel.legend(fontsize=8)
     axes[0].set_ylabel("answers as the expert's")
     figure.suptitle(title)
@@ -362,9 +362,8 @@ def told_apart(features, labels):
     return (nearest == is_expert[~fitted]).float().mean().item()
 
 
-def draw_hidden(models, task, path, draw):
+def draw_hidden(models, eval_data, path, draw):
     """Hidden states of both classes on their two principal axes: the paper's t-SNE figure."""
-    eval_data = ROOT / "examples" / task / "eval.jsonl"
     figure, axes = subplots(len(models), 4 * len(models), 3.6) if draw else (None, models)
     print("\nclass told from the hidden states (nearest class mean, held out)")
     for panel, (name, folder) in zip(axes, models.items(), strict=True):
@@ -386,13 +385,12 @@ def draw_hidden(models, task, path, draw):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    torch.set_num_threads(1)  # of each scoring thread
-    seeds = range(args.seeds)
-    rows = table_runs(args.task, args.steps, seeds)
+    task, seeds = f"examples/{args.task}", range(args.seeds)
+    rows = table_runs(task, args.steps, seeds)
     parts = {}
     for axis in args.axes:
         values = AXES[axis][args.task] if axis == "steps" else AXES[axis]
-        parts[axis] = axis_runs(axis, args.task, args.steps, seeds, values)
+        parts[axis] = axis_runs(axis, task, args.steps, seeds, values)
     runs = [run for of_row in rows.values() for run in of_row]
     runs += [run for lines in parts.values() for by_value in lines.values()
              for of_value in by_value.values() for run in of_value]  # fmt: skip
@@ -407,8 +405,8 @@ def main(argv=None):
         draw_table(rows, scores, args.figures / f"{name}-table.png", title)
     if draw and parts:
         draw_axes(parts, scores, args.figures / f"{name}-axes.png", title)
-    models = {row: Path(args.out) / args.task / rows[row][0].name() / "model" for row in SHOWN}
-    draw_hidden(models, args.task, args.figures / f"{name}-hidden.png", draw)
+    models = {row: rows[row][0].folder(args.out) / "model" for row in SHOWN}
+    draw_hidden(models, ROOT / task / "eval.jsonl", args.figures / f"{name}-hidden.png", draw)
 
 
 SHOWN = ("SFT, all", "C-RLFT")  # whose hidden states are drawn
@@ -425,7 +423,8 @@ def has_matplotlib():
 
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(
-        prog="ablation.py", description="The paper's ablation on a small task, with train.py's flags."
+        prog="ablation.py",
+        description="The paper's ablation on a small task, with train.py's flags.",
     )
     add = parser.add_argument
     add("--task", choices=STEPS, default="sums", help="a folder beside this file (default: sums)")

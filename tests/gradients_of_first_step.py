@@ -18,7 +18,7 @@ def main():
     with train.held_output(config, ranks) as out:
         plan = train.Plan(config, ranks, Path(out))
         llama, _ = train.build(plan, ranks)
-        batches, total_weight = train.load_step(plan, ranks, 0)
+        _, batches, total_weight = train.load_step(plan, ranks, 0)
         loss, table, _ = train.gradients(plan, ranks, llama, batches, total_weight)
         tensors = {name: p.grad.full_tensor() for name, p in llama.named_parameters()}
         tensors |= {"loss": torch.tensor(loss), "table": torch.tensor(table)}

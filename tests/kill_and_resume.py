@@ -91,7 +91,9 @@ def compared(out):
     found = {"step": newest.name}
     for path in [*newest.glob("*.safetensors"), *(out / "model").glob("*.safetensors")]:
         tensors = load_file(path)
-        bits = {name: t.reshape(-1).view(torch.uint8).numpy().tobytes() for name, t in tensors.items()}
+        bits = {
+            name: t.reshape(-1).view(torch.uint8).numpy().tobytes() for name, t in tensors.items()
+        }
         found |= {f"{path.name} {name}": value for name, value in bits.items()}
     lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     found["metrics"] = [{k: v for k, v in line.items() if k not in TIMING} for line in lines]

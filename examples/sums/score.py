@@ -9,9 +9,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
+from make import held_out_sums, right, without_carry  # noqa: E402
+
 import chat  # noqa: E402
 import data  # noqa: E402
-from make import held_out_sums, right, without_carry  # noqa: E402
 
 BATCH = 250
 

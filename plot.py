@@ -1,0 +1,119 @@
+"""Curves of one run or of several, drawn from their metrics.jsonl.
+
+    python plot.py RUN                  RUN/curves.png
+    python plot.py RUN [RUN...]         laid over each other, in the first one's curves.png
+    python plot.py RUN --to FILE.png
+
+Panels: loss and token accuracy by class (lines: training, smoothed; dots: held out), each class's
+share of the weight, learning rate, gradient norm, tokens a second. A class keeps its colour over
+all panels, a run its line style.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+STYLES = ("-", "--", ":", "-.")
+COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
+
+
+def read(run):
+    """(steps, evaluations) of a run's folder: the lines of its metrics.jsonl, each a dict."""
+    path = Path(run) / "metrics.jsonl"
+    lines = []
+    for number, text in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            print(f"{path}:{number}: not JSON, left out with what follows", file=sys.stderr)
+            break  # a live run's last line may be half written
+    steps = [line for line in lines if "eval" not in line]
+    if not steps:
+        raise ValueError(f"{path}: no step is logged yet")
+    return steps, [line for line in lines if "eval" in line]
+
+
+def draw(runs, path):
+    """All curves of `runs`, [(name, (steps, evaluations))], into a PNG."""
+    from matplotlib.figure import Figure  # no pyplot: it would look for a window system
+
+    figure = Figure((12, 6.5), layout="constrained")
+    panels = dict(zip(PANELS, figure.subplots(2, 3).flat, strict=True))
+    for (name, (steps, evaluations)), style in zip(runs, itertools.cycle(STYLES)):
+        for key in ("lr", "grad_norm", "tokens_per_second"):
+            curve(panels[key], steps, [step[key] for step in steps], style, "black", name)
+        for source_class, colour in zip(steps[0]["classes"], itertools.cycle(COLOURS)):
+            label = f"{name} {source_class}" if len(runs) > 1 else source_class
+            by_class(panels, steps, evaluations, source_class, style, colour, label)
+    for key, panel in panels.items():
+        panel.set(title=PANELS[key], xlabel="step")
+        panel.grid(alpha=0.3)
+    panels["loss"].set_yscale("log")
+    panels["weight_share"].set_ylim(0, 1)
+    panels["loss"].legend(fontsize=8)
+    if len(runs) > 1:
+        panels["lr"].legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+PANELS = {
+    "loss": "loss by class, unweighted (dots: held out)",
+    "accuracy": "accuracy by class, of tokens (dots: held out)",
+    "weight_share": "share of the weight by class",
+    "lr": "learning rate",
+    "grad_norm": "gradient norm",
+    "tokens_per_second": "tokens a second",
+}
+
+
+def by_class(panels, steps, evaluations, source_class, style, colour, label):
+    """One class of one run, in the three panels that know of classes."""
+    for key in ("loss", "accuracy", "weight_share"):
+        values = [step["classes"][source_class][key] for step in steps]
+        if any(values):  # else no conversation of this class was trained on
+            curve(panels[key], steps, values, style, colour, label)
+        held_out = [(e["step"], e["eval"][source_class][key]) for e in evaluations]
+        held_out = [point for point in held_out if point[1] is not None]
+        if held_out and key != "weight_share":
+            panels[key].plot(*zip(*held_out, strict=True), "o", color=colour, markersize=4)
+
+
+def curve(panel, steps, values, style, colour, label):
+    x = [step["step"] for step in steps]
+    panel.plot(x, smoothed(values), style, color=colour, linewidth=1, label=label)
+
+
+def smoothed(values):
+    """Means over the last 2 % of the steps; a step without the class (None) is left out."""
+    values = np.array(values, dtype=np.float64)  # None becomes NaN
+    window = 1 + len(values) // 50
+    known = np.isfinite(values)
+    sums = np.cumsum([np.where(known, values, 0), known], axis=1)
+    sums[:, window:] -= sums[:, :-window].copy()
+    return np.divide(*sums, out=np.full(len(values), np.nan), where=sums[1] > 0)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="plot.py", description="Curves of runs of train.py.")
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="folders that train.py wrote (--out)")
+    add("--to", metavar="FILE.png", help="default: curves.png in the first RUN")
+    args = parser.parse_args(argv)
+    target = args.to or Path(args.runs[0]) / "curves.png"
+    try:
+        draw([(run, read(run)) for run in args.runs], target)
+    except ModuleNotFoundError as error:
+        if error.name.split(".")[0] != "matplotlib":
+            raise
+        sys.exit("plot.py needs matplotlib: pip install -r requirements-dev.txt")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"drawn: {target}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,870 @@
+"""data.py: conversations in, the exact tokens and masks out; whatever is wrong said by its line."""
+
+import io
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+
+import data
+import loss
+
+ROOT = Path(__file__).resolve().parents[1]
+CLASSES = loss.DEFAULT_CLASSES
+WEIGHTS = np.array(list(loss.class_weights(CLASSES, 0.4343).values()))
+EOT = data.END_OF_TURN
+
+
+def turns(*contents, roles=("user", "assistant")):
+    return [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def line(*contents, source_class="gpt4", **more):
+    return {"class": source_class, "messages": turns(*contents)} | more
+
+
+def write(path, *lines):
+    """A JSONL file of objects, or of raw bytes as they are."""
+    encoded = [x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines]
+    path.write_bytes(b"\n".join(encoded) + b"\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(stories):
+    return data.Tokenizer(stories)
+
+
+@pytest.fixture
+def prepare(tokenizer, tmp_path):
+    def prepare(*paths, max_length=256, classes=CLASSES, **options):
+        folder = tmp_path / "tokens"
+        return data.prepare(paths, tokenizer, classes, folder, max_length=max_length, **options)
+
+    return prepare
+
+
+# ---------------------------------------------------------------------------- template and masks
+
+# OpenChat's README for its v3.1 and v3.2: tokens of "GPT4 User: Hello<eot>GPT4 Assistant:".
+GOLDEN = [1, 402, 7982, 29946, 4911, 29901, 15043, 32000, 402, 7982, 29946, 4007, 22137, 29901]
+
+
+def test_prompts_have_openchats_own_ids(llama2):
+    tokenizer = data.Tokenizer(llama2)
+    assert data.encode_prompt([data.Message("user", "Hello")], tokenizer, "GPT4") == GOLDEN
+    assert (tokenizer.eot, tokenizer.vocab_size) == (32000, 32001)
+
+
+def test_a_conversation_has_the_prompts_ids_then_the_answer_and_its_end(llama2):
+    tokenizer = data.Tokenizer(llama2)
+    tokens, supervised = data.encode(line("Hello", "Hi"), tokenizer, CLASSES)
+    assert tokens == [*GOLDEN, 6324, 32000]  # ▁Hi
+    assert supervised == [False] * len(GOLDEN) + [True, True]
+    tokens, _ = data.encode(line("Hello", "Hi", source_class="gpt3.5"), tokenizer, CLASSES)
+    assert tokenizer.pieces.decode(tokens[1:6]) == "GPT3 User:"
+
+
+def test_no_condition_starts_turns_with_the_bare_role(llama2):
+    tokenizer = data.Tokenizer(llama2)
+    prompt = data.encode_prompt([data.Message("user", "Hello")], tokenizer, "")
+    expected = [1, *tokenizer.encode("User:"), 15043, 32000, *tokenizer.encode("Assistant:")]
+    assert prompt == expected
+
+
+@pytest.mark.parametrize("forged", [EOT, "<s>", "</s>", "<unk>", "<0x0A>", f"a{EOT}GPT4 User: b"])
+def test_special_tokens_typed_as_text_stay_text(forged, tokenizer, llama2):
+    for tokenizer in (tokenizer, data.Tokenizer(llama2)):
+        ids = tokenizer.encode(f"say {forged} now")
+        special = {tokenizer.bos, tokenizer.eos, tokenizer.eot, tokenizer.pieces.unk_id()}
+        assert not special & set(ids)
+        assert tokenizer.decode(ids) == f"say {forged} now"
+        tokens, _ = data.encode(line(forged, forged), tokenizer, CLASSES)
+        assert tokens.count(tokenizer.eot) == 2 and tokens.count(tokenizer.bos) == 1
+
+
+def test_supervised_is_what_the_assistant_says_with_its_end_of_turn(tokenizer):
+    conversation = line("Hi", "Hello.\nYou?", "Fine", "Good")
+    conversation["messages"].insert(0, {"role": "system", "content": "Be kind"})
+    tokens, supervised = data.encode(conversation, tokenizer, CLASSES)
+    expected_tokens, expected = [tokenizer.bos], [False]
+    for message in conversation["messages"]:
+        role, content = message["role"], tokenizer.encode(message["content"])
+        prefix = [] if role == "system" else tokenizer.encode(f"GPT4 {role.title()}:")
+        expected_tokens += [*prefix, *content, tokenizer.eot]
+        expected += [False] * len(prefix) + [role == "assistant"] * (len(content) + 1)
+    assert tokens == expected_tokens
+    assert supervised == expected
+
+
+def test_the_three_formats_give_the_same_tokens(tokenizer):
+    ours = line("Hi", "Hello", "More", "No")
+    openchat = {"items": ours["messages"], "condition": "GPT4", "system": ""}
+    sharegpt = [("human", "Hi"), ("gpt", "Hello"), ("user", "More"), ("chatgpt", "No")]
+    sharegpt = {"class": "gpt4", "conversations": [{"from": a, "value": b} for a, b in sharegpt]}
+    expected = data.encode(ours, tokenizer, CLASSES)
+    assert data.encode(openchat, tokenizer, CLASSES) == expected
+    assert data.encode(sharegpt, tokenizer, CLASSES) == expected
+
+
+def test_openchats_system_is_a_system_message(tokenizer):
+    ours = {"class": "gpt4", "messages": [{"role": "system", "content": "S"}, *turns("Hi", "Ho")]}
+    openchat = {"items": turns("Hi", "Ho"), "condition": "GPT4", "system": "S"}
+    expected = data.encode(ours, tokenizer, CLASSES)
+    assert data.encode(openchat, tokenizer, CLASSES) == expected
+
+
+def test_a_condition_names_its_class():
+    for condition, name in (("GPT4", "gpt4"), ("GPT3", "gpt3.5")):
+        openchat = {"items": turns("Hi", "Ho"), "condition": condition}
+        assert data.parse_conversation(openchat, CLASSES).source_class == name
+    bare = {"all": loss.SourceClass("", 1.0)}
+    openchat = {"items": turns("Hi", "Ho"), "condition": ""}
+    assert data.parse_conversation(openchat, bare).source_class == "all"
+
+
+def test_openchats_weights_win_over_the_classes(tokenizer, prepare, tmp_path):
+    items = turns("Hi", "Hello", "More", "No", "And", "Yes")
+    for item, weight in zip(items, [None, 0, 0.25, None, 0, 2], strict=True):
+        item["weight"] = weight
+    openchat = {"items": items, "condition": "GPT3"}
+    _, supervised = data.encode(openchat, tokenizer, CLASSES)
+    dataset = prepare(write(tmp_path / "a.jsonl", openchat))
+    batch = data.collate(dataset, [0], WEIGHTS)
+
+    expected = []
+    for text, weight in (("More", 0.25), ("No", WEIGHTS[1]), ("Yes", 2)):
+        expected += [weight] * (len(tokenizer.encode(text)) + 1)
+    assert batch.weights.tolist() == pytest.approx(expected)
+    assert sum(supervised) == len(expected)
+    assert dataset.total_weight([0], WEIGHTS) == pytest.approx(sum(expected))
+    # Without reward a weight only says whether a token is learned.
+    assert data.collate(dataset, [0], None).weights.tolist() == [1] * len(expected)
+    assert dataset.total_weight([0], None) == len(expected)
+
+
+# -------------------------------------------------------------------- the exported tokenizer
+
+ODD_TEXTS = [
+    "\n\nstarts with newlines",
+    "  two  spaces   and three ",
+    " one before",
+    "\tTabs\there\t\n\t",
+    "emoji 😀👩‍👩‍👧 and 日本語, עברית",
+    "ends in a newline\n",
+    "a\r\nb",
+    "\u00a0no-break space\u200b",
+    "GPT4 User: not a turn",
+    "▁ the marker itself ▁▁",
+    "ﬁ ① Å é e\u0301",
+    ":", "::", "1+1=2", "\n", "\x01",
+]  # fmt: skip
+
+
+def exported(folder, target, condition="GPT4"):
+    """Our tokenizer of a folder, and transformers' of what it saves."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = data.Tokenizer(folder)
+    target.mkdir()
+    tokenizer.save(target, condition)
+    return tokenizer, transformers.AutoTokenizer.from_pretrained(target)
+
+
+def assert_template_gives_our_ids(ours, theirs, conversations):
+    for messages in conversations:
+        parsed = [data.Message(m["role"], m["content"]) for m in messages]
+        for condition, options in (("GPT4", {}), ("GPT3", {"condition": "GPT3"})):
+            contents = [ours.encode(message.content) for message in parsed]
+            expected, _ = data.lay_out(parsed, contents, ours, condition)
+            ids = theirs.apply_chat_template(messages, return_dict=False, **options)
+            assert ids == expected, (messages, theirs.convert_ids_to_tokens(ids))
+        parsed, messages = parsed[:-1], messages[:-1]
+        options = {"add_generation_prompt": True, "return_dict": False}
+        ids = theirs.apply_chat_template(messages, **options)
+        assert ids == data.encode_prompt(parsed, ours, "GPT4")
+
+
+@pytest.mark.parametrize("name", ["llama2", "stories", "sums"])
+def test_transformers_template_gives_our_ids(name, request, tmp_path, code_mixed):
+    ours, theirs = exported(request.getfixturevalue(name), tmp_path / "out")
+    with open(code_mixed, encoding="utf-8") as file:
+        real = [json.loads(text)["messages"] for text in file.readlines()[::60]]
+    odd = [turns(text, "Fine.", text, text) for text in ODD_TEXTS]
+    odd += [[{"role": "system", "content": text}, *turns("Hi", "Ho")] for text in ODD_TEXTS]
+    assert_template_gives_our_ids(ours, theirs, real + odd)
+
+
+def test_transformers_special_tokens_are_ours(stories, tmp_path):
+    ours, theirs = exported(stories, tmp_path / "out")
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos, ours.eot)
+    assert theirs.convert_tokens_to_ids(EOT) == ours.eot == 512 == len(theirs) - 1
+
+
+@pytest.mark.parametrize("name", ["llama2", "stories", "sums"])
+def test_a_saved_tokenizer_reads_back_as_itself(name, request, tmp_path):
+    ours = data.Tokenizer(request.getfixturevalue(name))
+    ours.save(tmp_path, "GPT4")
+    again = data.Tokenizer(tmp_path)
+    for field in ("bos", "eos", "eot", "vocab_size"):
+        assert getattr(again, field) == getattr(ours, field)
+
+
+@pytest.mark.parametrize("condition", ["", "Math Correct", 'it\'s "so" \\ {{ 1 }} {% x %} 😀'])
+def test_the_template_holds_any_condition(condition, stories, tmp_path):
+    ours, theirs = exported(stories, tmp_path / "out", condition)
+    ids = theirs.apply_chat_template(turns("Hi"), add_generation_prompt=True, return_dict=False)
+    assert ids == data.encode_prompt([data.Message("user", "Hi")], ours, condition)
+
+
+def test_transformers_decodes_what_we_decode(stories, tmp_path):
+    ours, theirs = exported(stories, tmp_path / "out")
+    for text in ODD_TEXTS:
+        ids = ours.encode(text)
+        assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids) == text
+
+
+# -------------------------------------------------------------------- tokenizers of other kinds
+
+
+def train_sentencepiece(folder, **options):
+    """A small SentencePiece model of the example's own text, Llama-like but for `options`."""
+    text = [f"{a} plus {b} is {a + b}, said the {a}th." for a in range(40) for b in range(9)]
+    model = io.BytesIO()
+    settings = {"vocab_size": 300, "model_type": "bpe", "byte_fallback": True} | options
+    settings = {"normalization_rule_name": "identity", "minloglevel": 2} | settings
+    settings = {"hard_vocab_limit": False, "remove_extra_whitespaces": False} | settings
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_writer=model, **settings
+    )
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return folder
+
+
+def test_an_end_of_turn_that_text_can_forge_is_refused(tmp_path):
+    folder = train_sentencepiece(tmp_path, user_defined_symbols=[EOT])
+    with pytest.raises(ValueError, match=r"tokenizer.model: .* must be a control symbol"):
+        data.Tokenizer(folder)
+
+
+def test_an_end_of_turn_of_the_models_own_is_used(tmp_path):
+    tokenizer = data.Tokenizer(train_sentencepiece(tmp_path, control_symbols=[EOT]))
+    assert tokenizer.eot == tokenizer.pieces.piece_to_id(EOT) < tokenizer.vocab_size
+    assert tokenizer.vocab_size == tokenizer.pieces.vocab_size()
+
+
+@pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
+def test_an_end_of_turn_added_to_the_checkpoint_is_used(file, tmp_path):
+    folder = train_sentencepiece(tmp_path)
+    count = data.Tokenizer(folder).pieces.vocab_size()
+    added = {EOT: count + 1, "<|pad_0|>": count}
+    if file == "tokenizer_config.json":
+        added = {"added_tokens_decoder": {str(i): {"content": t} for t, i in added.items()}}
+    (folder / file).write_text(json.dumps(added))
+    tokenizer = data.Tokenizer(folder)
+    assert (tokenizer.eot, tokenizer.vocab_size) == (count + 1, count + 2)
+
+
+def test_an_end_of_turn_comes_after_other_added_tokens(tmp_path):
+    folder = train_sentencepiece(tmp_path)
+    count = data.Tokenizer(folder).pieces.vocab_size()
+    (folder / "added_tokens.json").write_text(json.dumps({"<|pad_0|>": count + 4}))
+    assert data.Tokenizer(folder).eot == count + 5
+
+
+def test_an_end_of_turn_that_is_an_ordinary_piece_is_refused(tmp_path):
+    folder = train_sentencepiece(tmp_path)
+    (folder / "added_tokens.json").write_text(json.dumps({EOT: 290}))
+    with pytest.raises(ValueError, match="<|end_of_turn|>"):
+        data.Tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"model_type": "unigram"}, "is not a BPE model"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "normalizes text"),
+        ({"add_dummy_prefix": False}, "normalizes text"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_exported_exactly_is_refused(options, what, tmp_path):
+    with pytest.raises(ValueError, match=f"tokenizer.model: {what}"):
+        data.Tokenizer(train_sentencepiece(tmp_path, **options))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "tokenizer.model: not found"),
+        ({"tokenizer.model": b""}, "tokenizer.model: not a SentencePiece model"),
+        ({"tokenizer.model": b"\x80\x04pickle"}, "tokenizer.model: not a SentencePiece model"),
+        ({"added_tokens.json": b"{"}, "added_tokens.json: cannot be read"),
+        ({"added_tokens.json": b"[[1, 2]]"}, "added_tokens.json: cannot be read"),
+        ({"added_tokens.json": b'{"<a>": "7"}'}, "id is not a whole number in range"),
+        ({"added_tokens.json": b'{"<a>": -1}'}, "id is not a whole number in range"),
+        ({"added_tokens.json": b'{"<a>": 99999999999}'}, "id is not a whole number in range"),
+        ({"tokenizer_config.json": b"[]"}, "tokenizer_config.json: cannot be read"),
+        ({"tokenizer_config.json": b"\xff"}, "tokenizer_config.json: cannot be read"),
+        ({"tokenizer_config.json": b'{"added_tokens_decoder": {"x": {}}}'}, "cannot be read"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read_is_said(files, message, stories, tmp_path):
+    if "tokenizer.model" not in files and files:
+        (tmp_path / "tokenizer.model").write_bytes((stories / "tokenizer.model").read_bytes())
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError) as refused:
+        data.Tokenizer(tmp_path)
+    assert message in str(refused.value) and str(tmp_path) in str(refused.value)
+
+
+def test_a_tokenizer_of_another_checkpoint_is_refused(tokenizer):
+    for rows in (512, 513, 576):
+        tokenizer.check_vocabulary(rows)
+    for rows in (511, 32000):
+        with pytest.raises(ValueError, match="belongs to another checkpoint"):
+            tokenizer.check_vocabulary(rows)
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+HI = turns("Hi", "Ho")
+BAD = [
+    (b'{"class": "gpt4", ', "broken JSON: Expecting property name"),
+    (b"not json", "broken JSON: Expecting value: line 1 column 1 (char 0)"),
+    (b'{"class": "gpt4"} {}', "broken JSON: Extra data"),
+    (b'{"class": "gpt4", "messages": \xff}', "not UTF-8: byte 31: invalid start byte"),
+    (b"\xe2\x82", "not UTF-8: byte 1: unexpected end of data"),
+    (b"\x00" * 1000, "broken JSON: Expecting value"),
+    (b"[" * 200_000, "broken JSON: nested too deeply"),
+    (b'{"a":' * 200_000, "broken JSON: nested too deeply"),
+    (b'{"class": ' + b"9" * 5000 + b"}", "broken JSON: Exceeds the limit"),
+    (b"[1, 2]", "a line must be a JSON object, not a list"),
+    (b'"text"', "a line must be a JSON object, not text"),
+    (b"null", "a line must be a JSON object, not null"),
+    (b"3.5", "a line must be a JSON object, not float 3.5"),
+    ({"class": "gpt4"}, "no 'messages' (nor OpenChat's 'items', nor ShareGPT's 'conversations')"),
+    ({"class": "gpt4", "messages": {"role": "user"}}, "'messages' must be a list, not an object"),
+    ({"class": "gpt4", "items": "Hi"}, "'items' must be a list, not text"),
+    ({"class": "gpt4", "conversations": None}, "'conversations' must be a list, not null"),
+    ({"class": "gpt4", "messages": ["Hi"]}, "message 1 must be an object, not text"),
+    (line("Hi", "Ho", source_class="gpt5"), "class 'gpt5' is not in the class table (gpt4, gpt3.5)"),
+    (line("Hi", "Ho", source_class=4), "'class' must be one of gpt4, gpt3.5, not int 4"),
+    (line("Hi", "Ho", source_class=["gpt4"]), "'class' must be one of gpt4, gpt3.5, not a list"),
+    ({"messages": HI}, "'class' must be one of gpt4, gpt3.5, not null"),
+    ({"items": HI}, "'class' must be one of gpt4, gpt3.5, not null"),
+    ({"items": HI, "condition": "GPT9"}, "condition 'GPT9' is of no class (gpt4, gpt3.5)"),
+    ({"items": HI, "condition": ["GPT4"]}, "condition ['GPT4'] is of no class (gpt4, gpt3.5)"),
+    ({"class": "gpt4", "messages": turns("Hi", "Ho", roles=("user", "bot"))},
+     "message 2 has role 'bot', not one of system, user, assistant"),
+    ({"class": "gpt4", "messages": [{"content": "Hi"}]}, "message 1 has role None, not one of"),
+    ({"class": "gpt4", "messages": turns("Hi", roles=(["user"],))}, "message 1 has role ['user']"),
+    ({"class": "gpt4", "conversations": [{"from": "bing", "value": "Hi"}]},
+     "message 1 has role 'bing', not one of human, user, gpt, chatgpt, assistant, system"),
+    ({"class": "gpt4", "messages": []}, "no assistant turn"),
+    (line("Hi"), "no assistant turn"),
+    (line("Hi", ""), "empty answer"),
+    (line("Hi", " \n\t"), "empty answer"),
+    (line("", "Ho"), "empty user message"),
+    (line("Hi", None), "message 2: 'content' must be text, not null"),
+    (line("Hi", 4), "message 2: 'content' must be text, not int 4"),
+    (line("Hi", ["Ho"]), "message 2: 'content' must be text, not a list"),
+    ({"class": "gpt4", "conversations": [{"from": "gpt"}]}, "message 1: 'value' must be text, not"),
+    ({"class": "gpt4", "messages": [*HI, *turns("A", roles=("assistant",))]},
+     "messages 2 and 3 are two assistant turns in a row"),
+    ({"class": "gpt4", "messages": [*turns("A"), *HI]}, "messages 1 and 2 are two user turns in a"),
+    ({"class": "gpt4", "messages": [*HI, *turns("S", roles=("system",))]},
+     "a system message after the first message"),
+    ({"class": "gpt4", "items": HI, "system": 3}, "message 0: 'content' must be text, not int 3"),
+    (line("Hi", "a\ud800b"), r"message 2: lone surrogate '\ud800'"),
+    (b'{"class": "\\ud800", "messages": []}', "no assistant turn"),
+    (line("Hi", "Ho", source_class="\udfff"), r"class '\udfff' is not in the class table"),
+]  # fmt: skip
+BAD_WEIGHTS = [-1, -0.5, float("nan"), float("inf"), "1", True, [1], 10**400, 1e39, 1e-50]
+
+
+@pytest.mark.parametrize(("bad", "message"), BAD, ids=[str(i) for i in range(len(BAD))])
+def test_a_bad_line_stops_with_its_place_and_what_is_wrong(bad, message, prepare, tmp_path):
+    path = write(tmp_path / "chat.jsonl", line("Hi", "Ho"), b"", bad, line("Hi", "Ho"))
+    with pytest.raises(data.BadData) as refused:
+        prepare(path)
+    lines = str(refused.value).splitlines()
+    assert lines[0] == "1 bad lines:"
+    assert lines[1].startswith(f"{path}:3: {message}")
+    assert lines[2] == "Fix them, or pass --skip-bad to drop and count them."
+
+
+@pytest.mark.parametrize("weight", BAD_WEIGHTS, ids=str)
+def test_a_weight_that_is_no_number_of_a_loss_is_refused(weight):
+    items = turns("Hi", "Ho")
+    items[1]["weight"] = weight
+    with pytest.raises(ValueError, match="^message 2: weight must be 0, or a number from"):
+        data.parse_line(json.dumps({"class": "gpt4", "items": items}).encode(), CLASSES)
+
+
+@pytest.mark.parametrize("key", ["role", "class", "condition", "weight", "content", "system"])
+def test_a_value_nested_as_deep_as_json_allows_is_refused(key):
+    """Also where printing it in a message would be too deep."""
+    for depth in range(100, 1000, 20):
+        nested = "[" * depth + "]" * depth
+        fields = {"role": '"user"', "class": '"gpt4"', "condition": '"GPT4"', "weight": "1"}
+        fields = fields | {"content": '"Hi"', "system": '""', key: nested}
+        if key == "condition":
+            fields["class"] = "null"
+        role, content, weight = fields["role"], fields["content"], fields["weight"]
+        item = f'{{"role": {role}, "content": {content}, "weight": {weight}}}'
+        top = ", ".join(f'"{k}": {fields[k]}' for k in ("class", "condition", "system"))
+        with pytest.raises(ValueError):
+            data.parse_line(f'{{{top}, "items": [{item}]}}'.encode(), CLASSES)
+
+
+def test_a_line_of_17_mb_is_passed_over(prepare, tmp_path):
+    long = line("Hi", "x" * (17 << 20))
+    path = write(tmp_path / "chat.jsonl", line("Hi", "Ho"), long, line("Hi", "He"), b"{")
+    with pytest.raises(data.BadData) as refused:
+        prepare(path)
+    assert str(refused.value).splitlines()[1] == f"{path}:2: longer than 16 MiB"
+    assert str(refused.value).splitlines()[2].startswith(f"{path}:4: broken JSON")
+    dataset = prepare(path, skip_bad=True)
+    assert dataset.index["line"].tolist() == [1, 3]
+
+
+def test_lines_of_every_length_around_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "LONGEST_LINE", 8)
+    for length in range(0, 30):
+        for end in (b"", b"\n"):
+            path = tmp_path / "x"
+            path.write_bytes(b"ab\n" + b"x" * length + end + b"cd\n" * bool(end))
+            found = [raw for raw, _ in data.lines(path)]
+            middle = b"x" * length + end
+            middle = [] if not middle else [middle if len(middle) < 8 or end and len(middle) == 8
+                                            else None]  # fmt: skip
+            assert found == [b"ab\n", *middle, *[b"cd\n"] * bool(end)]
+            assert [at for _, at in data.lines(path)][-1] == path.stat().st_size
+
+
+def test_the_first_20_problems_of_all_files_and_their_count(prepare, tmp_path):
+    first = write(tmp_path / "a.jsonl", *[b"{"] * 15, line("Hi", "Ho"))
+    second = write(tmp_path / "b.jsonl", line("Hi", "Ho"), *[line("Hi")] * 18)
+    with pytest.raises(data.BadData) as refused:
+        prepare(first, second)
+    head, *problems, more, hint = str(refused.value).splitlines()
+    assert head == "33 bad lines:" and more == "... and 13 more"
+    assert [p.split(": ")[0] for p in problems] == [
+        *[f"{first}:{n}" for n in range(1, 16)], *[f"{second}:{n}" for n in range(2, 7)]
+    ]  # fmt: skip
+
+
+def test_skip_bad_drops_the_bad_lines_alone_and_counts_them(prepare, tmp_path):
+    path = write(tmp_path / "a.jsonl", b"{", line("A", "B"), line("A"), line("C", "D"), b"\xff")
+    dataset = prepare(path, skip_bad=True)
+    assert dataset.index["line"].tolist() == [2, 4]
+    assert dataset.report["bad"] == 3
+    assert dataset.report["problems"][1] == f"{path}:3: no assistant turn"
+    assert any("dropped as bad (--skip-bad): 3 lines" in text
+               for text in data.summary(dataset, CLASSES, WEIGHTS))  # fmt: skip
+
+
+def test_bad_data_leaves_no_cache(prepare, tmp_path):
+    path = write(tmp_path / "a.jsonl", line("A", "B"), b"{")
+    for _ in range(2):
+        with pytest.raises(data.BadData, match="1 bad lines"):
+            prepare(path)
+    assert not list((tmp_path / "tokens").iterdir())
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n  \n"])
+def test_files_without_any_conversation_are_refused(content, prepare, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match="a.jsonl: no conversation to train on"):
+        prepare(tmp_path / "a.jsonl")
+
+
+def test_a_missing_file_is_said(prepare, tmp_path):
+    with pytest.raises(ValueError, match="gone.jsonl: cannot be read: No such file"):
+        prepare(tmp_path / "gone.jsonl")
+    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
+        prepare(tmp_path)
+
+
+def test_crlf_bom_blank_lines_and_a_missing_last_newline_are_fine(prepare, tmp_path):
+    texts = [json.dumps(line(f"Hi {n}", "Ho\u2028there")).encode() for n in range(4)]
+    plain = write(tmp_path / "plain.jsonl", *texts)
+    odd = tmp_path / "odd.jsonl"
+    odd.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join([texts[0], b"", b"  ", *texts[1:]]))
+    first, second = prepare(plain), prepare(odd)
+    assert np.array_equal(first.tokens, second.tokens)
+    assert second.index["line"].tolist() == [1, 4, 5, 6]
+
+
+def mutated(rng, text):
+    """A line with a few bytes, characters or JSON values changed."""
+    kind = rng.randrange(4)
+    if kind == 0:
+        raw = bytearray(text.encode())
+        for _ in range(rng.randint(1, 4)):
+            raw[rng.randrange(len(raw))] = rng.randrange(256)
+        return bytes(raw)
+    if kind == 1:
+        low, high = sorted(rng.randrange(len(text)) for _ in range(2))
+        return (text[:low] + text[high:]).encode()
+    if kind == 2:
+        at = rng.randrange(len(text))
+        piece = rng.choice(['"', "{", "]", "\0", "\\ud800", "NaN", "1e999", "\\", ",", "null"])
+        return (text[:at] + piece + text[at:]).encode()
+    values = [None, True, -1, 1e400, 10**309, "", "x", [], {}, [[]], {"role": {}}, "\ud800", 0]
+
+    def change(value):
+        if rng.random() < 0.15:
+            return rng.choice(values)
+        if isinstance(value, dict):
+            return {rng.choice([k, k, k, "x"]): change(v) for k, v in value.items()}
+        return [change(v) for v in value] if isinstance(value, list) else value
+
+    return json.dumps(change(json.loads(text))).encode()
+
+
+def test_500_mutated_lines_parse_or_raise_value_error():
+    rng, kept, refused = random.Random(0), 0, 0
+    sharegpt = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+    items = [m | {"weight": 0.5} for m in HI]
+    lines = [line("Hi", "Ho"), {"items": items, "condition": "GPT3", "system": "S"},
+             {"class": "gpt4", "conversations": sharegpt}]  # fmt: skip
+    for _ in range(500):
+        raw = mutated(rng, json.dumps(rng.choice(lines)))
+        try:
+            parsed = data.parse_line(raw, CLASSES)
+        except ValueError as error:
+            assert str(error) and "\n" not in str(error)
+            refused += 1
+        else:
+            assert parsed is None or isinstance(parsed, data.Conversation)
+            kept += 1
+    assert kept > 20 and refused > 300
+
+
+# ------------------------------------------------------------------------- cutting and dropping
+
+
+def test_a_long_conversation_is_cut_at_its_end_and_counted(prepare, tokenizer, tmp_path):
+    lines = [line("Hi", "Ho " * 40), line("A", "B"), line("Hi", "Ho", "More?", "No " * 30)]
+    path = write(tmp_path / "a.jsonl", *lines)
+    whole = [data.encode(x, tokenizer, CLASSES) for x in lines]
+    dataset = prepare(path, max_length=30)
+    lengths = [len(tokens) for tokens, _ in whole]
+    assert sum(length > 30 for length in lengths) == 2 and min(lengths) < 30
+    assert dataset.lengths.tolist() == [min(30, length) for length in lengths]
+    assert dataset.report["cut"] == 2
+    assert dataset.report["tokens_cut"] == sum(max(0, length - 30) for length in lengths)
+    for number, (tokens, supervised) in enumerate(whole):
+        batch = data.collate(dataset, [number], WEIGHTS)
+        assert batch.tokens.tolist() == tokens[:30]
+        assert (batch.rows + 1).tolist() == np.flatnonzero(supervised[:30]).tolist()
+
+
+def test_only_a_conversation_without_anything_to_learn_is_dropped(prepare, tmp_path):
+    unlearned = {"class": "gpt4", "items": [m | {"weight": 0} for m in turns("Hi", "Ho")]}
+    path = write(tmp_path / "a.jsonl", line("Q", "A"), line("Hi " * 50, "Ho"), unlearned,
+                 line("Q", "A"), line("Q", "A"))  # fmt: skip
+    dataset = prepare(path, max_length=60)
+    assert dataset.index["line"].tolist() == [1, 4, 5]
+    assert dataset.report["without_answer"] == 2
+    assert "dropped, no answer left to learn: 2 conversations" in data.summary(
+        dataset, CLASSES, WEIGHTS
+    )
+
+
+def test_every_real_conversation_is_kept_as_it_is(prepare, tokenizer, code_mixed, tmp_path):
+    with open(code_mixed, "rb") as file:
+        raw = file.readlines()[::25]
+    path = tmp_path / "some.jsonl"
+    path.write_bytes(b"".join(raw))
+    dataset = prepare(path, max_length=100_000)
+    assert len(dataset) == len(raw) == 250
+    for number, text in enumerate(raw):
+        tokens, supervised = data.encode(json.loads(text), tokenizer, CLASSES)
+        row = dataset.index[number]
+        span = slice(row["start"], row["start"] + row["length"])
+        assert dataset.tokens[span].tolist() == tokens
+        assert (dataset.weights[span] != 0).tolist() == supervised
+        assert dataset.where(number) == f"{path}:{number + 1}"
+
+
+# ----------------------------------------------------------------------------------- the cache
+
+
+def counted(tokenizer, monkeypatch):
+    """A list that grows by the texts given to the tokenizer."""
+    texts, encode_many = [], tokenizer.encode_many
+    monkeypatch.setattr(tokenizer, "encode_many", lambda t: texts.extend(t) or encode_many(t))
+    return texts
+
+
+def test_the_same_content_is_tokenized_once(prepare, tokenizer, monkeypatch, tmp_path):
+    texts = counted(tokenizer, monkeypatch)
+    first = prepare(write(tmp_path / "a.jsonl", line("Hi", "Ho")))
+    assert texts == ["Hi", "Ho"]
+    again = prepare(write(tmp_path / "b.jsonl", line("Hi", "Ho")))
+    assert texts == ["Hi", "Ho"]
+    assert again.folder == first.folder
+    assert again.where(0) == f"{tmp_path}/b.jsonl:1"
+    rewarded = {"gpt4": loss.SourceClass("GPT4", 5.0), "gpt3.5": CLASSES["gpt3.5"]}
+    assert prepare(tmp_path / "a.jsonl", classes=rewarded).folder == first.folder
+
+
+def test_whatever_changes_the_arrays_changes_the_key(prepare, tokenizer, sums, tmp_path):
+    path = write(tmp_path / "a.jsonl", line("Hi", "Ho"))
+    renamed = {"gpt4": loss.SourceClass("GPT4 Correct", 1.0), "gpt3.5": CLASSES["gpt3.5"]}
+    more = CLASSES | {"human": loss.SourceClass("Human", 1.0)}
+    swapped = dict(reversed(CLASSES.items()))
+    base = prepare(path).folder
+    folders = [base, prepare(path, max_length=255).folder, prepare(path, skip_bad=True).folder]
+    folders += [prepare(path, classes=c).folder for c in (renamed, more, swapped)]
+    folders += [prepare(path, condition=False).folder]
+    folders += [prepare(path, condition=False, classes=renamed).folder]
+    other = data.Tokenizer(sums)
+    folders += [data.prepare([path], other, CLASSES, base.parent, max_length=256).folder]
+    folders += [prepare(path, path).folder]
+    folders += [prepare(write(path, line("Hi", "Hp"))).folder]
+    assert len(set(folders)) == len(folders)
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_after(reports):
+    def report(*_):
+        nonlocal reports
+        reports -= 1
+        if reports < 0:
+            raise Killed
+
+    return report
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tokenizer, monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "BLOCK", 400)
+    good = [[line(f"Hi {n} {f}", "Ho " * (n % 7 + 1)) for n in range(25)] for f in range(3)]
+    good[1][4:4] = [b"{", b"", line("Hi", "Ho " * 300), line("Hi")]
+    paths = [write(tmp_path / f"{f}.jsonl", *lines) for f, lines in enumerate(good)]
+
+    def prepare(folder, report=None):
+        options = {"max_length": 100, "skip_bad": True, "report": report}
+        return data.prepare(paths, tokenizer, CLASSES, tmp_path / folder, **options)
+
+    whole, blocks = prepare("whole"), []
+    prepare("count", lambda *_: blocks.append(_))
+    assert len(blocks) > 15
+    for number in range(0, len(blocks), 3):
+        folder = f"killed{number}"
+        with pytest.raises(Killed):
+            prepare(folder, kill_after(number))
+        (key,) = (tmp_path / folder).iterdir()
+        for array in key.glob("*.bin"):  # bytes of a block that was not committed
+            with open(array, "ab") as file:
+                file.write(b"torn")
+        texts = counted(tokenizer, monkeypatch)
+        again = prepare(folder)
+        assert len(whole) * 2 - len(texts) > 0 or number == 0  # not all of it again
+        monkeypatch.undo()
+        monkeypatch.setattr(data, "BLOCK", 400)
+        for array in whole.folder.glob("*.bin"):
+            assert (again.folder / array.name).read_bytes() == array.read_bytes()
+        assert again.report == whole.report
+
+
+# ----------------------------------------------------------------------------------- batches
+
+
+@pytest.fixture
+def mixed(prepare, tmp_path):
+    """Twelve conversations of both classes, some with weights of their own."""
+    rng, lines = random.Random(1), []
+    for n in range(12):
+        text = turns(*[f"text {n} {i} " * rng.randint(1, 4) for i in range(rng.choice([2, 4]))])
+        name = rng.choice(list(CLASSES))
+        if n % 3 == 0:
+            items = [m | {"weight": rng.choice([None, 0, 0.3, 2.5])} for m in text]
+            items[1]["weight"] = 0.7
+            lines.append({"items": items, "class": name})
+        else:
+            lines.append({"class": name, "messages": text})
+    return prepare(write(tmp_path / "mixed.jsonl", *lines))
+
+
+def naive(dataset, conversations, class_weights):
+    """The fields of a Batch, token by token."""
+    tokens, positions, offsets, learned = [], [], [0], []
+    for conversation in conversations:
+        row = dataset.index[conversation]
+        for position in range(row["length"]):
+            at = row["start"] + position
+            weight = float(dataset.weights[at])
+            if weight != 0 and class_weights is None:
+                weight = 1.0
+            elif weight == data.CLASS_WEIGHT:
+                weight = float(class_weights[row["source_class"]])
+            if weight:
+                token = int(dataset.tokens[at])
+                learned.append((len(tokens) - 1, token, weight, int(row["source_class"])))
+            tokens.append(int(dataset.tokens[at]))
+            positions.append(position)
+        offsets.append(len(tokens))
+    rows, targets, weights, classes = zip(*learned, strict=True) if learned else ([],) * 4
+    return tokens, positions, offsets, list(rows), list(targets), list(weights), list(classes)
+
+
+FIELDS = ["tokens", "positions", "cu_seqlens", "rows", "targets", "weights", "classes"]
+DTYPES = [torch.int64, torch.int64, torch.int32, torch.int64, torch.int64, torch.float32]
+
+
+@pytest.mark.parametrize("class_weights", [WEIGHTS, None], ids=["reward", "no reward"])
+@pytest.mark.parametrize("chosen", [[0], [3, 0, 7], list(range(11, -1, -1))], ids=str)
+def test_a_batch_is_what_a_loop_over_its_tokens_gives(chosen, class_weights, mixed):
+    batch = data.collate(mixed, np.array(chosen), class_weights)
+    for name, dtype, values in zip(
+        FIELDS, [*DTYPES, torch.int64], naive(mixed, chosen, class_weights), strict=True
+    ):
+        tensor = getattr(batch, name)
+        assert tensor.dtype == dtype
+        assert tensor.tolist() == pytest.approx(values), name
+    assert batch.conversations.tolist() == chosen
+    total = mixed.total_weight(np.array(chosen), class_weights)
+    assert total == pytest.approx(batch.weights.double().sum().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(800, 64, 50), (801, 64, 256), (1000, 40, 100)])
+def test_padding_to_a_shape_adds_conversations_without_weight(shape, mixed):
+    capacity, offsets, longest = shape
+    chosen = np.array([4, 1, 6])
+    plain, batch = data.collate(mixed, chosen, WEIGHTS), data.collate(mixed, chosen, WEIGHTS, shape)
+    count = len(plain.tokens)
+    assert (len(batch.tokens), len(batch.cu_seqlens)) == (capacity, offsets)
+    assert torch.equal(batch.tokens[:count], plain.tokens)
+    assert torch.equal(batch.positions[:count], plain.positions)
+    assert torch.equal(batch.cu_seqlens[:4], plain.cu_seqlens)
+    for name in ("rows", "targets", "weights", "classes"):
+        assert torch.equal(getattr(batch, name), getattr(plain, name))
+    lengths = batch.cu_seqlens.diff()
+    assert batch.cu_seqlens[-1] == capacity and lengths.min() >= 0
+    assert lengths[3:].max() <= longest
+    expected = torch.cat([torch.arange(length) for length in lengths.tolist()])
+    assert torch.equal(batch.positions, expected)
+
+
+def test_a_bin_that_is_full_needs_no_padding(mixed):
+    plain = data.collate(mixed, np.array([2, 5]), WEIGHTS)
+    batch = data.collate(mixed, np.array([2, 5]), WEIGHTS, (len(plain.tokens), 3, 50))
+    assert torch.equal(batch.tokens, plain.tokens)
+    assert torch.equal(batch.cu_seqlens, plain.cu_seqlens)
+
+
+@pytest.mark.parametrize("class_weights", [WEIGHTS, None], ids=["reward", "no reward"])
+@pytest.mark.parametrize("none", [[], np.array([], dtype=np.int64)], ids=["list", "array"])
+def test_an_empty_bin_is_one_token_without_weight(none, class_weights, mixed):
+    batch = data.collate(mixed, none, class_weights)
+    found = [getattr(batch, name).tolist() for name in FIELDS]
+    assert found == [[0], [0], [0, 1], [], [], [], []]
+    assert [getattr(batch, name).dtype for name in FIELDS] == [*DTYPES, torch.int64]
+    assert mixed.total_weight(none, class_weights) == 0
+    padded = data.collate(mixed, none, class_weights, (100, 9, 40))
+    assert len(padded.tokens) == 100 and padded.cu_seqlens.tolist() == [0, 40, 80, *[100] * 6]
+    assert len(padded.rows) == 0
+
+
+def test_a_class_weight_too_small_for_float32_gives_no_row(mixed):
+    batch = data.collate(mixed, np.arange(12), np.array([1.0, 1e-60]))
+    assert (batch.weights > 0).all()
+
+
+# ------------------------------------------------------------------------------ the command
+
+
+def run(capsys, *arguments):
+    """(exit code, stdout, stderr) of `python data.py ...`."""
+    code = 0
+    try:
+        data.main([str(a) for a in arguments])
+    except SystemExit as end:
+        code = end.code
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_the_command_shows_summary_and_what_is_learned(stories, capsys, tmp_path):
+    path = write(
+        tmp_path / "a.jsonl", line("Hi", "Ho\nthere"), line("A", "B", source_class="gpt3.5")
+    )
+    code, out, err = run(capsys, path, "--model", stories)
+    assert code == 0 and not err
+    gpt4 = next(text for text in out.splitlines() if text.startswith("gpt4 "))
+    assert gpt4.split()[:3] == ["gpt4", "GPT4", "1"]
+    learned = f"GPT4 Assistant:⟦ Ho\nthere{EOT}\n⟧w=1"
+    assert f"<s> GPT4 User: Hi{EOT}\n {learned}" in out
+    assert f"GPT3 Assistant:⟦ B{EOT}\n⟧w=0.1" in out
+    assert f"{path}:1  class gpt4" in out and f"{path}:2  class gpt3.5" in out
+    assert "packing: 1 steps" in out
+
+
+def test_the_command_says_errors_without_a_traceback(stories, tmp_path):
+    path = write(tmp_path / "a.jsonl", line("Hi", "Ho"), b"{")
+    command = [sys.executable, ROOT / "data.py", path, "--model", stories]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.startswith(f"error: 1 bad lines:\n{path}:2: broken JSON")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["gone.jsonl"], "error: gone.jsonl: cannot be read: No such file or directory"),
+        (["{data}", "--classes", "{tmp}/gone.json"], "gone.json"),
+        (["{data}", "--classes", "{tmp}/classes.json"], "classes.json: "),
+        (["{data}", "--model", "{tmp}"], "tokenizer.model: not found"),
+        (["{data}", "--max-length", "0"], "--max-length"),
+        (["{data}", "--max-length", "9000"], "--max-length <= --batch-tokens"),
+        (["{data}", "--beta", "0"], "beta must be a number above 0, not 0.0"),
+    ],
+)
+def test_the_command_says_in_one_line_what_is_wrong(flags, message, stories, capsys, tmp_path):
+    path = write(tmp_path / "a.jsonl", line("Hi", "Ho"))
+    (tmp_path / "classes.json").write_text('{"gpt4": {"condition": "GPT4"}}')
+    flags = [flag.format(data=path, tmp=tmp_path) for flag in flags]
+    code, _, err = run(capsys, *(["--model", stories] if "--model" not in flags else []), *flags)
+    assert code == 1
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+def test_tokenizing_is_a_stream(prepare, tmp_path):
+    """100 times the data keeps no more conversations in memory; see BLOCK."""
+    import tracemalloc
+
+    peaks = []
+    for copies in (1, 12):
+        path = write(tmp_path / f"{copies}.jsonl", *[line("Hi " * 100, "Ho " * 400)] * 600 * copies)
+        tracemalloc.start()
+        prepare(path, max_length=20_000)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0]
+
+
+def test_progress_is_quiet_for_a_short_file(capsys):
+    progress = data.Progress("tokenizing")
+    progress(1, 2, 3)
+    assert capsys.readouterr().err == ""
+    progress.started = time.time() - 10
+    progress(1, 2, 3)
+    assert capsys.readouterr().err.startswith("tokenizing [############            ]  50%, 3 conv")
