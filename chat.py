@@ -33,8 +33,9 @@ def generate(llama, prompts, max_new_tokens, stop=(), temperature=0.0, top_p=1.0
     """
     context = llama.config.max_position_embeddings
     longest = max(map(len, prompts))
-    if not 0 < min(map(len, prompts)) <= longest <= context:
-        raise ValueError(f"a prompt has {longest} tokens, the model's context is {context}")
+    if longest > context or not all(prompts):
+        wrong = longest if longest > context else 0
+        raise ValueError(f"a prompt has {wrong} tokens, the model's context is {context}")
     device = next(llama.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -51,7 +52,7 @@ def generate(llama, prompts, max_new_tokens, stop=(), temperature=0.0, top_p=1.0
         running = [on and not (e or f) for on, e, f in zip(running, ended, full, strict=True)]
         if count == max_new_tokens or not any(running):
             return
-        cache.advance(lengths + count - 1)
+        cache.advance((lengths + count - 1).clamp(max=context - 1))  # past it only where done
         logits = llama(tokens, cache.positions, None, attend=cache.layers)
 
 
@@ -163,7 +164,8 @@ class Chat:
                 shown = text
         yield self.text(tokens)[len(shown) :]
         if tokens[-1] not in self.stop:
-            yield f" [cut after {len(tokens)} tokens: --max-new-tokens or the model's context]"
+            note = f" [cut after {len(tokens)} tokens: --max-new-tokens or the model's context]"
+            print(note, end="", file=sys.stderr, flush=True)
 
 
 def read_classes(folder):
@@ -175,13 +177,13 @@ def read_classes(folder):
         raise ValueError(
             f"{path}: not found; chat.py needs a folder exported by train.py"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read: {error!r}") from None
 
 
 def answer_file(chat, source, target, options):
     """Conversation lines in, the same lines out, each with the assistant's turn appended."""
-    lines = list(read_prompts(source))
+    lines = list(read_prompts(chat, source))
     with open(target, "x", encoding="utf-8") as out:
         for start in range(0, len(lines), BATCH):
             batch = lines[start : start + BATCH]
@@ -192,15 +194,22 @@ def answer_file(chat, source, target, options):
             print(f"{start + len(batch)}/{len(lines)} answered", file=sys.stderr)
 
 
-def read_prompts(path):
+def read_prompts(chat, path):
     """(line, messages) of each conversation; ValueError names the line that is not one."""
+    context = chat.llama.config.max_position_embeddings
     for number, (raw, _) in enumerate(data.lines(path), start=1):
         try:
-            line = json.loads(raw.decode("utf-8-sig"))
-            messages = [data._message(i, m) for i, m in data._numbered(line, "messages")]
+            line = data.parse_json(raw)
+            if line is data.BLANK:
+                continue
+            if not isinstance(line, dict) or "messages" not in line:
+                raise ValueError("a line must be a JSON object with 'messages'")
+            messages = [data.parse_message(i, m) for i, m in data.numbered(line, "messages")]
             if not messages or messages[-1].role != "user":
                 raise ValueError("the last message must be the user's")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if (length := len(chat.prompt(messages))) > context:
+                raise ValueError(f"has {length} tokens, the model's context is {context}")
+        except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from None
         yield line, messages
 
@@ -277,6 +286,9 @@ def main(argv=None):
             converse(chat, options)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print()
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -77,14 +77,14 @@ def parse_conversation(line, classes):
     if not isinstance(line, dict):
         raise ValueError(f"a line must be a JSON object, not {_kind(line)}")
     if "messages" in line:
-        messages = [_message(i, m, "role", "content") for i, m in _numbered(line, "messages")]
+        messages = [parse_message(i, m) for i, m in numbered(line, "messages")]
     elif "items" in line:
-        messages = [_message(i, m, "role", "content", True) for i, m in _numbered(line, "items")]
+        messages = [parse_message(i, m, weighted=True) for i, m in numbered(line, "items")]
         if line.get("system"):
-            messages.insert(0, _message(0, {"role": "system", "content": line["system"]}))
+            messages.insert(0, parse_message(0, {"role": "system", "content": line["system"]}))
     elif "conversations" in line:
-        turns = _numbered(line, "conversations")
-        messages = [_message(i, m, "from", "value", roles=SHAREGPT_ROLES) for i, m in turns]
+        turns = numbered(line, "conversations")
+        messages = [parse_message(i, m, "from", "value", roles=SHAREGPT_ROLES) for i, m in turns]
     else:
         raise ValueError("no 'messages' (nor OpenChat's 'items', nor ShareGPT's 'conversations')")
     _check_turns(messages)
@@ -96,7 +96,8 @@ def _kind(value):
     return names.get(type(value), f"{type(value).__name__} {value!r:.40}")
 
 
-def _numbered(line, key):
+def numbered(line, key):
+    """(1, first), (2, second) ... of the list under `key`; ValueError where it is none."""
     if not isinstance(line[key], list):
         raise ValueError(f"'{key}' must be a list, not {_kind(line[key])}")
     return enumerate(line[key], start=1)
@@ -105,7 +106,11 @@ def _numbered(line, key):
 ROLES = {role: role for role in ("system", "user", ASSISTANT)}
 
 
-def _message(number, raw, role_key="role", content_key="content", weighted=False, roles=ROLES):
+LEAST_WEIGHT, LARGEST_WEIGHT = 1e-6, 1e6  # apart from 0; float32 holds sums of these
+
+
+def parse_message(number, raw, role_key="role", content_key="content", weighted=False, roles=ROLES):
+    """A checked Message; ValueError says what is wrong with message `number`."""
     if not isinstance(raw, dict):
         raise ValueError(f"message {number} must be an object, not {_kind(raw)}")
     role, content = raw.get(role_key), raw.get(content_key)
@@ -124,9 +129,12 @@ def _message(number, raw, role_key="role", content_key="content", weighted=False
         ) from None
     weight = raw.get("weight") if weighted else None
     if weight is not None and not (
-        type(weight) in (int, float) and math.isfinite(weight) and weight >= 0
+        type(weight) in (int, float) and (weight == 0 or LEAST_WEIGHT <= weight <= LARGEST_WEIGHT)
     ):
-        raise ValueError(f"message {number}: weight must be a number from 0, not {weight!r:.40}")
+        raise ValueError(
+            f"message {number}: weight must be 0, or a number from {LEAST_WEIGHT:g} to "
+            f"{LARGEST_WEIGHT:g}, not {weight!r:.40}"
+        )
     return Message(role, content, weight)
 
 
@@ -143,7 +151,7 @@ def _check_turns(messages):
 
 def _source_class(line, classes):
     name = line.get("class")
-    if name is None and line.get("condition"):  # OpenChat names the condition, not the class
+    if name is None and line.get("condition") is not None:  # OpenChat's name of the class
         condition = line["condition"]
         for name, source in classes.items():
             if source.condition == condition:
@@ -224,18 +232,29 @@ class Tokenizer:
         self.bos, self.eos = self.pieces.bos_id(), self.pieces.eos_id()
         if self.bos < 0:
             raise ValueError(f"{path}: has no <s> (beginning of sequence) token")
+        self._check_kind(path)
         self.added = self._added_tokens()
         own = self.pieces.piece_to_id(END_OF_TURN)
         if self.pieces.id_to_piece(own) == END_OF_TURN:
             self.eot = own
         else:
             self.eot = self.added.get(END_OF_TURN, max([count - 1, *self.added.values()]) + 1)
-        if self.eot in self.pieces.encode(END_OF_TURN):
+        if self.eot < count and not self.pieces.is_control(self.eot):
             raise ValueError(
                 f"{path}: {END_OF_TURN} must be a control symbol; as it is, any text can forge it"
             )
         self.vocab_size = max([count - 1, self.eot, *self.added.values()]) + 1
         self._prefixes = {}
+
+    def _check_kind(self, path):
+        """ValueError for what `_tokenizer_json` cannot express."""
+        scores = (self.pieces.get_score(i) for i in range(self.pieces.vocab_size()))
+        if any(score != int(score) for score in scores):  # BPE's are ranks, others' are logarithms
+            raise ValueError(f"{path}: is not a BPE model; no other kind is implemented")
+        if self.pieces.normalize("ﬁ") != "▁ﬁ":
+            raise ValueError(
+                f"{path}: normalizes text (NFKC), or puts no space before it; not implemented"
+            )
 
     def _added_tokens(self):
         """{content: id} of tokens beyond tokenizer.model, from the two files that list them."""
@@ -246,9 +265,10 @@ class Tokenizer:
                 continue
             try:
                 raw = json.loads(path.read_text(encoding="utf-8"))
-                decoder = raw.get("added_tokens_decoder", {}) if file != "added_tokens.json" else {}
-                found |= raw if file == "added_tokens.json" else {}
-                found |= {token["content"]: int(number) for number, token in decoder.items()}
+                if file == "tokenizer_config.json":
+                    decoder = raw.get("added_tokens_decoder", {})
+                    raw = {token["content"]: int(number) for number, token in decoder.items()}
+                found.update(raw.items())
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 raise ValueError(f"{path}: cannot be read: {error!r}") from None
         if any(type(number) is not int or not 0 <= number < 1 << 22 for number in found.values()):
@@ -313,7 +333,9 @@ class Tokenizer:
             "unk_token": self.pieces.id_to_piece(self.pieces.unk_id()),
             "clean_up_tokenization_spaces": False,
             "added_tokens_decoder": {str(i): token for i, token in added.items()},
-            "chat_template": CHAT_TEMPLATE.replace("CONDITION", condition),
+            "chat_template": CHAT_TEMPLATE.replace(
+                "'CONDITION'", json.dumps(condition, ensure_ascii=False)
+            ),
         }
         _write_json(folder / "tokenizer_config.json", config)
         _write_json(folder / "tokenizer.json", self._tokenizer_json(added))
@@ -343,7 +365,7 @@ class Tokenizer:
             {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
         ]
         if pieces.normalize("a  b ") == "▁a▁b":  # SentencePiece's remove_extra_whitespaces
-            trim = {"type": "Replace", "pattern": {"Regex": "^ +| +$"}, "content": ""}
+            trim = {"type": "Replace", "pattern": {"Regex": r"\A +|[ ▁]+\z"}, "content": ""}
             collapse = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
             replace = [trim, collapse, *replace]
         decoders = [
@@ -428,8 +450,11 @@ def prepare(
     classes = loss.class_table(classes)
     paths = [Path(path) for path in paths]
     sizes = [_size(path) for path in paths]
-    conditions = {name: c.condition if condition else "" for name, c in classes.items()}
-    key = _cache_key(paths, tokenizer, [TEMPLATE, conditions, max_length, skip_bad])
+    conditions = {name: c.condition for name, c in classes.items()}
+    settings = [TEMPLATE, conditions, condition, max_length, skip_bad]
+    key = _cache_key(paths, tokenizer, settings)
+    if not condition:
+        conditions = dict.fromkeys(conditions, "")
     folder = Path(folder) / key
     if not (folder / "done.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -471,6 +496,15 @@ def lines(path, offset=0):
 
 def parse_line(raw, classes):
     """A Conversation, or None for an empty line; ValueError says what is wrong."""
+    line = parse_json(raw)
+    return None if line is BLANK else parse_conversation(line, classes)
+
+
+BLANK = object()
+
+
+def parse_json(raw):
+    """What a line of `lines` holds, BLANK where nothing; ValueError says what is wrong."""
     if raw is None:
         raise ValueError(f"longer than {LONGEST_LINE >> 20} MiB")
     try:
@@ -478,14 +512,13 @@ def parse_line(raw, classes):
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: byte {error.start + 1}: {error.reason}") from None
     if not text:
-        return None
+        return BLANK
     try:
-        line = json.loads(text)
+        return json.loads(text)
     except RecursionError:
         raise ValueError("broken JSON: nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"broken JSON: {error}") from None
-    return parse_conversation(line, classes)
 
 
 class _Writer:
@@ -664,7 +697,8 @@ def collate(dataset, conversations, class_weights, shape=None):
     if class_weights is None:
         weights = (weights != 0).astype(np.float32)
     else:
-        weights = np.where(weights == CLASS_WEIGHT, class_weights[classes], weights)
+        by_class = class_weights[classes]
+        weights = np.where(weights == CLASS_WEIGHT, by_class, weights).astype(np.float32)
     # Position t learns token t + 1. A conversation's first token has weight 0: none looks across.
     predicted = np.flatnonzero(weights)
     targets, weights, classes = tokens[predicted], weights[predicted], classes[predicted]
@@ -680,10 +714,7 @@ def collate(dataset, conversations, class_weights, shape=None):
     positions = np.arange(len(tokens)) - np.repeat(ends[:-1], lengths)
     arrays = (tokens, positions, ends.astype(np.int32), predicted - 1, targets)
     tensors = [torch.from_numpy(array) for array in arrays]
-    tensors += [
-        torch.from_numpy(weights.astype(np.float32)),
-        torch.from_numpy(classes.astype(np.int64)),
-    ]
+    tensors += [torch.from_numpy(weights), torch.from_numpy(classes.astype(np.int64))]
     return Batch(*tensors, np.asarray(conversations))
 
 

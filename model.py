@@ -46,7 +46,7 @@ ONLY_VALUE = {
     "partial_rotary_factor": 1.0,
 }
 # Keys that do not change the logits.
-IGNORED = {"architectures", "auto_map", "dtype", "torch_dtype", "initializer_range", "use_cache"}
+IGNORED = {"architectures", "auto_map", "dtype", "torch_dtype", "use_cache"}
 IGNORED |= {"pad_token_id", "pretraining_tp", "transformers_version"}
 # Bounds against a broken or hostile file; well above any published Llama.
 LARGEST = {
@@ -80,6 +80,7 @@ class LlamaConfig:
     rope_scaling: dict | None = None  # {"rope_type": "linear" or "llama3", ...}
     sliding_window: int | None = None  # a token sees this many, itself included (mistral)
     tie_word_embeddings: bool = False
+    initializer_range: float = 0.02  # standard deviation of random weights
     bos_token_id: int | None = 1
     eos_token_id: int | list | None = 2
 
@@ -109,7 +110,7 @@ class LlamaConfig:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, not {self.head_dim}")
-        for name in ("rms_norm_eps", "rope_theta"):
+        for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
             if not _is_positive(getattr(self, name)):
                 raise ValueError(f"{name} must be a positive number, not {getattr(self, name)!r}")
         window = self.sliding_window
@@ -497,17 +498,18 @@ def fill_parameters(llama, folder, new_rows=0):
 
 @torch.no_grad()
 def random_parameters(llama, seed):
-    """Normal(0, 0.02) as in GPT-2 and Llama, norms 1; the same for any number of ranks.
+    """Normal(0, initializer_range), norms 1; the same for any number of ranks.
 
-    The projections that write into the residual stream are scaled by 1/sqrt(2 · layers).
+    The projections that write into the residual stream are scaled by 1/sqrt(2 · layers), GPT-2's.
     """
+    config = llama.config
     for index, (name, parameter) in enumerate(llama.named_parameters()):
         low, high = local_rows(parameter)
         if name.endswith("norm.weight"):
             local_tensor(parameter).fill_(1.0)
             continue
         residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-        std = 0.02 / math.sqrt(2 * llama.config.num_hidden_layers) if residual else 0.02
+        std = config.initializer_range / (math.sqrt(2 * config.num_hidden_layers) if residual else 1)
         generator = torch.Generator().manual_seed(seed * 100_003 + index)
         full = torch.randn(parameter.shape, generator=generator).mul_(std)
         local_tensor(parameter).copy_(full[low:high])

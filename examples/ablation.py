@@ -46,9 +46,9 @@ ROWS = {
     "SFT, all": ({"condition": False, "reward": False}, 52.7),
 }
 # Steps of a run, and the values of each axis.
-STEPS = {"sums": 600, "noisy": 300}
+STEPS = {"sums": 600, "noisy": 200}
 AXES = {
-    "steps": {"sums": (300, 450, 600, 900), "noisy": (75, 150, 300, 600)},
+    "steps": {"sums": (300, 450, 600, 900), "noisy": (100, 200, 400, 800)},
     "share": (0.25, 0.5, 0.75, 1.0),
     "ratio": (0.01, 0.1, 0.3, 1.0),
 }
@@ -274,21 +274,25 @@ def print_axis(axis, lines, scores):
 
 # ------------------------------------------------------------------------------------ figures
 
+COLOURS = {EXPERT: "tab:blue", SUBOPTIMAL: "tab:orange"}
+
 
 def draw_table(rows, scores, path, title):
     """A row's bars under each condition: Table 2, and the conditions at inference as Fig. 5."""
-    figure, axes = subplots(1, 8, 4)
-    for offset, (name, colour) in enumerate(((EXPERT, "tab:blue"), (SUBOPTIMAL, "tab:orange"))):
-        for y, runs in enumerate(rows.values()):
-            if value := cell(runs, scores, name):
-                axes[0].barh(
-                    y + 0.4 * offset, value[0], 0.38, xerr=value[1], color=colour, capsize=2,
+    figure, panels = subplots(2, 10, 3.6, sharey=True)
+    for panel, how in zip(panels, ("greedy", "sampled"), strict=True):
+        for offset, (name, colour) in enumerate(COLOURS.items()):
+            for y, runs in enumerate(rows.values()):
+                mean, half = cell(runs, scores, name, how) or (0, 0)
+                panel.barh(
+                    y + 0.4 * offset, mean, 0.38, xerr=half or None, color=colour, capsize=2,
                     label=f"asked as {name}" if y == 0 else None,
                 )  # fmt: skip
-    axes[0].set_yticks([y + 0.2 for y in range(len(rows))], rows)
-    axes[0].invert_yaxis()
-    axes[0].set(xlim=(0, 1.02), xlabel="answers as the expert's, greedy", title=title)
-    axes[0].legend(loc="lower right")
+        panel.set(xlim=(0, 1.02), xlabel=f"answers as the expert's, {how}")
+    panels[0].set_yticks([y + 0.2 for y in range(len(rows))], rows)
+    panels[0].invert_yaxis()
+    panels[0].set_title(title)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     save(figure, path)
 
 
@@ -310,11 +314,11 @@ def draw_axes(parts, scores, path, title):
     save(figure, path)
 
 
-def subplots(count, width, height):
+def subplots(count, width, height, **options):
     from matplotlib.figure import Figure
 
     figure = Figure((width, height), layout="constrained")
-    return figure, figure.subplots(1, count, squeeze=False)[0]
+    return figure, figure.subplots(1, count, squeeze=False, **options)[0]
 
 
 def save(figure, path):
@@ -371,9 +375,9 @@ def draw_hidden(models, eval_data, path, draw):
         print(f"{name:22} {told_apart(features, labels):6.1%}")
         if draw:
             plane = features @ torch.pca_lowrank(features, 2)[2]
-            for source_class in (SUBOPTIMAL, EXPERT):
+            for source_class, colour in COLOURS.items():
                 of = [label == source_class for label in labels]
-                panel.scatter(*plane[of].T, s=4, alpha=0.5, label=source_class)
+                panel.scatter(*plane[of].T, s=4, alpha=0.5, color=colour, label=source_class)
             panel.set(title=f"{name}: hidden states, PCA", xticks=(), yticks=())
             panel.legend(loc="best")
     if draw:
@@ -390,7 +394,7 @@ def main(argv=None):
     parts = {}
     for axis in args.axes:
         values = AXES[axis][args.task] if axis == "steps" else AXES[axis]
-        parts[axis] = axis_runs(axis, task, args.steps, seeds, values)
+        parts[axis] = axis_runs(axis, task, args.steps, range(args.axis_seeds), values)
     runs = [run for of_row in rows.values() for run in of_row]
     runs += [run for lines in parts.values() for by_value in lines.values()
              for of_value in by_value.values() for run in of_value]  # fmt: skip
@@ -429,7 +433,8 @@ def parse_arguments(argv):
     add = parser.add_argument
     add("--task", choices=STEPS, default="sums", help="a folder beside this file (default: sums)")
     add("--quick", action="store_true", help="the table only, one seed")
-    add("--seeds", type=int, help="runs of every setting (default: 3; quick: 1)")
+    add("--seeds", type=int, help="runs of every row of the table (default: 3; quick: 1)")
+    add("--axis-seeds", type=int, default=1, help="runs of every point of an axis (default: 1)")
     add("--steps", type=int, help="of every run (default: what the task needs)")
     add("--axes", nargs="*", choices=AXES, help="what to vary (default: all; quick: none)")
     add("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: a core each)")
@@ -439,8 +444,8 @@ def parse_arguments(argv):
     args.seeds = args.seeds or (1 if args.quick else 3)
     args.steps = args.steps or STEPS[args.task]
     args.axes = ([] if args.quick else list(AXES)) if args.axes is None else args.axes
-    if not 1 <= args.seeds <= 10 or args.steps < 1 or args.jobs < 1:
-        parser.error("needs --seeds from 1 to 10, and --steps and --jobs of at least 1")
+    if not {args.seeds, args.axis_seeds} <= set(range(1, 11)) or min(args.steps, args.jobs) < 1:
+        parser.error("needs --seeds and --axis-seeds from 1 to 10, --steps and --jobs from 1")
     return args
 
 

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+torch.set_num_threads(1)  # for networks this small more only wait for each other
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -223,11 +224,14 @@ def test_the_template_holds_any_condition(condition, stories, tmp_path):
     assert ids == data.encode_prompt([data.Message("user", "Hi")], ours, condition)
 
 
-def test_transformers_decodes_what_we_decode(stories, tmp_path):
-    ours, theirs = exported(stories, tmp_path / "out")
+@pytest.mark.parametrize("name", ["llama2", "stories"])
+def test_transformers_decodes_what_we_decode(name, request, tmp_path):
+    ours, theirs = exported(request.getfixturevalue(name), tmp_path / "out")
     for text in ODD_TEXTS:
-        ids = ours.encode(text)
-        assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids) == text
+        ids = [*ours.encode(text), ours.eot]
+        assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
+        # Llama 2's keeps a text to the letter, but for ▁, which it writes for a space.
+        assert name != "llama2" or ours.decode(ids) == text.replace("▁", " ")
 
 
 # -------------------------------------------------------------------- tokenizers of other kinds
@@ -341,7 +345,7 @@ BAD = [
     (b"not json", "broken JSON: Expecting value: line 1 column 1 (char 0)"),
     (b'{"class": "gpt4"} {}', "broken JSON: Extra data"),
     (b'{"class": "gpt4", "messages": \xff}', "not UTF-8: byte 31: invalid start byte"),
-    (b"\xe2\x82", "not UTF-8: byte 1: unexpected end of data"),
+    (b"\xe2\x82", "not UTF-8: byte 1: invalid continuation byte"),
     (b"\x00" * 1000, "broken JSON: Expecting value"),
     (b"[" * 200_000, "broken JSON: nested too deeply"),
     (b'{"a":' * 200_000, "broken JSON: nested too deeply"),
@@ -559,7 +563,7 @@ def test_a_long_conversation_is_cut_at_its_end_and_counted(prepare, tokenizer, t
     whole = [data.encode(x, tokenizer, CLASSES) for x in lines]
     dataset = prepare(path, max_length=30)
     lengths = [len(tokens) for tokens, _ in whole]
-    assert sum(length > 30 for length in lengths) == 2 and min(lengths) < 30
+    assert lengths[1] == 30 < min(lengths[0], lengths[2])
     assert dataset.lengths.tolist() == [min(30, length) for length in lengths]
     assert dataset.report["cut"] == 2
     assert dataset.report["tokens_cut"] == sum(max(0, length - 30) for length in lengths)
@@ -762,9 +766,9 @@ def test_padding_to_a_shape_adds_conversations_without_weight(shape, mixed):
 
 def test_a_bin_that_is_full_needs_no_padding(mixed):
     plain = data.collate(mixed, np.array([2, 5]), WEIGHTS)
-    batch = data.collate(mixed, np.array([2, 5]), WEIGHTS, (len(plain.tokens), 3, 50))
+    batch = data.collate(mixed, np.array([2, 5]), WEIGHTS, (len(plain.tokens), 4, 50))
     assert torch.equal(batch.tokens, plain.tokens)
-    assert torch.equal(batch.cu_seqlens, plain.cu_seqlens)
+    assert batch.cu_seqlens.tolist() == [*plain.cu_seqlens.tolist(), len(plain.tokens)]
 
 
 @pytest.mark.parametrize("class_weights", [WEIGHTS, None], ids=["reward", "no reward"])
@@ -847,18 +851,16 @@ def test_the_command_says_in_one_line_what_is_wrong(flags, message, stories, cap
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
 
 
-def test_tokenizing_is_a_stream(prepare, tmp_path):
-    """100 times the data keeps no more conversations in memory; see BLOCK."""
-    import tracemalloc
-
+def test_ten_times_the_data_takes_no_more_memory(prepare, monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "BLOCK", 30_000)
     peaks = []
-    for copies in (1, 12):
-        path = write(tmp_path / f"{copies}.jsonl", *[line("Hi " * 100, "Ho " * 400)] * 600 * copies)
+    for copies in (60, 600):
+        path = write(tmp_path / f"{copies}.jsonl", *[line("Hi " * 100, "Ho " * 400)] * copies)
         tracemalloc.start()
         prepare(path, max_length=20_000)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < 1.5 * peaks[0]
+    assert peaks[1] < 1.2 * peaks[0]
 
 
 def test_progress_is_quiet_for_a_short_file(capsys):
