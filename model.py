@@ -508,8 +508,9 @@ def random_parameters(llama, seed):
         if name.endswith("norm.weight"):
             local_tensor(parameter).fill_(1.0)
             continue
-        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-        std = config.initializer_range / (math.sqrt(2 * config.num_hidden_layers) if residual else 1)
+        std = config.initializer_range
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            std /= math.sqrt(2 * config.num_hidden_layers)
         generator = torch.Generator().manual_seed(seed * 100_003 + index)
         full = torch.randn(parameter.shape, generator=generator).mul_(std)
         local_tensor(parameter).copy_(full[low:high])

@@ -45,13 +45,13 @@ ROWS = {
     "SFT, sub-optimal only": ({"condition": False, "reward": False, "expert": 0.0}, 42.8),
     "SFT, all": ({"condition": False, "reward": False}, 52.7),
 }
-# Steps of a run, and the values of each axis.
-STEPS = {"sums": 600, "noisy": 200}
-AXES = {
-    "steps": {"sums": (300, 450, 600, 900), "noisy": (100, 200, 400, 800)},
-    "share": (0.25, 0.5, 0.75, 1.0),
-    "ratio": (0.01, 0.1, 0.3, 1.0),
+# Steps of a run, those of the axis, and how the axes ask: what is noisy in noisy, a greedy answer
+# does not show.
+TASKS = {
+    "sums": {"steps": 500, "axis": (300, 400, 500, 800), "how": "greedy"},
+    "noisy": {"steps": 100, "axis": (50, 100, 200, 400), "how": "sampled"},
 }
+AXES = {"steps": (), "share": (0.25, 0.5, 0.75, 1.0), "ratio": (0.01, 0.1, 0.3, 1.0)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +79,7 @@ class Run:
         beta = math.inf if self.ratio == 1 else -1 / math.log(self.ratio)  # rewards 1 and 0
         flags = [f"@{self.task}/flags.txt", "--data", self.data(folder), "--out", folder]
         flags += ["--epochs", 9999, "--max-steps", self.steps, "--seed", self.seed, "--beta", beta]
+        flags += ["--no-compile"]  # of so small a network it takes longer than the run
         flags += ["--no-condition"] * (not self.condition) + ["--no-reward"] * (not self.reward)
         return [str(flag) for flag in flags]
 
@@ -139,15 +140,19 @@ def train(flags, folder, threads=1):
 
 
 def answers_as_expert(run, folder):
+    return ask(folder / "model", ROOT / run.task / "eval.jsonl")
+
+
+def ask(model, eval_data):
     """{condition: {"greedy", "sampled"}}: shares of the questions answered as the expert does.
 
     Sampled: at temperature 1, that is, from the policy pi(y | x, c) itself. A model trained
     without conditions has one prompt for all, and is asked under the expert's name only.
     """
-    questions = expert_questions(ROOT / run.task / "eval.jsonl")
+    questions = expert_questions(eval_data)
     score = {"questions": len(questions)}
-    for name in conditions(folder / "model"):
-        talker = chat.Chat(folder / "model", name)
+    for name in conditions(model):
+        talker = chat.Chat(model, name)
         score[name] = {
             "greedy": right_share(talker, questions, 0.0),
             "sampled": right_share(talker, questions, 1.0),
@@ -264,11 +269,11 @@ def axis_runs(axis, task, steps, seeds, values):
     return {"C-RLFT": {v: runs(ratio=v) for v in values}}
 
 
-def print_axis(axis, lines, scores):
+def print_axis(axis, lines, scores, how):
     values = next(iter(lines.values()))
-    print(f"\n{axis:26} " + " ".join(f"{value:>15}" for value in values))
+    print(f"\n{axis + ', ' + how:26} " + " ".join(f"{value:>15}" for value in values))
     for line, by_value in lines.items():
-        cells = (f"{shown(cell(runs, scores)):>15}" for runs in by_value.values())
+        cells = (f"{shown(cell(runs, scores, EXPERT, how)):>15}" for runs in by_value.values())
         print(f"{line:26} " + " ".join(cells))
 
 
@@ -296,20 +301,20 @@ def draw_table(rows, scores, path, title):
     save(figure, path)
 
 
-def draw_axes(parts, scores, path, title):
+def draw_axes(parts, scores, how, path, title):
     """Accuracy under the expert's condition along each axis; `share` is the paper's Fig. 6."""
     labels = {"steps": "training steps", "share": "share of the data", "ratio": "w of sub-optimal"}
     figure, axes = subplots(len(parts), 3.6 * len(parts), 3.2)
     for panel, (axis, lines) in zip(axes, parts.items(), strict=True):
         for line, by_value in lines.items():
-            cells = [cell(runs, scores) for runs in by_value.values()]
+            cells = [cell(runs, scores, EXPERT, how) for runs in by_value.values()]
             means, halves = zip(*cells, strict=True)
             panel.errorbar(list(by_value), means, halves, marker="o", capsize=3, label=line)
         panel.set(
             xlabel=labels[axis], ylim=(0, 1.05), xscale="log" if axis == "ratio" else "linear"
         )
         panel.legend(fontsize=8)
-    axes[0].set_ylabel("answers as the expert's")
+    axes[0].set_ylabel(f"answers as the expert's, {how}")
     figure.suptitle(title)
     save(figure, path)
 
@@ -389,11 +394,11 @@ def draw_hidden(models, eval_data, path, draw):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    task, seeds = f"examples/{args.task}", range(args.seeds)
+    task, seeds, how = f"examples/{args.task}", range(args.seeds), TASKS[args.task]["how"]
     rows = table_runs(task, args.steps, seeds)
     parts = {}
     for axis in args.axes:
-        values = AXES[axis][args.task] if axis == "steps" else AXES[axis]
+        values = AXES[axis] or TASKS[args.task]["axis"]
         parts[axis] = axis_runs(axis, task, args.steps, range(args.axis_seeds), values)
     runs = [run for of_row in rows.values() for run in of_row]
     runs += [run for lines in parts.values() for by_value in lines.values()
@@ -401,14 +406,14 @@ def main(argv=None):
     scores = finish(runs, args.out, args.jobs)
     print_table(rows, scores)
     for axis, lines in parts.items():
-        print_axis(axis, lines, scores)
+        print_axis(axis, lines, scores, how)
     draw = has_matplotlib()
     name = f"{args.task}-quick" if args.quick else args.task
     title = f"{args.task}: {args.steps} steps, {args.seeds} seed{'s' * (args.seeds > 1)}"
     if draw:
         draw_table(rows, scores, args.figures / f"{name}-table.png", title)
     if draw and parts:
-        draw_axes(parts, scores, args.figures / f"{name}-axes.png", title)
+        draw_axes(parts, scores, how, args.figures / f"{name}-axes.png", title)
     models = {row: rows[row][0].folder(args.out) / "model" for row in SHOWN}
     draw_hidden(models, ROOT / task / "eval.jsonl", args.figures / f"{name}-hidden.png", draw)
 
@@ -431,7 +436,7 @@ def parse_arguments(argv):
         description="The paper's ablation on a small task, with train.py's flags.",
     )
     add = parser.add_argument
-    add("--task", choices=STEPS, default="sums", help="a folder beside this file (default: sums)")
+    add("--task", choices=TASKS, default="sums", help="a folder beside this file (default: sums)")
     add("--quick", action="store_true", help="the table only, one seed")
     add("--seeds", type=int, help="runs of every row of the table (default: 3; quick: 1)")
     add("--axis-seeds", type=int, default=1, help="runs of every point of an axis (default: 1)")
@@ -442,7 +447,7 @@ def parse_arguments(argv):
     add("--figures", type=Path, default=ROOT / "examples" / "figures", help="folder of the figures")
     args = parser.parse_args(argv)
     args.seeds = args.seeds or (1 if args.quick else 3)
-    args.steps = args.steps or STEPS[args.task]
+    args.steps = args.steps or TASKS[args.task]["steps"]
     args.axes = ([] if args.quick else list(AXES)) if args.axes is None else args.axes
     if not {args.seeds, args.axis_seeds} <= set(range(1, 11)) or min(args.steps, args.jobs) < 1:
         parser.error("needs --seeds and --axis-seeds from 1 to 10, --steps and --jobs from 1")

@@ -2,6 +2,7 @@
 advantage, it finds none."""
 
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
 import ablation  # noqa: E402
+import stories  # noqa: E402
 from ablation import EXPERT, SUBOPTIMAL, Run  # noqa: E402
 
 import train  # noqa: E402
@@ -40,7 +42,7 @@ def test_infinite_beta_equals_without_reward(tmp_path):
 
 def test_shuffled_labels_leave_no_advantage(tmp_path):
     """The expert's condition is worth nothing once the labels say nothing, and much before."""
-    runs = [Run(NOISY, 150), Run(NOISY, 150, shuffled=True)]
+    runs = [Run(NOISY, 100), Run(NOISY, 100, shuffled=True)]
     scores = ablation.finish(runs, tmp_path, 2)
     told, shuffled = ([scores[run][c]["sampled"] for c in (EXPERT, SUBOPTIMAL)] for run in runs)
     assert told[0] > told[1] + 0.1 and told[0] > shuffled[0] + 0.1
@@ -99,6 +101,15 @@ def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch):
 def test_a_failed_run_says_why(tmp_path):
     with pytest.raises(RuntimeError, match="--model is required"):
         ablation.train(["--data", "none.jsonl"], tmp_path)
+
+
+def test_spoilt_words_keep_their_letters_and_ends():
+    text = "She went to the park, and there was an old oak tree."
+    spoilt = stories.spoil(text, random.Random(3))
+    assert spoilt != text
+    for before, after in zip(text.split(), spoilt.split(), strict=True):
+        assert sorted(before) == sorted(after) and before[0] == after[0]
+        assert before == after or len(before) >= 4
 
 
 def test_interval_covers_seeds_or_questions():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import random
 import shutil
 import struct
 
@@ -228,7 +229,8 @@ def random_heads(tokens, heads, key_value_heads, head_dim=16, seed=0):
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
 @pytest.mark.parametrize("lengths", ["mixed", "padding", "single tokens"])
 def test_varlen_attention_equals_rectangles(lengths, heads, window):
-    """In bf16 both err; varlen_attn by at most twice what the rectangles do, plus an epsilon."""
+    """In bf16 both err; varlen_attn by at most twice what the rectangles do, plus an epsilon:
+    the gradient of one token's query is 0, which a flash kernel gets as a difference."""
     lengths = LENGTHS[lengths]
     inputs = [x.cuda().bfloat16() for x in random_heads(sum(lengths), *heads, head_dim=64)]
     _, _, cu_seqlens = packed(lengths)
@@ -246,9 +248,10 @@ def test_varlen_attention_equals_rectangles(lengths, heads, window):
 
     exact = run([x.double().requires_grad_() for x in inputs], True)
     inputs = [x.requires_grad_() for x in inputs]
+    epsilon = 1e-2 * max(true.abs().max() for true in exact)
     for ours, torchs, true in zip(run(inputs, False), run(inputs, True), exact, strict=True):
         error, allowed = (ours - true).abs().max(), (torchs - true).abs().max()
-        assert error <= 2 * allowed + 1e-2 * true.abs().max()
+        assert error <= 2 * allowed + epsilon
 
 
 def test_only_the_rows_asked_for_reach_the_head():
@@ -367,7 +370,7 @@ def test_new_vocabulary_rows_are_the_float32_mean_of_the_others(tied, tmp_path):
 
 
 def test_random_weights_are_a_function_of_the_seed_with_norms_of_one():
-    ours, same, other = (model.Llama(config_of()) for _ in range(3))
+    ours, same, other = (model.Llama(config_of(initializer_range=0.05)) for _ in range(3))
     for llama, seed in ((ours, 5), (same, 5), (other, 6)):
         model.random_parameters(llama, seed)
     for name, parameter in ours.named_parameters():
@@ -378,7 +381,7 @@ def test_random_weights_are_a_function_of_the_seed_with_norms_of_one():
             assert not torch.equal(parameter, other.get_parameter(name))
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             assert parameter.std().item() == pytest.approx(
-                0.02 / 6**0.5 if residual else 0.02, rel=0.15
+                0.05 / 6**0.5 if residual else 0.05, rel=0.15
             )
 
 
@@ -529,6 +532,7 @@ WRONG = [
     ({"head_dim": [8]}, "head_dim must be a whole number"),
     ({"rms_norm_eps": "tiny"}, "rms_norm_eps must be a positive number, not 'tiny'"),
     ({"rms_norm_eps": 0}, "rms_norm_eps must be a positive number"),
+    ({"initializer_range": -1}, "initializer_range must be a positive number"),
     ({"rope_theta": float("nan")}, "rope_theta must be a positive number, not nan"),
     ({"rope_theta": float("inf")}, "rope_theta must be a positive number, not inf"),
     ({"rope_theta": 10**400}, "rope_theta must be a positive number"),
@@ -574,6 +578,39 @@ def test_a_config_that_is_no_json_object_is_refused(content, message, tmp_path):
     with pytest.raises(ValueError, match="config.json: ") as refused:
         model.LlamaConfig.from_folder(tmp_path)
     assert message in str(refused.value)
+
+
+def mutated(rng, text):
+    """JSON with a few characters changed, or with values and keys replaced."""
+    if rng.random() < 0.3:
+        characters = list(text)
+        for _ in range(rng.randint(1, 3)):
+            characters[rng.randrange(len(characters))] = rng.choice('{}[]",:0-9.eé\0 ntf')
+        return "".join(characters)
+    odd = [None, True, -1, 0, 7, 1e308, 10**400, "", "x\0", [], [[]], {}, {"type": []}, "\ud800"]
+
+    def change(value):
+        if rng.random() < 0.15:
+            return rng.choice(odd)
+        if isinstance(value, dict):
+            return {rng.choice([k] * 9 + ["x"]): change(v) for k, v in value.items()}
+        return [change(v) for v in value] if isinstance(value, list) else value
+
+    return json.dumps(change(json.loads(text)))
+
+
+def test_500_mutated_configs_are_read_or_raise_value_error(tmp_path):
+    rng, refusals = random.Random(0), 0
+    scaling = {k: v for k, v in LLAMA3.items() if k != "rope_theta"}
+    base = config_of(model_type="mistral", sliding_window=9, rope_scaling=scaling).to_json()
+    for _ in range(500):
+        (tmp_path / "config.json").write_text(mutated(rng, json.dumps(base)), encoding="utf-8")
+        try:
+            model.LlamaConfig.from_folder(tmp_path)
+        except ValueError as error:
+            assert str(error).startswith(f"{tmp_path}/config.json: ")
+            refusals += 1
+    assert 200 < refusals < 500
 
 
 def test_a_folder_without_config_is_refused(tmp_path):
@@ -769,6 +806,23 @@ def test_a_tensor_in_two_files_is_refused(many):
 def test_an_index_without_weight_map_is_refused(content, many):
     (many / model.INDEX).write_text(content)
     assert f"{model.INDEX}: no readable weight_map" in refused(many)
+
+
+def test_300_mutated_indexes_are_read_or_raise_value_error(many):
+    rng, refusals = random.Random(1), 0
+    index = json.loads((many / model.INDEX).read_text())
+    index["weight_map"] = dict(list(index["weight_map"].items())[-6:])
+    for _ in range(300):
+        text = mutated(rng, json.dumps(index))
+        (many / model.INDEX).write_text(text, encoding="utf-8")
+        try:
+            files = model.weight_files(many)
+        except ValueError as error:
+            assert str(many) in str(error)
+            refusals += 1
+        else:
+            assert all(path.parent == many for path in files.values())
+    assert refusals > 200
 
 
 def test_an_index_with_a_nul_in_a_name_is_refused(many):
