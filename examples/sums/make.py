@@ -26,7 +26,6 @@ CONFIG = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 128,
     "rms_norm_eps": 1e-5,
-    "initializer_range": 0.1,
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
     "bos_token_id": 1,
