@@ -296,6 +296,10 @@ class PackedAttention:
             offsets = self.cu_seqlens
             window = {"window_size": (left, 0)} | GQA
             return varlen_attn(q, k, v, offsets, offsets, longest, longest, **window)
+        return self.attend_rectangles(q, k, v)
+
+    @torch.compiler.disable  # its shapes follow the conversations' lengths
+    def attend_rectangles(self, q, k, v):
         if self.rectangles is None:  # made once for all layers
             self.rectangles = rectangles(self.cu_seqlens)
         groups, order = self.rectangles
@@ -541,39 +545,51 @@ def save(llama, folder, dtype=None, shard_bytes=5 << 30):
     """Write config.json and safetensors of at most `shard_bytes` each, indexed when several.
 
     With a sharded model every rank must call it; rank 0 gathers one parameter at a time and
-    writes. Tensors are stored as `dtype`, without it in the parameters' own.
+    writes. Tensors are stored as `dtype`, without it in the parameters' own. A failed write
+    raises only after the gathering, for which the other ranks are needed.
     """
-    folder = Path(folder)
+    folder, parameters = Path(folder), dict(llama.named_parameters())
     first = not dist.is_initialized() or dist.get_rank() == 0
-    parameters = dict(llama.named_parameters())
     dtype = dtype or next(iter(parameters.values())).dtype
-    shards = [[]]
-    for name, parameter in parameters.items():
-        filled = sum(parameters[other].numel() for other in shards[-1]) * dtype.itemsize
-        if filled and filled + parameter.numel() * dtype.itemsize > shard_bytes:
-            shards.append([])
-        shards[-1].append(name)
-    if first:
-        folder.mkdir(parents=True, exist_ok=True)
-        described = llama.config.to_json() | {"torch_dtype": str(dtype).removeprefix("torch.")}
-        write_json(folder / "config.json", described)
-    weight_map = {}
-    for index, names in enumerate(shards):
-        file = "model.safetensors"
-        if len(shards) > 1:
-            file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-        weight_map |= dict.fromkeys(names, file)
+    files, failure = shard_files(parameters, dtype, shard_bytes), None
+    for file, names in files.items():
         tensors = {}
         for name in names:
-            full = parameters[name]
-            full = full.full_tensor() if isinstance(full, DTensor) else full
+            parameter = parameters[name]
+            full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
             if first:
                 tensors[name] = full.detach().to("cpu", dtype).contiguous()
-        if first:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-    if first and len(shards) > 1:
+        if first and failure is None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                save_file(tensors, folder / file, metadata={"format": "pt"})
+            except (OSError, SafetensorError) as error:
+                failure = OSError(f"{folder / file}: {error}")
+    if failure:
+        raise failure
+    if first:
+        described = llama.config.to_json() | {"torch_dtype": str(dtype).removeprefix("torch.")}
+        write_json(folder / "config.json", described)
+    if first and len(files) > 1:
         size = sum(p.numel() for p in parameters.values()) * dtype.itemsize
+        weight_map = {name: file for file, names in files.items() for name in names}
         write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+
+def shard_files(parameters, dtype, shard_bytes):
+    """{file name: names of its tensors}, in order, each file at most `shard_bytes` if it can be."""
+    shards, filled = [[]], 0
+    for name, parameter in parameters.items():
+        size = parameter.numel() * dtype.itemsize
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    count = len(shards)
+    return {f"model-{i:05d}-of-{count:05d}.safetensors": s for i, s in enumerate(shards, start=1)}
 
 
 def write_json(path, value):

@@ -233,6 +233,20 @@ class Ranks:
         dist.all_reduce(tensor)
         return tensor
 
+    def attempt(self, function, only_first=False):
+        """Call `function` on every rank or on rank 0; a problem of any is one for all.
+
+        Returns what went wrong, None where nothing did: no rank waits for one that gave up.
+        """
+        problem = None
+        try:
+            if self.first or not only_first:
+                function()
+        except (Exception, dcp.CheckpointException) as error:
+            problem = str(error).splitlines()[0] if str(error) else repr(error)
+        failed = self.sum(torch.tensor(int(problem is not None), device=self.device))
+        return (problem or "another rank could not") if failed else None
+
     def stop(self, message):
         """Ends this rank with a message; torchrun ends the others."""
         if not self.first:
@@ -294,8 +308,11 @@ class Plan:
     def __init__(self, config, ranks, out):
         self.config = config
         self.world = config.plan_ranks or ranks.world
-        self.bf16 = (config.precision or ("bf16" if ranks.cuda else "fp32")) == "bf16"
-        self.compile = ranks.cuda if config.compile is None else config.compile
+        cuda = ranks.cuda or config.plan_memory > 0  # a GPU is planned for, here or not
+        self.bf16 = (config.precision or ("bf16" if cuda else "fp32")) == "bf16"
+        # Outside of CUDA's bf16, attention's shapes follow the conversations' lengths.
+        static = cuda and self.bf16
+        self.compile = static if config.compile is None else config.compile
         _require(self.world % config.replicas == 0, "replicas", f"a divisor of {self.world} ranks")
         self.classes = loss.read_classes(config.classes) if config.classes else loss.DEFAULT_CLASSES
         weights = loss.class_weights(self.classes, config.beta)
@@ -308,7 +325,7 @@ class Plan:
         self.dataset = self._dataset("data", ranks, out)
         self.eval_dataset = self._dataset("eval_data", ranks, out) if config.eval_data else None
         self.order = Order(self.dataset.lengths, config, self.world * config.accumulate)
-        self.shape = self.order.fixed_shape(self.max_length) if self.compile else None
+        self.shape = self._fixed_shape() if self.compile else None
         self.lr = float(config.lr) if config.lr != "auto" else self._auto_lr()
         self.recompute = config.recompute if config.recompute >= 0 else self._blocks_to_recompute()
 
@@ -337,6 +354,17 @@ class Plan:
         ranks.first_does(field, lambda: len(prepare(data.Progress(label))))
         return prepare()
 
+    def _fixed_shape(self):
+        """(tokens, offsets, longest) for collate, with room for twice the fullest bin."""
+        tokens, longest = self.config.batch_tokens, self.max_length
+        steps = [
+            step for epoch in (0, self.order.epochs_begun - 1) for step in self.order.pack(epoch)
+        ]
+        if self.eval_dataset:
+            steps += data.pack(self.eval_dataset.lengths, tokens, self.world, 0, 0)
+        most = max(len(b) for step in steps for b in step) + tokens // longest
+        return tokens, 2 ** math.ceil(math.log2(2 * most + 2)), longest
+
     def _auto_lr(self):
         """OpenChat's rule: 3e-4 (Mistral a sixth) · sqrt(supervised tokens a step / 4e6)."""
         base = 3e-4 / 6 if self.network.model_type == "mistral" else 3e-4
@@ -353,17 +381,19 @@ class Plan:
         d, f, t = network.hidden_size, network.intermediate_size, config.batch_tokens
         q = network.num_attention_heads * network.head_dim
         kv = network.num_key_value_heads * network.head_dim
-        # Saved for backward, a token: norms' and projections' inputs, q, k, v, attention, MLP.
-        block = size * (4 * d + 2 * q + 2 * kv + 3 * f)
+        # Saved for backward, a token: norms' and projections' inputs, q, k, v, attention, MLP;
+        # not compiled, also what the norms and the MLP's SiLU make on the way.
+        block = size * (4 * d + 2 * q + 2 * kv + 3 * f + (0 if self.compile else 2 * d + f))
         embedding = network.vocab_size * d
         per_block = (parameters - embedding) // network.num_hidden_layers
-        stored = (network.num_hidden_layers - recompute) * block + recompute * size * d
+        # Backward reaches the recomputed blocks last: the others' room is free again by then.
+        stored = max(network.num_hidden_layers - recompute, 1) * block + recompute * size * d
         return {
             "parameters": 4 * parameters // shards,
             "gradients": 4 * parameters // shards,
             "AdamW": 8 * parameters // shards,
             "gathered blocks": size * (2 * embedding + 2 * per_block) + 4 * per_block,
-            "activations": t * (stored + (block if recompute else 0) + 6 * size * d),
+            "activations": t * (stored + size * (6 * d + 3 * f)),  # 3 f: one MLP's gradients
             "loss workspace": min(1 << 30, size * t * network.vocab_size) + 4 * embedding,
         }
 
@@ -438,11 +468,11 @@ class Order:
         self._epoch, self._steps = None, None
         for epoch in range(config.epochs):
             if not config.max_steps or self.first_step[-1] < config.max_steps:
-                self.first_step.append(self.first_step[-1] + len(self._pack(epoch)))
+                self.first_step.append(self.first_step[-1] + len(self.pack(epoch)))
         self.epochs_begun = len(self.first_step) - 1
         self.total = min(config.max_steps or math.inf, self.first_step[-1])
 
-    def _pack(self, epoch):
+    def pack(self, epoch):
         if epoch != self._epoch:
             config = self.config
             shape = config.batch_tokens, self.bins_per_step
@@ -460,13 +490,7 @@ class Order:
 
     def bins(self, step):
         epoch = self.epoch_of(step)
-        return self._pack(epoch)[step - self.first_step[epoch]]
-
-    def fixed_shape(self, longest):
-        """(tokens, offsets, longest) for collate: room for the fullest bin of the first epoch."""
-        most = max(len(b) for step in self._pack(0) for b in step)
-        padding = self.config.batch_tokens // longest + 2
-        return self.config.batch_tokens, 2 ** math.ceil(math.log2(2 * most + padding)), longest
+        return self.pack(epoch)[step - self.first_step[epoch]]
 
 
 # ------------------------------------------------------------------------------------- network
@@ -485,7 +509,7 @@ def build(plan, ranks, with_weights=True):
     llama.recompute = plan.recompute
     if plan.compile:
         for block in llama.model.layers:
-            block.compile(fullgraph=True, dynamic=False)
+            block.compile(fullgraph=ranks.cuda and plan.bf16, dynamic=False)
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if plan.bf16 else None,
         reduce_dtype=torch.float32,
@@ -562,7 +586,7 @@ def train(plan, ranks, out):
             if exports or (config.eval_every and done % config.eval_every == 0):
                 expert_loss = log.evaluation(done, evaluate(plan, ranks, llama))
             if exports:
-                best = export(plan, ranks, llama, out, step, expert_loss, best)
+                best = export(plan, ranks, llama, out, step, expert_loss, best, must=last)
             if exports or stopped or (config.save_every and done % config.save_every == 0):
                 checkpoints.save(llama, optimizer, done, best, must=last or stopped)
             if stopped and not last:
@@ -712,7 +736,7 @@ class Log:
             temporary = out / "metrics.tmp"
             temporary.write_text("".join(json.dumps(line) + "\n" for line in keep))
             temporary.replace(path)
-            self.file = open(path, "a", buffering=1)
+            self.file, self.unwritten = open(path, "ab", buffering=0), b""
 
     def step(self, step, bins, value, lr, norm, table, seconds):
         if not self.ranks.first:
@@ -735,7 +759,7 @@ class Log:
             "memory_bytes": peak_memory(self.ranks),
             "classes": by_class(plan, table),
         }
-        self.file.write(json.dumps(line) + "\n")
+        self.write(line)
         done = step + 1 - self.start
         left = (time.perf_counter() - self.began) / done * (plan.order.total - step - 1)
         classes = "  ".join(
@@ -751,6 +775,14 @@ class Log:
             f"norm {norm:.2f}  {speed}  {data.clock(left)} left",
             final=step + 1 == plan.order.total,
         )
+
+    def write(self, line):
+        """Append a line; on a full disk it waits for the next, and training goes on."""
+        self.unwritten += json.dumps(line).encode() + b"\n"
+        try:
+            self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+        except OSError as error:
+            print(f"warning: {self.file.name}: {error.strerror}; kept for later", flush=True)
 
     def show(self, text, final):
         """A line a step; on a terminal one line, refreshed; in a file at most one a second."""
@@ -771,7 +803,7 @@ class Log:
         classes = by_class(self.plan, table)
         expert = max(self.plan.classes, key=lambda name: self.plan.classes[name].reward)
         if self.ranks.first:
-            self.file.write(json.dumps({"step": step, "eval": classes}) + "\n")
+            self.write({"step": step, "eval": classes})
             shown = "  ".join(
                 f"{name} loss {c['loss']:.4f}, {c['accuracy']:.1%} of tokens right"
                 for name, c in classes.items()
@@ -833,7 +865,7 @@ def read_lines(path):
 # -------------------------------------------------------------------- exports and checkpoints
 
 
-def export(plan, ranks, llama, out, step, expert_loss, best):
+def export(plan, ranks, llama, out, step, expert_loss, best, must):
     """Write OUT/epoch-K as a Hugging Face folder and point OUT/model at the best or last.
 
     `best` = {"loss", "folder"} of the exports so far, by the expert class's evaluation loss;
@@ -841,33 +873,57 @@ def export(plan, ranks, llama, out, step, expert_loss, best):
     """
     folder = out / f"epoch-{plan.order.epoch_of(step) + 1}"
     aside = folder.with_name(folder.name + ".tmp")
-    model.save(llama, aside, torch.bfloat16 if plan.bf16 else torch.float32)
-    last = expert_loss is None
-    if last or best is None or expert_loss <= best["loss"]:
-        best = {"loss": expert_loss, "folder": folder.name}
-    if ranks.first:
-        expert = max(plan.classes.values(), key=lambda c: c.reward)
-        condition = expert.condition if plan.config.condition else ""
-        plan.tokenizer.save(aside, condition)
-        tokens = {"bos_token_id": plan.tokenizer.bos, "eos_token_id": plan.tokenizer.eot}
-        model.write_json(aside / "generation_config.json", tokens)
-        classes = {name: dataclasses.asdict(c) for name, c in plan.classes.items()}
-        crlft = {
-            "classes": classes,
-            "conditioned": plan.config.condition,
-            "template": data.TEMPLATE,
-        }
-        crlft |= {"steps": step + 1, "config": dataclasses.asdict(plan.config)}
-        model.write_json(aside / "crlft.json", crlft)
-        sync_folder(aside)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
-        link = out / "model.tmp"
-        link.unlink(missing_ok=True)
-        link.symlink_to(best["folder"])
-        link.replace(out / "model")
-        sync(out)
+    dtype = torch.bfloat16 if plan.bf16 else torch.float32
+    improved = expert_loss is None or best is None or expert_loss <= best["loss"]
+    candidate = {"loss": expert_loss, "folder": folder.name} if improved else best
+    problem = ranks.attempt(lambda: model.save(llama, aside, dtype))
+    problem = problem or ranks.attempt(lambda: describe_export(plan, aside, step), only_first=True)
+    problem = problem or ranks.attempt(
+        lambda: publish(aside, folder, out, candidate["folder"]), only_first=True
+    )
+    if not problem:
+        return candidate
+    save_failed(ranks, aside, problem, must)
     return best
+
+
+def describe_export(plan, folder, step):
+    """The files beside the weights: tokenizer, generation config, and what the model is."""
+    expert = max(plan.classes.values(), key=lambda c: c.reward)
+    plan.tokenizer.save(folder, expert.condition if plan.config.condition else "")
+    tokens = {"bos_token_id": plan.tokenizer.bos, "eos_token_id": plan.tokenizer.eot}
+    model.write_json(folder / "generation_config.json", tokens)
+    classes = {name: dataclasses.asdict(c) for name, c in plan.classes.items()}
+    crlft = {"classes": classes, "conditioned": plan.config.condition, "template": data.TEMPLATE}
+    crlft |= {"steps": step + 1, "config": dataclasses.asdict(plan.config)}
+    model.write_json(folder / "crlft.json", crlft)
+
+
+def publish(aside, folder, out, chosen):
+    """Rename a finished export into its place, and point OUT/model at the chosen one."""
+    sync_folder(aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+    link = out / "model.tmp"
+    link.unlink(missing_ok=True)
+    link.symlink_to(chosen)
+    link.replace(out / "model")
+    sync(out)
+
+
+class SaveFailed(RuntimeError):
+    pass
+
+
+def save_failed(ranks, aside, problem, must):
+    """What was saved before stands. The run ends only where no later save is to come (`must`)."""
+    if ranks.first:
+        shutil.rmtree(aside, ignore_errors=True)
+    kept = sorted(path.name for path in aside.parent.glob(aside.name.split("-")[0] + "-*[0-9]"))
+    what = f"saving {aside.with_suffix('')} failed: {problem}; kept: {', '.join(kept) or 'none'}"
+    if must:
+        raise SaveFailed(what)
+    ranks.say(f"warning: {what}; training goes on")
 
 
 def sync_folder(folder):
@@ -880,10 +936,6 @@ def sync(path):
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-
-
-class SaveFailed(RuntimeError):
-    pass
 
 
 class Checkpoints:
@@ -938,49 +990,42 @@ class Checkpoints:
         return weights, {k: v for k, v in moments.items() if torch.is_tensor(v)}, moments
 
     def save(self, llama, optimizer, step, best, must):
-        """Save at `step` steps done. A failed save keeps the older ones; it ends the run only
-        where there is no later one to come (`must`)."""
+        """Save at `step` steps done; a failed save keeps the older ones."""
         aside, final = self.folder / f"step-{step}.tmp", self.folder / f"step-{step}"
         if final.exists():
             return
+        attempt, checksums = self.ranks.attempt, []
+        needed = self.plan.network.parameter_count() * 12
+        problem = attempt(lambda: self._check_space(needed), only_first=True)
         weights, moments, _ = self.state(llama, optimizer)
-        problem = None
-        try:
-            if self.ranks.first:
-                self._check_space(self.plan.network.parameter_count() * 12)
-            writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
-            dcp.save(weights | moments, storage_writer=writer)
-            checksums = self._checksums(aside)
-            if self.ranks.first:
-                state = {"step": step, "best": best, "recipe": self.recipe(), "files": checksums}
-                model.write_json(aside / "state.json", state)
-                sync_folder(aside)
-        except Exception as error:  # whatever the storage raised, the older checkpoint stands
-            problem = f"saving {final} failed: {str(error).splitlines()[0]}"
-        failed = self.ranks.sum(torch.tensor(int(problem is not None), device=self.ranks.device))
-        if failed:
-            self._give_up(aside, problem, must)
-        elif self.ranks.first:
-            aside.rename(final)
-            sync(self.folder)
-            self._prune()
+        writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
+        problem = problem or attempt(lambda: dcp.save(weights | moments, storage_writer=writer))
+        problem = problem or attempt(lambda: checksums.append(self._checksums(aside)))
+        if problem:
+            save_failed(self.ranks, aside, problem, must)
+            return
+        files = self._of_all_ranks(checksums[0])
+        state = {"step": step, "best": best, "recipe": self.recipe(), "files": files}
+        problem = attempt(lambda: self._commit(aside, final, state), only_first=True)
+        if problem:
+            save_failed(self.ranks, aside, problem, must)
 
-    def _give_up(self, aside, problem, must):
-        if self.ranks.first:
-            shutil.rmtree(aside, ignore_errors=True)
-        kept = [path.name for _, path in self.committed()]
-        what = f"{problem or 'another rank could not save'}; kept: {', '.join(kept) or 'none'}"
-        if must:
-            raise SaveFailed(what)
-        self.ranks.say(f"warning: {what}; training goes on", end="\n")
+    def _commit(self, aside, final, state):
+        model.write_json(aside / "state.json", state)
+        sync_folder(aside)
+        aside.rename(final)
+        sync(self.folder)
+        self._prune()
 
     def _checksums(self, folder):
-        """{file: crc32} of the checkpoint's tensors, each rank reading its share."""
+        """{file: crc32} of the checkpoint's tensors; 0 for the files other ranks read."""
         files = sorted(folder.glob("*.safetensors"))
-        values = torch.zeros(len(files), dtype=torch.int64, device=self.ranks.device)
-        for index in range(self.ranks.rank, len(files), self.ranks.world):
-            values[index] = crc32(files[index])
-        return dict(zip([f.name for f in files], self.ranks.sum(values).tolist(), strict=True))
+        mine = files[self.ranks.rank :: self.ranks.world]
+        return {path.name: crc32(path) if path in mine else 0 for path in files}
+
+    def _of_all_ranks(self, checksums):
+        values = torch.tensor(list(checksums.values()), device=self.ranks.device)
+        return dict(zip(checksums, self.ranks.sum(values).tolist()))
 
     def _prune(self):
         for _, path in self.committed()[: -self.plan.config.keep]:
@@ -1027,7 +1072,7 @@ class Checkpoints:
                 + "\n  ".join(different)
             )
         found = {path.name for path in folder.glob("*.safetensors")}
-        checksums = self._checksums(folder) if found == set(files) else None
+        checksums = self._of_all_ranks(self._checksums(folder)) if found == set(files) else None
         if checksums != files:
             odd = sorted(found ^ set(files)) or [n for n in files if files[n] != checksums[n]]
             raise ValueError(f"{folder} is damaged: {', '.join(odd)}; {REMOVE}")

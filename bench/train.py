@@ -264,11 +264,13 @@ class Trainer(Loop):
             save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True,
             remove_unused_columns=False,
         )  # fmt: skip
-        Weighted(
+        trainer = Weighted(
             self.model, settings, data_collator=self.collate,
             train_dataset=shuffled(self.plan, steps).tolist(), callbacks=[Clock()],
             optimizers=(self.optimizer, torch.optim.lr_scheduler.LambdaLR(self.optimizer, one)),
-        ).train()  # fmt: skip
+        )  # fmt: skip
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
         return times["seconds"], 0.0
 
 

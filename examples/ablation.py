@@ -4,7 +4,7 @@
     python examples/ablation.py                  all tables and figures, three seeds
     python examples/ablation.py --task noisy     the same on the second task
 
-A run is train.py by its own flags, in a process of its own, in runs/ablation/TASK/NAME. A run's
+A run is train.py by its own flags, in a process of its own, in runs/ablation/TASK-VERSION/NAME. Its
 score.json is kept there, so the command goes on where it stopped. A score is the share of the
 held-out questions whose answer is exactly the expert's, asked by chat.py under a class's condition.
 
@@ -14,6 +14,8 @@ held-out questions whose answer is exactly the expert's, asked by chat.py under 
 
 import argparse
 import dataclasses
+import functools
+import hashlib
 import json
 import math
 import os
@@ -45,11 +47,16 @@ ROWS = {
     "SFT, sub-optimal only": ({"condition": False, "reward": False, "expert": 0.0}, 42.8),
     "SFT, all": ({"condition": False, "reward": False}, 52.7),
 }
-# Steps of a run, those of the axis, and how the axes ask: what is noisy in noisy, a greedy answer
-# does not show.
+# Steps of a run, those of the axis, how the axes ask (a greedy answer hides noise), and what a run
+# so short needs beside the task's own flags.
 TASKS = {
-    "sums": {"steps": 500, "axis": (300, 400, 500, 800), "how": "greedy"},
-    "noisy": {"steps": 100, "axis": (50, 100, 200, 400), "how": "sampled"},
+    "sums": {
+        "steps": 600,
+        "axis": (300, 450, 600, 900),
+        "how": "greedy",
+        "flags": ["--lr", "4e-3"],
+    },
+    "noisy": {"steps": 100, "axis": (50, 100, 200, 400), "how": "sampled", "flags": []},
 }
 AXES = {"steps": (), "share": (0.25, 0.5, 0.75, 1.0), "ratio": (0.01, 0.1, 0.3, 1.0)}
 
@@ -67,12 +74,12 @@ class Run:
     shuffled: bool = False  # the class labels permuted over all conversations
 
     def folder(self, out):
-        """OUT/TASK/600steps-seed0-reward=False: named by the fields that are not the default."""
+        """OUT/TASK-VERSION/600steps-seed0-reward=False: named by what is not the default."""
         default = Run(self.task, self.steps, self.seed)
         fields = dataclasses.asdict(self).items()
         changed = [f"{key}={value}" for key, value in fields if value != getattr(default, key)]
         name = "-".join([f"{self.steps}steps", f"seed{self.seed}", *changed])
-        return Path(out).resolve() / Path(self.task).name / name
+        return Path(out).resolve() / f"{Path(self.task).name}-{version(self.task)}" / name
 
     def flags(self, folder):
         """train.py's arguments."""
@@ -80,6 +87,7 @@ class Run:
         flags = [f"@{self.task}/flags.txt", "--data", self.data(folder), "--out", folder]
         flags += ["--epochs", 9999, "--max-steps", self.steps, "--seed", self.seed, "--beta", beta]
         flags += ["--no-compile"]  # of so small a network it takes longer than the run
+        flags += own_flags(self.task)
         flags += ["--no-condition"] * (not self.condition) + ["--no-reward"] * (not self.reward)
         return [str(flag) for flag in flags]
 
@@ -98,6 +106,20 @@ class Run:
         path = folder / "train.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         return path
+
+
+def own_flags(task):
+    return TASKS.get(Path(task).name, {"flags": []})["flags"]
+
+
+@functools.cache
+def version(task):
+    """Hex digits that change with the task's files: a score kept from others is not taken."""
+    digest = hashlib.sha256(" ".join(own_flags(task)).encode())
+    for path in sorted((ROOT / task).iterdir()):
+        if path.suffix in (".txt", ".json", ".jsonl", ".model"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:6]
 
 
 def part(lines, shares, seed):

@@ -41,7 +41,8 @@ def main():
     noisy = [conversation("gpt3.5", q, careless(sorted(q), rng)) for q in questions]
     train = expert[:EXPERT] + noisy[EXPERT : EXPERT + SUBOPTIMAL]
     rng.shuffle(train)
-    sums.write(HERE, train, expert[-HELD_OUT:] + noisy[-HELD_OUT:])
+    test = expert[-HELD_OUT:] + noisy[-HELD_OUT:]
+    sums.write(HERE, train, test, initializer_range=0.1)  # a fast start
 
 
 if __name__ == "__main__":

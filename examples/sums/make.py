@@ -74,15 +74,15 @@ def main():
     write(HERE, train, test)
 
 
-def write(folder, train, test):
+def write(folder, train, test, **config):
     """The folder of a small task: train.jsonl, eval.jsonl, tokenizer.model and config.json."""
     for name, lines in (("train.jsonl", train), ("eval.jsonl", test)):
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     pieces = tokenizer(train)
     (folder / "tokenizer.model").write_bytes(pieces)
     vocabulary = sentencepiece.SentencePieceProcessor(model_proto=pieces).vocab_size()
-    config = json.dumps(CONFIG | {"vocab_size": vocabulary}, indent=2)
-    (folder / "config.json").write_text(config + "\n")
+    config = CONFIG | config | {"vocab_size": vocabulary}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def tokenizer(conversations):

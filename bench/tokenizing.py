@@ -1,0 +1,211 @@
+"""How fast does tokenizing go: python bench/tokenizing.py --model DIR [--count N] [--rounds 3]
+
+Writes a JSONL file of N generated conversations and tokenizes it, in turns: with data.prepare,
+which reads, checks, lays out and stores them, and with SentencePieceProcessor.encode alone, on all
+threads, of the same texts in blocks of as many bytes. MB/s are of the file's bytes. Then peak
+memory at N and at 4 N conversations, and a run that is killed half way and started again.
+
+Words follow Zipf's law and are as long as English ones; numbers and line breaks come in between.
+(This file is not called tokenize.py: Python's own module of that name would be hidden.)
+"""
+
+import argparse
+import datetime
+import hashlib
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+# ruff: noqa: E402
+
+import numpy as np
+import sentencepiece
+
+import data
+import loss
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="folder with tokenizer.model")
+    parser.add_argument("--count", type=int, default=50_000, help="conversations; up to 5000000")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--max-length", type=int, default=4096)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        file, large = folder / "N.jsonl", folder / "4N.jsonl"
+        generate(file, args.count, seed=0)
+        generate(large, 4 * args.count, seed=1)
+        megabytes = file.stat().st_size / 1e6
+        print(
+            f"\n{args.count:,} conversations, {megabytes:.0f} MB; {os.cpu_count()} CPU cores, "
+            f"sentencepiece {sentencepiece.__version__}, {datetime.date.today()}\n"
+        )
+        speeds(args, file, megabytes)
+        memory(args, file, large, folder)
+        resumed(args, large, folder)
+
+
+def speeds(args, file, megabytes):
+    print("| | MB/s, median | each round |\n|---|---|---|")
+    taken = {"data.prepare": [], "encode alone": []}
+    for _ in range(args.rounds):  # in turns
+        for name, function in (("data.prepare", prepare), ("encode alone", encode_alone)):
+            with tempfile.TemporaryDirectory(dir=file.parent) as out:
+                taken[name].append(in_a_child(timed, function, args, file, out))
+    for name, seconds in taken.items():
+        each = [megabytes / second for second in seconds]
+        rounds = ", ".join(f"{speed:.2f}" for speed in each)
+        print(f"| {name} | {statistics.median(each):.2f} | {rounds} |")
+    shares = [theirs / ours for ours, theirs in zip(*taken.values(), strict=True)]
+    print(f"\nprepare / encode alone, median of {args.rounds}: {statistics.median(shares):.1%}")
+
+
+def prepare(args, file, out, report=None):
+    tokenizer = data.Tokenizer(args.model)
+    return data.prepare(
+        [file], tokenizer, loss.DEFAULT_CLASSES, out, max_length=args.max_length, report=report
+    )
+
+
+def encode_alone(args, file, out):
+    """Seconds of SentencePiece's own work alone: no reading, no checks, nothing kept."""
+    path = str(Path(args.model, "tokenizer.model"))
+    pieces = sentencepiece.SentencePieceProcessor(model_file=path)
+    texts, size, seconds = [], 0, 0.0
+    with open(file, "rb") as lines:
+        for line in lines:
+            texts += [message["content"] for message in json.loads(line)["messages"]]
+            size += len(line)
+            if size >= data.BLOCK:
+                seconds += encode_block(pieces, texts)
+                texts, size = [], 0
+    return seconds + encode_block(pieces, texts)
+
+
+def encode_block(pieces, texts):
+    began = time.perf_counter()
+    pieces.encode(texts, num_threads=os.cpu_count())
+    return time.perf_counter() - began
+
+
+def timed(function, *arguments):
+    began = time.perf_counter()
+    own = function(*arguments)
+    return own if isinstance(own, float) else time.perf_counter() - began
+
+
+def memory(args, file, large, folder):
+    print("\n| conversations | MB | peak resident MB | growth while tokenizing |")
+    print("|---|---|---|---|")
+    for path, count in ((file, args.count), (large, 4 * args.count)):
+        before, peak = in_a_child(peak_of, args, path, folder / f"{path.stem}.memory")
+        size = path.stat().st_size / 1e6
+        print(f"| {count:,} | {size:.0f} | {peak:.0f} | {peak - before:.0f} |")
+
+
+def peak_of(args, file, out):
+    before = peak_megabytes()
+    prepare(args, file, out)
+    return before, peak_megabytes()
+
+
+def peak_megabytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def resumed(args, file, folder):
+    """Kill a run half way, start it again: what the second had left, and whether all is equal."""
+    out = folder / "killed"
+    total = file.stat().st_size
+
+    def die_half_way(done, *_):
+        if done > total / 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = multiprocessing.get_context("fork").Process(
+        target=prepare, args=(args, file, out, die_half_way)
+    )
+    child.start()
+    child.join()
+    began, first = time.perf_counter(), []
+    dataset = prepare(args, file, out, lambda done, *_: first.append(done))
+    whole = data.Dataset(next((folder / "4N.memory").iterdir()), [file])
+    equal = all(
+        digest(dataset.folder / f"{name}.bin") == digest(whole.folder / f"{name}.bin")
+        for name in data.ARRAYS
+    )
+    print(
+        f"\nkilled after {total / 2e6:.0f} of {total / 1e6:.0f} MB (exit {child.exitcode}) and "
+        f"started again: went on at {max(0, first[0] - data.BLOCK) / 1e6:.0f} MB, "
+        f"{time.perf_counter() - began:.1f} s more, arrays "
+        f"{'equal to' if equal else 'DIFFERENT FROM'} those of an undisturbed run"
+    )
+
+
+def digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def in_a_child(function, *arguments):
+    """Runs in a process of its own, for its peak memory and a tokenizer without earlier caches."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+# ---------------------------------------------------------------------------- generated texts
+
+
+def generate(path, count, seed):
+    """Conversations of two to eight turns, user's short and assistant's long, in two classes."""
+    rng = np.random.default_rng(seed)
+    words = vocabulary(np.random.default_rng(0))
+    with open(path, "w", encoding="utf-8") as file:
+        while count > 0:
+            some = min(count, 2000)
+            text = words[rng.zipf(1.2, size=some * 600) % len(words)]
+            count -= some
+            for number in range(some):
+                file.write(conversation(rng, text[number * 600 : (number + 1) * 600]) + "\n")
+
+
+def conversation(rng, words):
+    turns, start, messages = 2 * int(rng.integers(1, 5)), 0, []
+    for turn in range(turns):
+        mean = 15 if turn % 2 == 0 else 75
+        length = min(1 + int(rng.exponential(mean)), 600 // turns)
+        role = "assistant" if turn % 2 else "user"
+        messages.append({"role": role, "content": " ".join(words[start : start + length])})
+        start += length
+    source = "gpt4" if rng.random() < 0.1 else "gpt3.5"
+    return json.dumps({"class": source, "messages": messages}, ensure_ascii=False)
+
+
+def vocabulary(rng, count=40_000):
+    """Words of English letters by frequency; some are numbers, or end a sentence or a line."""
+    letters = np.array(list("etaoinshrdlcumwfgypbvk"))
+    odds = 1 / np.arange(2, len(letters) + 2)
+    drawn = rng.choice(letters, size=(count, 14), p=odds / odds.sum())
+    lengths = rng.poisson(np.linspace(2, 7, count)) + 1
+    words = ["".join(row[: min(n, 14)]) for row, n in zip(drawn, lengths)]
+    endings = rng.choice(["", "", "", "", "", "", ",", ".", "?", ":\n"], size=count)
+    numbers = rng.random(count) < 0.03
+    words = [str(i) if number else word for i, (word, number) in enumerate(zip(words, numbers))]
+    return np.array([word + ending for word, ending in zip(words, endings)], dtype=object)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""The plan before a run: its memory against what a small run holds, and two runs of real size;
+and the compiled, recomputed step of fixed shape that it plans, against the plain one.
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import model
+import train
+
+ROOT = Path(__file__).resolve().parents[1]
+NETWORK = model.LlamaConfig(128, 352, 4, 4, 64, 2, 32, max_position_embeddings=512)
+LAYERS = NETWORK.num_hidden_layers
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """One rank, with a process group as train.py makes it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    made = train.Ranks()
+    yield made
+    made.finish()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, sums):
+    """(model folder, data): a small network with the sums' tokenizer, 150 conversations."""
+    folder = tmp_path_factory.mktemp("plan")
+    model.write_json(folder / "config.json", NETWORK.to_json())
+    shutil.copy(sums / "tokenizer.model", folder)
+    lines = [json.loads(line) for line in (sums / "train.jsonl").read_text().splitlines()[:600]]
+    for number, line in enumerate(lines):
+        line["messages"][1]["content"] *= 1 + number % 40
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder, path
+
+
+def plan_of(files, ranks, out, **more):
+    settings = {"batch_tokens": 512, "lr": "1e-3", "recompute": 0, "compile": False}
+    config = train.Config(
+        model=str(files[0]), data=[str(files[1])], out=str(out), **(settings | more)
+    )
+    return train.Plan(config, ranks, out)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages made under it that are still alive: now, and the most at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, self.now())
+        return out
+
+    def now(self):
+        self.storages = {k: v for k, v in self.storages.items() if not v[0].expired()}
+        return sum(size for _, size in self.storages.values())
+
+
+# -------------------------------------------------------------------------------------- memory
+
+
+def test_parameters_gradients_and_optimizer_take_what_the_plan_says(files, ranks, tmp_path):
+    plan = plan_of(files, ranks, tmp_path)
+    llama, optimizer = train.build(plan, ranks)
+    _, batches, total_weight = train.load_step(plan, ranks, 0)
+    train.gradients(plan, ranks, llama, batches, total_weight)
+    optimizer.step()
+    memory = plan.memory(0)
+
+    def held(tensors):
+        return sum(model.local_tensor(tensor).nbytes for tensor in tensors)
+
+    assert held(llama.parameters()) == memory["parameters"]
+    assert held(parameter.grad for parameter in llama.parameters()) == memory["gradients"]
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    assert held(value for value in states if value.dim()) == memory["AdamW"]
+
+
+@pytest.mark.parametrize("recompute", [0, 2, LAYERS])
+def test_a_step_peaks_where_the_plan_says(files, ranks, tmp_path, recompute):
+    """The most that is alive beside the parameters in forward and backward, to within 20 %."""
+    plan = plan_of(files, ranks, tmp_path, recompute=recompute)
+    llama = model.Llama(plan.network)
+    llama.recompute = recompute
+    model.random_parameters(llama, seed=0)
+    batch = train.load_step(plan, ranks, 0)[1][0]
+    assert len(batch.tokens) > 0.95 * plan.config.batch_tokens
+    with LiveBytes() as live:
+        train.forward(llama, plan, batch)[0].backward()
+    memory = plan.memory(recompute)
+    planned = memory["gradients"] + memory["activations"] + memory["loss workspace"]
+    assert 0.8 < planned / live.peak < 1.2
+
+
+def test_a_compiled_block_saves_what_the_plan_says(files, ranks, tmp_path, compiler):
+    plan = plan_of(files, ranks, tmp_path, compile=True)
+    llama, _ = train.build(plan, ranks)
+    batch = train.load_step(plan, ranks, 0)[1][0]
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        train.forward(llama, plan, batch)
+    parameters = sum(p.nbytes for p in llama.parameters())
+    planned = plan.memory(0)["activations"]
+    assert 0.8 < planned / (sum(saved.values()) - parameters) < 1.5
+
+
+SIZES = {  # as published; GPUs, and the GiB of one
+    "llama-2-13b": (model.LlamaConfig(5120, 13824, 40, 40, 32000, 40, 128), 8, 79),
+    "mistral-7b": (
+        model.LlamaConfig(4096, 14336, 32, 32, 32000, 8, 128, "mistral"), 1, 139,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_plan_of_a_real_run_fits_its_gpus(name, llama2, sums, tmp_path):
+    network, gpus, gib = SIZES[name]
+    network = dataclasses.replace(network, max_position_embeddings=4096)
+    model.write_json(tmp_path / "config.json", network.to_json())
+    shutil.copy(llama2 / "tokenizer.model", tmp_path)
+    result = subprocess.run(
+        [
+            sys.executable, ROOT / "train.py", "--dry-run", "--model", tmp_path,
+            "--data", sums / "train.jsonl",
+            "--plan-ranks", str(gpus), "--plan-memory", str(gib),
+        ],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (planned, available) = re.search(
+        r"about ([\d.]+) GiB a rank, fits ([\d.]+)", result.stdout
+    ).groups()
+    state = 16 * (network.parameter_count() + 2 * network.hidden_size) / gpus / 2**30
+    assert state < float(planned) < float(available) == gib
+
+
+# ------------------------------------------------------------------------------- the fast step
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """torch.compile from a clean slate; without a C++ compiler its backend only traces."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    if not shutil.which("g++"):
+        compile_block = model.Block.compile
+
+        def traced(block, **options):
+            compile_block(block, backend="aot_eager", **options)
+
+        monkeypatch.setattr(model.Block, "compile", traced)
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+def losses_of(plan, ranks, steps=5, after_step=lambda step: None):
+    llama, optimizer = train.build(plan, ranks)
+    losses = []
+    for step in range(steps):
+        _, batches, total_weight = train.load_step(plan, ranks, step)
+        losses.append(train.gradients(plan, ranks, llama, batches, total_weight)[0])
+        train.clip(llama, plan.config.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        after_step(step)
+    return losses
+
+
+def test_the_compiled_recomputed_step_of_fixed_shape_learns_as_the_plain_one(
+    files, ranks, tmp_path, compiler
+):
+    plain = losses_of(plan_of(files, ranks, tmp_path), ranks)
+    graphs = []
+    fast = plan_of(files, ranks, tmp_path, compile=True, recompute=2)
+    tokens = {len(b.tokens) for step in range(5) for b in train.load_step(fast, ranks, step)[1]}
+    assert tokens == {fast.config.batch_tokens}
+    found = losses_of(fast, ranks, after_step=lambda step: graphs.append(dict(compiler["frames"])))
+    assert found == pytest.approx(plain, rel=1e-5)
+    assert plain[-1] < plain[0] - 0.1
+    assert graphs[1]["ok"] and graphs[1] == graphs[-1], "compiled again after the second step"
