@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from fuzz_parsers import fuzz
 from kill_and_resume import kill_and_compare, start, steps_logged
 from test_train import ROOT, SUMS, few, flags, metrics, run, succeeds  # noqa: F401
 
@@ -239,6 +240,12 @@ def test_bad_conversations_stop_the_run_before_any_weight(few, tmp_path):
     assert "3 bad lines" in result.stderr and f"{data}:61: " in result.stderr
     dropped = succeeds(TRAIN, *flags(data, tmp_path / "out", skip_bad=True, max_steps=1))
     assert "dropped as bad (--skip-bad): 3 lines" in dropped.stdout
+
+
+def test_mutated_inputs_are_accepted_or_refused_by_name():
+    answers = fuzz(2000, seed=1)
+    assert sum(answers.values()) == 2000
+    assert len(answers) == 6  # each of the three parsers did both
 
 
 # ------------------------------------------------------------------------------------ the output
