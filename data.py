@@ -28,6 +28,7 @@ import shutil
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -174,19 +175,19 @@ def prefix_text(condition, role):
 
 
 def lay_out(messages, contents, tokenizer, condition):
-    """tokens and weights (two lists) of one conversation; `contents` are its messages' ids.
+    """tokens, and their weights [(weight, how many), ...]; `contents` are the messages' ids.
 
     <s>, then a turn: prefix, content, <|end_of_turn|>. Weight 0 up to the content; then the
     message's own, CLASS_WEIGHT where it has none and is the assistant's.
     """
-    tokens, weights = [tokenizer.bos], [0.0]
+    tokens, weights = [tokenizer.bos], [(0.0, 1)]
     for message, content in zip(messages, contents, strict=True):
         prefix = tokenizer.prefix(condition, message.role)
         weight = message.weight
         if weight is None or message.role == "system":
             weight = CLASS_WEIGHT if message.role == ASSISTANT else 0.0
         tokens += [*prefix, *content, tokenizer.eot]
-        weights += [0.0] * len(prefix) + [float(weight)] * (len(content) + 1)
+        weights += [(0.0, len(prefix)), (float(weight), len(content) + 1)]
     return tokens, weights
 
 
@@ -198,7 +199,7 @@ def encode(conversation, tokenizer, classes):
     contents = [tokenizer.encode(message.content) for message in conversation.messages]
     condition = classes[conversation.source_class].condition
     tokens, weights = lay_out(conversation.messages, contents, tokenizer, condition)
-    return tokens, [weight != 0 for weight in weights]
+    return tokens, [weight != 0 for weight, count in weights for _ in range(count)]
 
 
 def encode_prompt(messages, tokenizer, condition):
@@ -239,6 +240,7 @@ class Tokenizer:
             self.eot = own
         else:
             self.eot = self.added.get(END_OF_TURN, max([count - 1, *self.added.values()]) + 1)
+        self.eot_is_new = self.eot != own and END_OF_TURN not in self.added
         if self.eot < count and not self.pieces.is_control(self.eot):
             raise ValueError(
                 f"{path}: {END_OF_TURN} must be a control symbol; as it is, any text can forge it"
@@ -296,7 +298,7 @@ class Tokenizer:
     def check_vocabulary(self, rows):
         """ValueError unless a checkpoint of `rows` embeddings can be this tokenizer's."""
         count = self.pieces.vocab_size()
-        if not count <= rows <= max(count, self.vocab_size) + 1024:
+        if not max(count, self.vocab_size - 1024) <= rows <= max(count, self.vocab_size) + 1024:
             raise ValueError(
                 f"{self.folder}: tokenizer.model has {count} pieces, config.json's vocab_size is "
                 f"{rows}: this tokenizer belongs to another checkpoint"
@@ -521,6 +523,34 @@ def parse_json(raw):
         raise ValueError(f"broken JSON: {error}") from None
 
 
+def blocks(path, start, line, classes):
+    """A file in blocks of about BLOCK bytes: ([(line, conversation), ...], number of bad lines,
+    the first of them, offset and number of the last line)."""
+    conversations, bad, problems, size, offset = [], 0, [], 0, start
+    for raw, offset in lines(path, start):
+        line += 1
+        size += len(raw or b"")
+        try:
+            if conversation := parse_line(raw, classes):
+                conversations.append((line, conversation))
+        except ValueError as error:
+            bad += 1
+            problems += [f"{path}:{line}: {error}"][: SHOWN_PROBLEMS - len(problems)]
+        if size >= BLOCK:
+            yield conversations, bad, problems, offset, line
+            conversations, bad, problems, size = [], 0, [], 0
+    yield conversations, bad, problems, offset, line
+
+
+def shortened(weights, length):
+    """The first `length` tokens' part of [(weight, how many), ...]."""
+    out = []
+    for weight, count in weights:
+        out.append((weight, min(count, length)))
+        length -= out[-1][1]
+    return out
+
+
 class _Writer:
     """Appends conversations to the arrays, and commits them a block at a time to progress.json."""
 
@@ -558,38 +588,33 @@ class _Writer:
         self._commit(name="done.json")
 
     def _read_file(self, number, path, classes, report):
-        state = self.state
-        block, size = [], 0
-        start = state["offset"] if number == state["file"] else 0
-        line_number = state["line"] if number == state["file"] else 0
-        for raw, offset in lines(path, start):
-            line_number += 1
-            try:
-                conversation = parse_line(raw, classes)
-            except ValueError as error:
-                state["bad"] += 1
-                if len(state["problems"]) < SHOWN_PROBLEMS:
-                    state["problems"].append(f"{path}:{line_number}: {error}")
-                continue
-            if conversation:
-                block.append((line_number, conversation))
-                size += len(raw)
-            if size >= BLOCK:
-                self._append(number, block)
-                state |= {"file": number, "offset": offset, "line": line_number}
-                self._commit()
-                report(self.bytes_before + offset, state["conversations"])
-                block, size = [], 0
-        self._append(number, block)
+        """While a block is tokenized on all cores, the next is read and the one before stored."""
+        state, waiting = self.state, None
+        start = (state["offset"], state["line"]) if number == state["file"] else (0, 0)
+        with ThreadPoolExecutor(1) as encoder:
+            for block in blocks(path, *start, classes):
+                texts = [m.content for _, conversation in block[0] for m in conversation.messages]
+                ids = encoder.submit(self.tokenizer.encode_many, texts) if texts else None
+                if waiting:
+                    self._store(number, report, *waiting)
+                waiting = block, ids
+            self._store(number, report, *waiting)
         state |= {"file": number + 1, "offset": 0, "line": 0}
         self._commit()
-        report(self.bytes_before + path.stat().st_size, state["conversations"])
 
-    def _append(self, number, block):
-        """Tokenize a block of (line, conversation) and append it to the three arrays."""
+    def _store(self, number, report, block, ids):
         state = self.state
-        texts = [message.content for _, conversation in block for message in conversation.messages]
-        ids = iter(self.tokenizer.encode_many(texts) if texts else [])
+        conversations, bad, problems, offset, line = block
+        state["bad"] += bad
+        state["problems"] += problems[: SHOWN_PROBLEMS - len(state["problems"])]
+        self._append(number, conversations, iter(ids.result() if ids else []))
+        state |= {"file": number, "offset": offset, "line": line}
+        self._commit()
+        report(self.bytes_before + offset, state["conversations"])
+
+    def _append(self, number, block, ids):
+        """Append a block of (line, conversation), with the ids of its texts, to the arrays."""
+        state = self.state
         all_tokens, all_weights, rows = [], [], []
         for line, conversation in block:
             contents = [next(ids) for _ in conversation.messages]
@@ -599,20 +624,22 @@ class _Writer:
             if lost > 0:
                 state["cut"] += 1
                 state["tokens_cut"] += lost
-                tokens, weights = tokens[: self.max_length], weights[: self.max_length]
-            supervised = weights.count(CLASS_WEIGHT)
-            own = [weight for weight in weights if weight > 0]
+                tokens, weights = tokens[: self.max_length], shortened(weights, self.max_length)
+            supervised = sum(count for weight, count in weights if weight == CLASS_WEIGHT)
+            own = [(weight, count) for weight, count in weights if weight > 0]
             if not supervised and not own:
                 state["without_answer"] += 1
                 continue
             source_class = self.names.index(conversation.source_class)
-            counts = (supervised, len(own), math.fsum(own))
+            counts = supervised, sum(n for _, n in own), math.fsum(weight * n for weight, n in own)
             rows.append((state["tokens"], len(tokens), source_class, *counts, number, line))
             state["tokens"] += len(tokens)
             all_tokens += tokens
             all_weights += weights
         state["conversations"] += len(rows)
-        for name, values in (("tokens", all_tokens), ("weights", all_weights), ("index", rows)):
+        weights = np.array(all_weights or [(0.0, 0)])
+        weights = np.repeat(weights[:, 0], weights[:, 1].astype(int))
+        for name, values in (("tokens", all_tokens), ("weights", weights), ("index", rows)):
             np.array(values, dtype=ARRAYS[name]).tofile(self.files[name])
 
     def _commit(self, name="progress.json"):

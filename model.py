@@ -47,7 +47,7 @@ ONLY_VALUE = {
 }
 # Keys that do not change the logits.
 IGNORED = {"architectures", "auto_map", "dtype", "torch_dtype", "use_cache"}
-IGNORED |= {"pad_token_id", "pretraining_tp", "transformers_version"}
+IGNORED |= {"pad_token_id", "pretraining_tp", "transformers_version", "max_length"}
 # Bounds against a broken or hostile file; well above any published Llama.
 LARGEST = {
     "hidden_size": 1 << 16,
@@ -173,7 +173,8 @@ def _implemented(raw):
     if lacking:
         raise ValueError(f"lacks {', '.join(sorted(lacking))}")
     known = {field.name for field in fields}
-    unknown = [k for k in raw if k not in known | IGNORED and raw[k] not in (None, False)]
+    asked = [key for key, value in raw.items() if value not in (None, False) and key[0:1] != "_"]
+    unknown = [key for key in asked if key not in known | IGNORED]
     if unknown:
         raise ValueError(f"asks for {', '.join(sorted(unknown))}, which is not implemented")
     return {key: value for key, value in raw.items() if key in known}
@@ -400,7 +401,13 @@ def load(folder, device="cpu", dtype=torch.float32):
 
 
 def has_weights(folder):
-    return any(Path(folder).glob("*.safetensors")) or (Path(folder) / INDEX).exists()
+    """Are there safetensors? ValueError where there are only pickled weights, never opened here."""
+    folder = Path(folder)
+    if any(folder.glob("*.safetensors")) or (folder / INDEX).exists():
+        return True
+    if pickled := [*folder.glob("*.bin"), *folder.glob("*.pth")]:
+        raise ValueError(f"{pickled[0]}: a pickle; convert the weights to safetensors")
+    return False
 
 
 INDEX = "model.safetensors.index.json"
@@ -479,10 +486,11 @@ def _is_redundant(name, config):
 
 
 @torch.no_grad()
-def fill_parameters(llama, folder, new_rows=0):
+def fill_parameters(llama, folder, new_rows=0, new_token=None):
     """Copy a checked folder into `llama`; a sharded parameter reads its own rows alone.
 
-    The last `new_rows` of the vocabulary become the mean of the others: float32, summed in float64
+    The last `new_rows` of the vocabulary, which the files lack, and row `new_token`, which they
+    may hold as padding, become the mean of the rows before them: float32, summed in float64
     so that it is the same for any number of ranks.
     """
     files = weight_files(folder)
@@ -493,11 +501,14 @@ def fill_parameters(llama, folder, new_rows=0):
         stored = opened[files[name]].get_slice(name)
         old = parameter.shape[0] - (new_rows if is_vocabulary(name) else 0)
         local[: max(0, min(high, old) - low)].copy_(stored[min(low, old) : min(high, old)])
-        if new_rows and is_vocabulary(name):
-            total = local[: max(0, old - low)].sum(0, dtype=torch.float64)
+        if is_vocabulary(name) and (new_rows or new_token is not None):
+            known = old if new_token is None else min(old, new_token)
+            total = local[: max(0, known - low)].sum(0, dtype=torch.float64)
             if isinstance(parameter, DTensor):
                 dist.all_reduce(total, group=_shard_group(parameter))
-            local[max(0, old - low) :] = total / old
+            local[max(0, old - low) :] = total / known
+            if new_token is not None and low <= new_token < high:
+                local[new_token - low] = total / known
 
 
 @torch.no_grad()

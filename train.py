@@ -107,7 +107,8 @@ class Config:
         for name in ("plan_ranks", "plan_memory"):
             _require(self.dry_run or not getattr(self, name), name, "used with --dry-run")
         whole = {"epochs": 1, "batch_tokens": 2, "accumulate": 1, "keep": 1, "replicas": 1}
-        whole |= dict.fromkeys(("max_steps", "eval_every", "save_every", "export_every"), 0)
+        whole |= dict.fromkeys(("max_steps", "eval_every", "save_every", "export_every", "seed"), 0)
+        whole |= {"plan_ranks": 0, "plan_memory": 0, "recompute": -1}
         positive = ("beta", "adam_eps", "clip")
         ratios = ("min_lr_ratio", "warmup_ratio", "adam_beta1", "adam_beta2", "weight_decay")
         for name, least in whole.items():
@@ -116,6 +117,8 @@ class Config:
             _require(getattr(self, name) > 0, name, "above 0")
         for name in ratios:
             _require(0 <= getattr(self, name) <= 1, name, "from 0 to 1")
+        for name in ("adam_beta1", "adam_beta2"):
+            _require(getattr(self, name) < 1, name, "below 1")
         _require(self.max_length == 0 or 2 <= self.max_length <= self.batch_tokens, "max_length",
                  f"from 2 to --batch-tokens {self.batch_tokens}")  # fmt: skip
         _require(self.precision in ("", "bf16", "fp32"), "precision", "bf16 or fp32")
@@ -243,7 +246,9 @@ class Ranks:
             if self.first or not only_first:
                 function()
         except (Exception, dcp.CheckpointException) as error:
-            problem = str(error).splitlines()[0] if str(error) else repr(error)
+            if isinstance(error, dcp.CheckpointException):  # of the ranks that failed, one's
+                error = next(iter(error.failures.values()))[0]
+            problem = f"{error}".strip().split("\n")[0] or repr(error)
         failed = self.sum(torch.tensor(int(problem is not None), device=self.device))
         return (problem or "another rank could not") if failed else None
 
@@ -291,7 +296,7 @@ def lock_folder(out):
     lock = open(out / ".lock", "a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         lock.seek(0)
         raise ValueError(
             f"--out {out} is held by another live run (process {lock.read()})"
@@ -327,7 +332,9 @@ class Plan:
         self.order = Order(self.dataset.lengths, config, self.world * config.accumulate)
         self.shape = self._fixed_shape() if self.compile else None
         self.lr = float(config.lr) if config.lr != "auto" else self._auto_lr()
-        self.recompute = config.recompute if config.recompute >= 0 else self._blocks_to_recompute()
+        self.recompute = min(config.recompute, self.network.num_hidden_layers)
+        if self.recompute < 0:
+            self.recompute = self._blocks_to_recompute()
 
     def _network(self):
         """The network to train, and how many rows its vocabulary gains over the checkpoint's."""
@@ -351,8 +358,8 @@ class Plan:
                 skip_bad=config.skip_bad, report=report,
             )  # fmt: skip
 
-        ranks.first_does(field, lambda: len(prepare(data.Progress(label))))
-        return prepare()
+        name = ranks.first_does(field, lambda: prepare(data.Progress(label)).folder.name)
+        return data.Dataset(out / "tokens" / name, getattr(config, field))
 
     def _fixed_shape(self):
         """(tokens, offsets, longest) for collate, with room for twice the fullest bin."""
@@ -431,7 +438,7 @@ class Plan:
             f"model      {network.model_type}, {network.parameter_count():,} parameters, "
             f"{network.num_hidden_layers} blocks of {network.hidden_size}, {compute}",
         ]
-        if self.new_rows:
+        if self.tokenizer.eot_is_new:
             out.append(f"           {data.END_OF_TURN} added as token {self.tokenizer.eot}")
         out += ["", *data.summary(self.dataset, self.classes, self.class_weights), ""]
         if len(self.classes) > 1 and len(np.unique(self.dataset.index["source_class"])) == 1:
@@ -523,7 +530,8 @@ def build(plan, ranks, with_weights=True):
     fully_shard(llama, mesh=mesh, mp_policy=policy)
     llama.to_empty(device=ranks.device)
     if with_weights and plan.pretrained:  # not where a checkpoint is to be loaded
-        model.fill_parameters(llama, config.model, plan.new_rows)
+        new_token = plan.tokenizer.eot if plan.tokenizer.eot_is_new else None
+        model.fill_parameters(llama, config.model, plan.new_rows, new_token)
     elif with_weights:
         model.random_parameters(llama, config.seed)
     optimizer = torch.optim.AdamW(
@@ -548,6 +556,7 @@ def learning_rate(step, total, peak, config):
 
 def train(plan, ranks, out):
     config, order = plan.config, plan.order
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may vary
     torch.use_deterministic_algorithms(config.deterministic or not ranks.cuda)
     torch.utils.deterministic.fill_uninitialized_memory = False
     checkpoints = Checkpoints(plan, ranks, out)
@@ -570,10 +579,13 @@ def train(plan, ranks, out):
             if step + 1 < order.total:
                 pending = loader.submit(load_step, plan, ranks, step + 1)
             value, by_class, losses = gradients(plan, ranks, llama, batches, total_weight)
-            grad_norm = clip(llama, config.clip)
+            grads = [parameter.grad for parameter in llama.parameters()]
+            total_norm = torch.nn.utils.get_total_norm(grads).full_tensor()
+            grad_norm = total_norm.item()
             if not math.isfinite(value) or not math.isfinite(grad_norm):
                 where = f"step {step + 1}: loss {value}, gradient norm {grad_norm}"
                 raise ValueError(where + not_finite(plan, ranks, llama, bins, losses))
+            torch.nn.utils.clip_grads_with_norm_(llama.parameters(), config.clip, total_norm)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step + 1, order.total, plan.lr, config)
             optimizer.step()
@@ -657,12 +669,6 @@ def gradients(plan, ranks, llama, batches, total_weight):
     return summed[0] / total_weight, np.array(summed[1:]).reshape(4, -1), losses
 
 
-def clip(llama, largest):
-    """Scale the gradients to a norm of at most `largest`; returns the norm they had."""
-    norm = torch.nn.utils.clip_grad_norm_(llama.parameters(), largest)
-    return norm.full_tensor().item()
-
-
 def not_finite(plan, ranks, llama, bins, losses):
     """What to say of a step with NaN or inf; every rank comes here, before the optimizer."""
     names = [name for name, _ in llama.named_parameters()]
@@ -732,7 +738,7 @@ class Log:
         self.peak = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
         if ranks.first:
             path = out / "metrics.jsonl"
-            keep = [line for line in read_lines(path) if line["step"] <= start]
+            keep = [line for line in read_lines(path) if start and line["step"] <= start]
             temporary = out / "metrics.tmp"
             temporary.write_text("".join(json.dumps(line) + "\n" for line in keep))
             temporary.replace(path)
@@ -847,7 +853,8 @@ def peak_memory(ranks):
         return torch.cuda.max_memory_allocated()
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def read_lines(path):
@@ -874,9 +881,12 @@ def export(plan, ranks, llama, out, step, expert_loss, best, must):
     folder = out / f"epoch-{plan.order.epoch_of(step) + 1}"
     aside = folder.with_name(folder.name + ".tmp")
     dtype = torch.bfloat16 if plan.bf16 else torch.float32
-    improved = expert_loss is None or best is None or expert_loss <= best["loss"]
+    unknown = None in (expert_loss, best) or best["loss"] is None
+    # An export in the same place is gone, the best one too.
+    improved = unknown or expert_loss <= best["loss"] or best["folder"] == folder.name
     candidate = {"loss": expert_loss, "folder": folder.name} if improved else best
-    problem = ranks.attempt(lambda: model.save(llama, aside, dtype))
+    problem = ranks.attempt(lambda: shutil.rmtree(aside, ignore_errors=True), only_first=True)
+    problem = problem or ranks.attempt(lambda: model.save(llama, aside, dtype))
     problem = problem or ranks.attempt(lambda: describe_export(plan, aside, step), only_first=True)
     problem = problem or ranks.attempt(
         lambda: publish(aside, folder, out, candidate["folder"]), only_first=True
@@ -902,8 +912,12 @@ def describe_export(plan, folder, step):
 def publish(aside, folder, out, chosen):
     """Rename a finished export into its place, and point OUT/model at the chosen one."""
     sync_folder(aside)
-    shutil.rmtree(folder, ignore_errors=True)
+    older = folder.with_name(folder.name + ".old")
+    shutil.rmtree(older, ignore_errors=True)
+    if folder.exists():
+        folder.rename(older)
     aside.rename(folder)
+    shutil.rmtree(older, ignore_errors=True)
     link = out / "model.tmp"
     link.unlink(missing_ok=True)
     link.symlink_to(chosen)
@@ -941,7 +955,7 @@ def sync(path):
 class Checkpoints:
     """OUT/checkpoints/step-N: the float32 weights, AdamW's state and the position, to resume.
 
-    Safetensors and JSON only, one file a rank; readable by any number of ranks. Written as
+    Safetensors and JSON only, each rank its own files; readable by any number of ranks. Written as
     step-N.tmp, synced, then renamed on one rank after a barrier: a folder without .tmp is whole.
     """
 
@@ -992,14 +1006,16 @@ class Checkpoints:
     def save(self, llama, optimizer, step, best, must):
         """Save at `step` steps done; a failed save keeps the older ones."""
         aside, final = self.folder / f"step-{step}.tmp", self.folder / f"step-{step}"
-        if final.exists():
-            return
         attempt, checksums = self.ranks.attempt, []
         needed = self.plan.network.parameter_count() * 12
         problem = attempt(lambda: self._check_space(needed), only_first=True)
         weights, moments, _ = self.state(llama, optimizer)
-        writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
-        problem = problem or attempt(lambda: dcp.save(weights | moments, storage_writer=writer))
+        tensors = weights | moments
+        # The writer holds a file in memory twice over: several small ones a rank.
+        files = model.shard_files(tensors, torch.float32, 4 << 30).values()
+        numbers = {name: i for i, names in enumerate(files, start=1) for name in names}
+        writer = HuggingFaceStorageWriter(str(aside), numbers, save_distributed=True)
+        problem = problem or attempt(lambda: dcp.save(tensors, storage_writer=writer))
         problem = problem or attempt(lambda: checksums.append(self._checksums(aside)))
         if problem:
             save_failed(self.ranks, aside, problem, must)

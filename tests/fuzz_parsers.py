@@ -25,13 +25,26 @@ import model  # noqa: E402
 
 SUMS = ROOT / "examples" / "sums"
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
 LINES = [
     {"class": "gpt4", "messages": TURNS},
     {"condition": "GPT4", "system": "", "items": [turn | {"weight": 1.0} for turn in TURNS]},
-    {"class": "gpt4", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "x"}]},
-]  # fmt: skip
+    {"class": "gpt4", "conversations": SHAREGPT},
+]
 ODD = [None, True, -1, 0, 1e308, 10**400, float("nan"), "", "\x00", "\ud800", "../x", [], {}, [[]]]
-BYTES = [b"", b"\x00", b"\xff", b"[" * 5000, b'"', b"{", b"}", b"\\ud800", b"1e999", b"null", b"\r\n"]
+BYTES = [
+    b"",
+    b"\x00",
+    b"\xff",
+    b"[" * 5000,
+    b'"',
+    b"{",
+    b"}",
+    b"\\ud800",
+    b"1e999",
+    b"null",
+    b"\r\n",
+]
 
 
 def mutated(value, chance):
@@ -89,7 +102,9 @@ def fuzz(count, seed=0):
                 answers[parser.__name__, "accepted"] += 1
             except ValueError as error:
                 if str(folder) not in str(error):
-                    raise AssertionError(f"{parser.__name__}: no path in {error!r}: {raw!r}") from error
+                    raise AssertionError(
+                        f"{parser.__name__}: no path in {error!r}: {raw!r}"
+                    ) from error
                 answers[parser.__name__, "refused"] += 1
             except Exception as error:
                 raise AssertionError(f"{parser.__name__}: {error!r} for {raw!r}") from error
@@ -100,7 +115,9 @@ def main():
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
     for (parser, answer), times in sorted(fuzz(count).items()):
         print(f"{parser:14} {answer:9} {times:6}")
-    print(f"{count} mutated inputs, none with an exception that is not a ValueError naming its file")
+    print(
+        f"{count} mutated inputs, none with an exception that is not a ValueError naming its file"
+    )
 
 
 if __name__ == "__main__":

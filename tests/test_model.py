@@ -841,3 +841,63 @@ def test_a_folder_where_a_file_should_be_is_refused(one):
 def test_a_config_field_can_be_replaced_and_is_checked_again():
     with pytest.raises(ValueError, match="vocab_size must be a whole number"):
         dataclasses.replace(config_of(), vocab_size=0)
+
+
+def test_end_of_turn_in_a_padded_vocabulary_becomes_the_mean_too(tmp_path):
+    config = model.LlamaConfig(8, 8, 1, 1, 12, 1, 8)
+    llama = model.Llama(config)
+    model.random_parameters(llama, seed=0)
+    model.save(llama, tmp_path)
+    filled = model.Llama(config)
+    model.fill_parameters(filled, tmp_path, new_token=9)
+    for stored, found in zip(llama.parameters(), filled.parameters(), strict=True):
+        expected = stored.clone()
+        if len(stored) == 12:
+            expected[9] = stored[:9].double().mean(0)
+        assert torch.equal(found, expected)
+
+
+REAL_CONFIGS = {
+    "Llama-2-7b-hf": {
+        "_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"],
+        "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096,
+        "initializer_range": 0.02, "intermediate_size": 11008, "max_position_embeddings": 4096,
+        "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 32, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float16",
+        "transformers_version": "4.31.0.dev0", "use_cache": True, "vocab_size": 32000,
+    },
+    "openchat_3.5": {
+        "_name_or_path": "mistralai/Mistral-7B-v0.1", "architectures": ["MistralForCausalLM"],
+        "bos_token_id": 1, "eos_token_id": 32000, "hidden_act": "silu", "hidden_size": 4096,
+        "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 8192,
+        "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 10000.0,
+        "sliding_window": 4096, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "transformers_version": "4.34.1", "use_cache": True, "vocab_size": 32002,
+    },
+    "Mistral-7B-v0.2": {
+        "architectures": ["MistralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1,
+        "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+        "intermediate_size": 14336, "max_position_embeddings": 32768, "model_type": "mistral",
+        "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "sliding_window": None,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
+        "vocab_size": 32000,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, parameters",
+    [
+        ("Llama-2-7b-hf", 6_738_415_616),
+        ("openchat_3.5", 7_241_748_480),
+        ("Mistral-7B-v0.2", 7_241_732_096),
+    ],
+)
+def test_config_files_as_published_are_read(tmp_path, name, parameters):
+    (tmp_path / "config.json").write_text(json.dumps(REAL_CONFIGS[name]))
+    config = model.LlamaConfig.from_folder(tmp_path)
+    assert config.parameter_count() == parameters
+    assert config.sliding_window == REAL_CONFIGS[name].get("sliding_window")

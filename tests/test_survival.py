@@ -13,6 +13,8 @@ from fuzz_parsers import fuzz
 from kill_and_resume import kill_and_compare, start, steps_logged
 from test_train import ROOT, SUMS, few, flags, metrics, run, succeeds  # noqa: F401
 
+import model
+
 TRAIN = ROOT / "train.py"
 
 
@@ -137,6 +139,27 @@ def test_a_non_finite_step_stops_before_the_optimizer(few, tmp_path):
     assert f"{few}:" in result.stderr
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-1"]
     assert len(metrics(out)) == 1
+
+
+def test_the_parameter_named_is_the_one_that_is_not_finite(few, tmp_path):
+    """Infinite weights in one late layer, as an overflow would leave them."""
+    folder = tmp_path / "model"
+    shutil.copytree(SUMS, folder)
+    llama = model.Llama(model.LlamaConfig.from_folder(SUMS))
+    model.random_parameters(llama, seed=0)
+    poisoned = llama.model.layers[2].mlp.down_proj.weight
+    poisoned.data[0, 0] = float("inf")
+    model.save(llama, folder)
+    result = run(TRAIN, *flags(few, tmp_path / "out", model=folder, save_every=1))
+    assert result.returncode == 1 and "step 1: loss nan" in result.stderr
+    assert not list((tmp_path / "out" / "checkpoints").iterdir())
+
+
+def test_a_run_that_gains_evaluation_data_goes_on(few, tmp_path):
+    out = tmp_path / "out"
+    succeeds(TRAIN, *flags(few, out, epochs=1))
+    further = succeeds(TRAIN, *flags(few, out, epochs=2, eval_data=few))
+    assert "evaluation at step" in further.stdout and (out / "model").resolve().name == "epoch-2"
 
 
 # --------------------------------------------------------------------------------- broken files
