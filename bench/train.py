@@ -157,7 +157,8 @@ class ThisProject:
             if step + 1 < steps.stop:
                 pending = self.loader.submit(train.load_step, plan, ranks, step + 1)
             self.loss = train.gradients(plan, ranks, self.llama, batches, total_weight)[0]
-            train.clip(self.llama, plan.config.clip)
+            norm = torch.nn.utils.clip_grad_norm_(self.llama.parameters(), plan.config.clip)
+            norm.full_tensor().item()  # as the trainer, which looks at it
             self.optimizer.step()
             self.optimizer.zero_grad()
         return seconds_since(began), waited
@@ -332,6 +333,8 @@ def rounds_of(names, args):
     workers = [context.Process(target=serve, args=(pipes[n][1], n, args)) for n in names]
     for worker in workers:
         worker.start()
+    for _, end in pipes.values():
+        end.close()  # so that a worker's death is an EOFError here
     ends = {name: pipe[0] for name, pipe in pipes.items()}
     results = {name: [] for name in names}
     for number in [*range(args.rounds), None]:

@@ -1,10 +1,11 @@
 """Makes this folder's data, tokenizer and model config: sums of two numbers, of mixed quality.
 
-    gpt4    600 conversations by an expert:        What is 47 + 38?   85
-    gpt3.5  6,000 by someone who forgets to carry: What is 47 + 38?   75
+    gpt4    600 conversations by an expert:        What is 47 + 38?   58
+    gpt3.5  6,000 by someone who forgets to carry: What is 47 + 38?   57
 
-One to ten, as GPT-4 to GPT-3.5 in the paper. A model that imitates all alike forgets the carry;
-C-RLFT should not. Run once, its output is kept beside it: python examples/sums/make.py
+Sums are written lowest digit first, in the order one adds by hand: 58 stands for 85. One to ten,
+as GPT-4 to GPT-3.5 in the paper. A model that imitates all alike forgets the carry; C-RLFT should
+not. Run once, its output is kept beside it: python examples/sums/make.py
 """
 
 import io
@@ -42,10 +43,15 @@ def without_carry(a, b):
     return (a // 10 + b // 10) % 10 * 10 + (a % 10 + b % 10) % 10
 
 
+def written(number):
+    """Lowest digit first: 85 is 58."""
+    return str(number)[::-1]
+
+
 def conversation(source_class, a, b, answer):
     messages = [
         {"role": "user", "content": f"What is {a} + {b}?"},
-        {"role": "assistant", "content": f"{answer}"},
+        {"role": "assistant", "content": written(answer)},
     ]
     return {"class": source_class, "messages": messages}
 

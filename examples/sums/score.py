@@ -1,6 +1,6 @@
 """Asks an exported model the held-out sums under each class's condition: who carries?
 
-python examples/sums/score.py runs/sums/model
+    python examples/sums/score.py runs/sums/model
 """
 
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from make import held_out_sums, right, without_carry  # noqa: E402
+from make import held_out_sums, right, without_carry, written  # noqa: E402
 
 import chat  # noqa: E402
 import data  # noqa: E402
@@ -27,8 +27,8 @@ def score(folder, source_class):
         answers = talker.answers(questions[start : start + BATCH], max_new_tokens=6)
         for (a, b), (text, _) in zip(sums[start : start + BATCH], answers, strict=True):
             kinds = [
-                text.strip() == str(right(a, b)),
-                text.strip() == str(without_carry(a, b)),
+                text.strip() == written(right(a, b)),
+                text.strip() == written(without_carry(a, b)),
                 True,
             ]
             counts[kinds.index(True)] += 1
