@@ -177,11 +177,9 @@ def main(arguments=None):
         os.chdir(ROOT)  # its flags name files relative to this one
         ranks.say(f"no flags: the embedded example, as with\n  train.py @{EXAMPLE / 'flags.txt'}\n")
     try:
-        run(config, ranks)
-        if embedded and ranks.first:
-            subprocess.run(
-                [sys.executable, EXAMPLE / "score.py", f"{config.out}/model"], check=True
-            )
+        finished = run(config, ranks)
+        if embedded and finished and ranks.first:
+            subprocess.run([sys.executable, EXAMPLE / "score.py", f"{config.out}/model"])
     except (ValueError, OSError, SaveFailed) as error:
         ranks.stop(f"error: {error}")
     except KeyboardInterrupt:
@@ -268,13 +266,14 @@ class Ranks:
 
 
 def run(config, ranks):
+    """Plan and train; True where the run is done, False where it was stopped before."""
     with held_output(config, ranks) as out:
         plan = Plan(config, ranks, out)
         ranks.say("\n".join(plan.describe()))
         if config.dry_run:
             ranks.say("\n".join(plan.preview()))
-        else:
-            train(plan, ranks, out)
+            return False
+        return train(plan, ranks, out)
 
 
 @contextlib.contextmanager
@@ -563,7 +562,7 @@ def train(plan, ranks, out):
     start, best = checkpoints.newest()
     if start == order.total:
         ranks.say(f"this run is finished: {start} steps are done; the model is {out / 'model'}")
-        return
+        return True
     llama, optimizer = build(plan, ranks, start == 0)
     if start:
         checkpoints.load(llama, optimizer)
@@ -605,9 +604,10 @@ def train(plan, ranks, out):
                 ranks.say(
                     f"stopped after step {done}, as asked; the same command goes on from here"
                 )
-                return
+                return False
     ranks.say(f"done: the model is {out / 'model'}, the metrics {out / 'metrics.jsonl'}")
     ranks.say(f"  curves:  python plot.py {out}\n  chat:    python chat.py {out / 'model'}")
+    return True
 
 
 def load_step(plan, ranks, step):

@@ -11,7 +11,7 @@ DIR's model tells every story itself. Its first sentence is the user's turn, the
 In the spoilt ones every word of four letters or more has, with probability 0.3, two of its inner
 letters swapped. DIR's model is then fine-tuned on the mixture, a row of the paper's ablation at a
 time, and judged by the loss of held-out clean stories under the expert's condition, and by the
-share of words in its own stories (at temperature 1) that no clean story has, under each condition.
+share of words in its own stories that no clean story has, under each condition.
 """
 
 import argparse
@@ -31,7 +31,7 @@ import model
 
 CLEAN, SPOILT, HELD_OUT = 150, 1500, 100
 LENGTH, BATCH = 128, 128  # tokens of a story; stories told at a time
-SPOIL = 0.3
+SPOIL, TEMPERATURE = 0.3, 0.7
 ROWS_HERE = ("C-RLFT", "without reward", "without condition", "SFT, expert only", "SFT, all")
 
 
@@ -41,7 +41,7 @@ def tell(folder, count):
     stories, seed = [], 0
     while len(stories) < count:
         prompts, texts = [[tokenizer.bos]] * BATCH, [[] for _ in range(BATCH)]
-        for tokens in chat.generate(llama, prompts, LENGTH, temperature=0.7, seed=seed):
+        for tokens in chat.generate(llama, prompts, LENGTH, temperature=TEMPERATURE, seed=seed):
             for text, token in zip(texts, tokens, strict=True):
                 text.append(token)
         whole = (re.match(r"(.+?[.!?]) (.+[.!?])", tokenizer.decode(t)) for t in texts)
@@ -79,7 +79,7 @@ def make_task(folder, task):
     known = sorted({word for story in stories for word in words(" ".join(story))})
     (task / "lexicon.json").write_text(json.dumps(known))
     flags = ["--model", folder, "--eval-data", task / "eval.jsonl", "--export-every", 0]
-    flags += ["--batch-tokens", 4096, "--max-length", 256, "--lr", "1e-3"]
+    flags += ["--batch-tokens", 4096, "--max-length", 256, "--lr", "3e-3"]
     (task / "flags.txt").write_text(" ".join(map(str, flags)) + "\n")  # last: the task is whole
 
 
@@ -101,7 +101,7 @@ def judge(run, folder):
     score = {"clean loss": held_out_loss(folder)}
     for name in conditions(folder / "model"):
         talker = chat.Chat(folder / "model", name)
-        answers = talker.answers(prompts, max_new_tokens=LENGTH, temperature=1.0)
+        answers = talker.answers(prompts, max_new_tokens=LENGTH, temperature=TEMPERATURE)
         said = [word for text, _ in answers for word in words(text)]
         spoilt_share = sum(word not in known for word in said) / len(said)
         score |= {name: {"spoilt": spoilt_share}, "questions": len(said)}
@@ -118,7 +118,7 @@ def main():
     parser = argparse.ArgumentParser(prog="stories.py", description="C-RLFT on tiny stories.")
     add = parser.add_argument
     add("folder", metavar="DIR", type=Path, help="stories260K as a Hugging Face folder")
-    add("--steps", type=int, default=150, help="of every run (default 150)")
+    add("--steps", type=int, default=300, help="of every run (default 300)")
     add("--seeds", type=int, default=1, help="runs of every row (default 1)")
     add("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: a core each)")
     add("--out", type=Path, default=ROOT / "runs" / "ablation", help="folder of the runs")

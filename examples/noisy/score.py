@@ -1,6 +1,6 @@
 """Asks an exported model to sort the held-out numbers under each class's condition.
 
-python examples/noisy/score.py runs/noisy/model
+Usage: `python examples/noisy/score.py runs/noisy/model`
 """
 
 import sys
