@@ -912,7 +912,10 @@ def visible(tokens, tokenizer):
             continue
         if plain:
             space = tokenizer.pieces.id_to_piece(plain[0]).startswith("▁")
-            text, plain = text + " " * space + tokenizer.decode(plain), []
+            shown = tokenizer.decode(plain)
+            # No escape sequence of a file reaches the terminal.
+            shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in shown)
+            text, plain = text + " " * space + shown, []
         text += names.get(token, "")
     return text
 
