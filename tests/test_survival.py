@@ -21,9 +21,9 @@ TRAIN = ROOT / "train.py"
 # ------------------------------------------------------------------------------ killed, stopped
 
 
-@pytest.mark.parametrize("ranks, kills, steps", [(1, 13, 40), (2, 7, 24)])
-def test_sigkill_at_random_instants_changes_no_bit(tmp_path, ranks, kills, steps):
-    assert kill_and_compare(tmp_path, ranks, kills, steps) >= kills - 2
+@pytest.mark.parametrize("ranks, kills", [(1, 13), (2, 7)])
+def test_sigkill_at_random_instants_changes_no_bit(tmp_path, ranks, kills):
+    assert kill_and_compare(tmp_path, ranks, kills, steps=6 * kills) == kills
 
 
 def test_resume_on_other_ranks_gives_the_same_losses(few, tmp_path):
