@@ -35,6 +35,10 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+# Threads that spin at a barrier hold each other up where other programs share the CPU.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
+
+# ruff: noqa: E402
 import numpy as np
 import torch
 import torch.distributed as dist

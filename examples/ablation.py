@@ -50,7 +50,7 @@ ROWS = {
 # Steps of a run, those of the axis, and how the axes ask: a greedy answer hides noise.
 TASKS = {
     "sums": {"steps": 700, "axis": (350, 500, 700, 1000), "how": "greedy"},
-    "noisy": {"steps": 100, "axis": (50, 100, 200, 400), "how": "sampled"},
+    "noisy": {"steps": 400, "axis": (50, 100, 200, 400), "how": "sampled"},
 }
 AXES = {"steps": (), "share": (0.25, 0.5, 0.75, 1.0), "ratio": (0.01, 0.1, 0.3, 1.0)}
 
@@ -420,7 +420,7 @@ def main(argv=None):
         print_axis(axis, lines, scores, how)
     draw = has_matplotlib()
     name = f"{args.task}-quick" if args.quick else args.task
-    title = f"{args.task}: {args.steps} steps, {args.seeds} seed{'s' * (args.seeds > 1)}"
+    title = f"{args.task}, {args.steps} steps"
     if draw:
         draw_table(rows, scores, args.figures / f"{name}-table.png", title)
     if draw and parts:
