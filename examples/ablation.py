@@ -1,6 +1,6 @@
 """The paper's ablation (OpenChat, arXiv 2309.11235, Table 2) on a task small enough to watch.
 
-    python examples/ablation.py --quick          the table, one seed: five minutes on 2 CPU cores
+    python examples/ablation.py --quick          the table, one seed: minutes on 2 CPU cores
     python examples/ablation.py                  all tables and figures, three seeds
     python examples/ablation.py --task noisy     the same on the second task
 
