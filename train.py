@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import functools
 import inspect
 import json
 import math
@@ -44,6 +45,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -238,7 +240,7 @@ class Ranks:
         dist.all_reduce(tensor)
         return tensor
 
-    def attempt(self, function, only_first=False):
+    def attempt(self, function, only_first=False, group=None):
         """Call `function` on every rank or on rank 0; a problem of any is one for all.
 
         Returns what went wrong, None where nothing did: no rank waits for one that gave up.
@@ -251,7 +253,8 @@ class Ranks:
             if isinstance(error, dcp.CheckpointException):  # of the ranks that failed, one's
                 error = next(iter(error.failures.values()))[0]
             problem = f"{error}".strip().split("\n")[0] or repr(error)
-        failed = self.sum(torch.tensor(int(problem is not None), device=self.device))
+        failed = torch.tensor(int(problem is not None))
+        dist.all_reduce(failed, group=group)
         return (problem or "another rank could not") if failed else None
 
     def stop(self, message):
@@ -586,6 +589,7 @@ def train(plan, ranks, out):
             total_norm = torch.nn.utils.get_total_norm(grads).full_tensor()
             grad_norm = total_norm.item()
             if not math.isfinite(value) or not math.isfinite(grad_norm):
+                checkpoints.finish()
                 where = f"step {step + 1}: loss {value}, gradient norm {grad_norm}"
                 raise ValueError(where + not_finite(plan, ranks, llama, bins, losses))
             torch.nn.utils.clip_grads_with_norm_(llama.parameters(), config.clip, total_norm)
@@ -929,6 +933,18 @@ def publish(aside, folder, out, chosen):
     sync(out)
 
 
+def clear_leftovers(out):
+    """What a kill in the midst of a save or of `publish` left: half folders go, whole ones stay."""
+    for stale in [*out.glob("checkpoints/*.tmp"), *out.glob("epoch-*.tmp")]:
+        shutil.rmtree(stale)
+    for older in out.glob("epoch-*.old"):
+        folder = older.with_suffix("")
+        if folder.exists():
+            shutil.rmtree(older)
+        else:
+            older.rename(folder)
+
+
 class SaveFailed(RuntimeError):
     pass
 
@@ -961,19 +977,35 @@ class Checkpoints:
 
     Safetensors and JSON only, each rank its own files; readable by any number of ranks. Written as
     step-N.tmp, synced, then renamed on one rank after a barrier: a folder without .tmp is whole.
+
+    Training waits while the state is copied into the host's memory; a thread writes the copy, with
+    collectives of its own. Where the host has no room for copies, training waits for the disk.
     """
 
     def __init__(self, plan, ranks, out):
         self.plan, self.ranks, self.out = plan, ranks, out
         self.folder = out / "checkpoints"
         self.resumed_from = None
-        needed = self.plan.network.parameter_count() * 12
+        self.needed = plan.network.parameter_count() * 12  # bytes of one checkpoint
         if ranks.first:
             self.folder.mkdir(exist_ok=True)
-            for stale in self.folder.glob("*.tmp"):
-                shutil.rmtree(stale)
+            clear_leftovers(out)
             missing = max(0, plan.config.keep + 1 - len(self.committed()))
-            self._check_space(missing * needed + plan.network.parameter_count() * 4)
+            self._check_space(missing * self.needed + plan.network.parameter_count() * 4)
+        self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=6))
+        self.thread, self.pending = ThreadPoolExecutor(1), None
+        self.stager = None
+        if self._host_has_room():
+            options = {"use_pinned_memory": ranks.cuda, "use_non_blocking_copy": ranks.cuda}
+            options |= {"use_shared_memory": False, "use_async_staging": False}
+            self.stager = DefaultStager(StagingOptions(**options))
+
+    def _host_has_room(self):
+        """Is there memory for a copy of the state, and for a file of it as it is written?"""
+        mine = self.needed * self.plan.config.replicas // self.ranks.world
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.world))
+        lacking = available_memory() < here * (mine + min(mine, 2 * FILE_SIZE))
+        return not self.ranks.sum(torch.tensor(int(lacking)))
 
     def _check_space(self, needed):
         free = shutil.disk_usage(self.out).free
@@ -1008,25 +1040,40 @@ class Checkpoints:
         return weights, {k: v for k, v in moments.items() if torch.is_tensor(v)}, moments
 
     def save(self, llama, optimizer, step, best, must):
-        """Save at `step` steps done; a failed save keeps the older ones."""
-        aside, final = self.folder / f"step-{step}.tmp", self.folder / f"step-{step}"
-        attempt, checksums = self.ranks.attempt, []
-        needed = self.plan.network.parameter_count() * 12
-        problem = attempt(lambda: self._check_space(needed), only_first=True)
+        """Save at `step` steps done; a failed save keeps the older ones.
+
+        Where it `must` succeed, as there is no later one, it has when this returns.
+        """
+        self.finish()
         weights, moments, _ = self.state(llama, optimizer)
         tensors = weights | moments
+        if self.stager and not must:
+            tensors = self.stager.stage(tensors)
+        self.pending = self.thread.submit(self._write, tensors, step, best, must)
+        if must or not self.stager:
+            self.finish()
+
+    def finish(self):
+        """Wait for the save that is being written, if any."""
+        if self.pending:
+            self.pending.result()
+            self.pending = None
+
+    def _write(self, tensors, step, best, must):
+        aside, final = self.folder / f"step-{step}.tmp", self.folder / f"step-{step}"
+        attempt, checksums = functools.partial(self.ranks.attempt, group=self.group), []
+        problem = attempt(lambda: self._check_space(self.needed), only_first=True)
         # The writer holds a file in memory twice over: several small ones a rank.
-        files = model.shard_files(tensors, torch.float32, 4 << 30).values()
+        files = model.shard_files(tensors, torch.float32, FILE_SIZE).values()
         numbers = {name: i for i, names in enumerate(files, start=1) for name in names}
         writer = HuggingFaceStorageWriter(str(aside), numbers, save_distributed=True)
-        problem = problem or attempt(lambda: dcp.save(tensors, storage_writer=writer))
+        save = functools.partial(dcp.save, storage_writer=writer, process_group=self.group)
+        problem = problem or attempt(lambda: save(tensors))
         problem = problem or attempt(lambda: checksums.append(self._checksums(aside)))
-        if problem:
-            save_failed(self.ranks, aside, problem, must)
-            return
-        files = self._of_all_ranks(checksums[0])
-        state = {"step": step, "best": best, "recipe": self.recipe(), "files": files}
-        problem = attempt(lambda: self._commit(aside, final, state), only_first=True)
+        if not problem:
+            files = self._of_all_ranks(checksums[0], self.group)
+            state = {"step": step, "best": best, "recipe": self.recipe(), "files": files}
+            problem = attempt(lambda: self._commit(aside, final, state), only_first=True)
         if problem:
             save_failed(self.ranks, aside, problem, must)
 
@@ -1043,9 +1090,10 @@ class Checkpoints:
         mine = files[self.ranks.rank :: self.ranks.world]
         return {path.name: crc32(path) if path in mine else 0 for path in files}
 
-    def _of_all_ranks(self, checksums):
-        values = torch.tensor(list(checksums.values()), device=self.ranks.device)
-        return dict(zip(checksums, self.ranks.sum(values).tolist()))
+    def _of_all_ranks(self, checksums, group=None):
+        values = torch.tensor(list(checksums.values()))
+        dist.all_reduce(values, group=group)
+        return dict(zip(checksums, values.tolist()))
 
     def _prune(self):
         for _, path in self.committed()[: -self.plan.config.keep]:
@@ -1113,7 +1161,16 @@ class Checkpoints:
         self.ranks.say(f"resuming from {self.resumed_from}")
 
 
+FILE_SIZE = 4 << 30  # bytes
 REMOVE = "remove that folder to go on from the one before"
+
+
+def available_memory():
+    """Bytes of the host's memory that programs may still take; 0 where Linux does not tell."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(n.split()[1]) * 1024 for n in lines if n.startswith("MemAvailable:"))
+    return 0
 
 
 def crc32(path):
