@@ -18,17 +18,21 @@ content can forge a turn.
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -175,20 +179,20 @@ def prefix_text(condition, role):
 
 
 def lay_out(messages, contents, tokenizer, condition):
-    """tokens, and their weights [(weight, how many), ...]; `contents` are the messages' ids.
+    """The tokens, in parts, and their weights [(weight, how many), ...]; `contents` are ids.
 
     <s>, then a turn: prefix, content, <|end_of_turn|>. Weight 0 up to the content; then the
     message's own, CLASS_WEIGHT where it has none and is the assistant's.
     """
-    tokens, weights = [tokenizer.bos], [(0.0, 1)]
+    parts, weights = [[tokenizer.bos]], [(0.0, 1)]
     for message, content in zip(messages, contents, strict=True):
         prefix = tokenizer.prefix(condition, message.role)
         weight = message.weight
         if weight is None or message.role == "system":
             weight = CLASS_WEIGHT if message.role == ASSISTANT else 0.0
-        tokens += [*prefix, *content, tokenizer.eot]
+        parts += [prefix, content, [tokenizer.eot]]
         weights += [(0.0, len(prefix)), (float(weight), len(content) + 1)]
-    return tokens, weights
+    return parts, weights
 
 
 def encode(conversation, tokenizer, classes):
@@ -198,15 +202,19 @@ def encode(conversation, tokenizer, classes):
         conversation = parse_conversation(conversation, classes)
     contents = [tokenizer.encode(message.content) for message in conversation.messages]
     condition = classes[conversation.source_class].condition
-    tokens, weights = lay_out(conversation.messages, contents, tokenizer, condition)
-    return tokens, [weight != 0 for weight, count in weights for _ in range(count)]
+    parts, weights = lay_out(conversation.messages, contents, tokenizer, condition)
+    return flat(parts), [weight != 0 for weight, count in weights for _ in range(count)]
 
 
 def encode_prompt(messages, tokenizer, condition):
     """The tokens after which the model answers: all turns, then 'GPT4 Assistant:'."""
     contents = [tokenizer.encode(message.content) for message in messages]
-    tokens, _ = lay_out(messages, contents, tokenizer, condition)
-    return tokens + tokenizer.prefix(condition, ASSISTANT)
+    parts, _ = lay_out(messages, contents, tokenizer, condition)
+    return flat(parts) + tokenizer.prefix(condition, ASSISTANT)
+
+
+def flat(parts):
+    return [token for part in parts for token in part]
 
 
 # --------------------------------------------------------------------------------- tokenizer
@@ -282,8 +290,8 @@ class Tokenizer:
         return self.pieces.encode(text)
 
     def encode_many(self, texts):
-        """Ids of each text, on all cores."""
-        return self.pieces.encode(texts, num_threads=os.cpu_count())
+        """Ids of each text, as int32 arrays."""
+        return self.pieces.encode(texts, num_threads=1, return_type="numpy")
 
     def decode(self, tokens):
         """Text of ids; end-of-turn and other special tokens give none."""
@@ -411,7 +419,8 @@ def _write_json(path, value):
 
 LONGEST_LINE = 16 << 20  # bytes
 SHOWN_PROBLEMS = 20
-BLOCK = 4 << 20  # bytes of text tokenized at a time; a killed run loses at most one block
+BLOCK = 4 << 20  # bytes of text tokenized at a time, and committed together
+MANY = 64 << 20  # bytes from which on several processes tokenize; below, starting them is slower
 
 # One row a conversation: where its tokens start, how many, the number of its class, how many take
 # the weight of the class, how many a weight of their own and that weight's sum, its file and line.
@@ -445,7 +454,7 @@ def prepare(
     """Tokenize JSONL files once into memory-mapped arrays below `folder`; returns a Dataset.
 
     The arrays are keyed by the content of data, tokenizer and template. Reads in a stream; a run
-    that was killed goes on at its last block. `condition=False` leaves the class out of the
+    that was killed goes on at its last whole block. `condition=False` leaves the class out of the
     prompt. `report(done bytes, all bytes, conversations)` is called as it goes. Raises BadData
     after all files were checked, unless `skip_bad`.
     """
@@ -454,14 +463,25 @@ def prepare(
     sizes = [_size(path) for path in paths]
     conditions = {name: c.condition for name, c in classes.items()}
     settings = [TEMPLATE, conditions, condition, max_length, skip_bad]
-    key = _cache_key(paths, tokenizer, settings)
+    folder = Path(folder) / _cache_key(paths, tokenizer, settings)
+    if (folder / "done.json").exists():
+        return Dataset(folder, paths)
     if not condition:
         conditions = dict.fromkeys(conditions, "")
-    folder = Path(folder) / key
-    if not (folder / "done.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        writer = _Writer(folder, tokenizer, conditions, max_length, skip_bad)
-        writer.run(paths, classes, lambda done, n: report and report(done, sum(sizes), n))
+    encoder = Encoder(tokenizer, classes, conditions, max_length)
+    with _Arrays(folder) as arrays:
+        state = arrays.state
+        for block, encoded in encode_blocks(blocks(paths, state), encoder, sum(sizes)):
+            arrays.append(block, *encoded)
+            if report:
+                done = sum(sizes[: state["file"]]) + state["offset"]
+                report(done, sum(sizes), state["conversations"])
+        if (state["bad"] and not skip_bad) or not state["conversations"]:
+            shutil.rmtree(folder)
+            if state["bad"] and not skip_bad:
+                raise BadData(state["problems"], state["bad"])
+            raise ValueError(f"{', '.join(map(str, paths))}: no conversation to train on")
+        arrays.commit("done.json")
     return Dataset(folder, paths)
 
 
@@ -523,23 +543,93 @@ def parse_json(raw):
         raise ValueError(f"broken JSON: {error}") from None
 
 
-def blocks(path, start, line, classes):
-    """A file in blocks of about BLOCK bytes: ([(line, conversation), ...], number of bad lines,
-    the first of them, offset and number of the last line)."""
-    conversations, bad, problems, size, offset = [], 0, [], 0, start
-    for raw, offset in lines(path, start):
-        line += 1
-        size += len(raw or b"")
-        try:
-            if conversation := parse_line(raw, classes):
-                conversations.append((line, conversation))
-        except ValueError as error:
-            bad += 1
-            problems += [f"{path}:{line}: {error}"][: SHOWN_PROBLEMS - len(problems)]
-        if size >= BLOCK:
-            yield conversations, bad, problems, offset, line
-            conversations, bad, problems, size = [], 0, [], 0
-    yield conversations, bad, problems, offset, line
+@dataclasses.dataclass
+class Block:
+    """Some lines of a file: those after line number `line`, up to the byte `offset`."""
+
+    file: int  # its number among the paths
+    path: Path
+    line: int
+    raw: list  # of bytes, or None for a line that is too long
+    offset: int
+
+
+def blocks(paths, state):
+    """The files in Blocks of about BLOCK bytes, from the state's file, offset and line on."""
+    for number, path in enumerate(paths):
+        if number < state["file"]:
+            continue
+        offset, line = (state["offset"], state["line"]) if number == state["file"] else (0, 0)
+        block, size = Block(number, path, line, [], offset), 0
+        for raw, block.offset in lines(path, offset):
+            block.raw.append(raw)
+            size += len(raw or b"")
+            if size >= BLOCK:
+                yield block
+                line = block.line + len(block.raw)
+                block, size = Block(number, path, line, [], block.offset), 0
+        if block.raw:
+            yield block
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """Makes arrays of a Block of lines."""
+
+    tokenizer: Tokenizer
+    classes: dict
+    conditions: dict  # {class: condition}
+    max_length: int
+
+    def __call__(self, block):
+        """(arrays as ARRAYS, {what was counted}, the first bad lines); rows start at this block."""
+        conversations, bad, problems = self._parse(block)
+        texts = [m.content for _, conversation in conversations for m in conversation.messages]
+        ids = iter(self.tokenizer.encode_many(texts) if texts else [])
+        names = list(self.classes)
+        counted = {"cut": 0, "tokens_cut": 0, "without_answer": 0, "bad": bad}
+        all_tokens, all_weights, rows = [], [], []
+        for line, conversation in conversations:
+            contents = [next(ids) for _ in conversation.messages]
+            condition = self.conditions[conversation.source_class]
+            parts, weights = lay_out(conversation.messages, contents, self.tokenizer, condition)
+            tokens = np.concatenate(parts, dtype=np.int32, casting="unsafe")
+            lost = len(tokens) - self.max_length
+            if lost > 0:
+                counted["cut"] += 1
+                counted["tokens_cut"] += lost
+                tokens, weights = tokens[: self.max_length], shortened(weights, self.max_length)
+            supervised = sum(count for weight, count in weights if weight == CLASS_WEIGHT)
+            own = [(weight, count) for weight, count in weights if weight > 0]
+            if not supervised and not own:
+                counted["without_answer"] += 1
+                continue
+            source_class = names.index(conversation.source_class)
+            counts = supervised, sum(n for _, n in own), math.fsum(weight * n for weight, n in own)
+            rows.append((0, len(tokens), source_class, *counts, block.file, line))
+            all_tokens.append(tokens)
+            all_weights += weights
+        weights, counts = zip(*(all_weights or [(0.0, 0)]))
+        index = np.array(rows, ARRAYS["index"])
+        index["start"] = np.cumsum(index["length"]) - index["length"]
+        arrays = {
+            "tokens": np.concatenate(all_tokens or [[]]).astype(ARRAYS["tokens"]),
+            "weights": np.repeat(np.array(weights, ARRAYS["weights"]), counts),
+            "index": index,
+        }
+        return arrays, counted, problems
+
+    def _parse(self, block):
+        """([(line, conversation), ...], number of bad lines, what is wrong with the first)."""
+        conversations, bad, problems = [], 0, []
+        for line, raw in enumerate(block.raw, start=block.line + 1):
+            try:
+                if conversation := parse_line(raw, self.classes):
+                    conversations.append((line, conversation))
+            except ValueError as error:
+                bad += 1
+                problems += [f"{block.path}:{line}: {error}"][: SHOWN_PROBLEMS - len(problems)]
+        return conversations, bad, problems
 
 
 def shortened(weights, length):
@@ -551,102 +641,92 @@ def shortened(weights, length):
     return out
 
 
-class _Writer:
-    """Appends conversations to the arrays, and commits them a block at a time to progress.json."""
+def encode_blocks(blocks, encoder, size):
+    """(block, what the encoder makes of it) in order; of MANY bytes, in a process a core."""
+    processes = process_count()
+    if size < MANY or processes == 1:
+        yield from ((block, encoder(block)) for block in blocks)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
+    pool = ProcessPoolExecutor(processes, context, _start_process, [encoder])
+    try:
+        waiting = collections.deque()
+        for block in blocks:
+            waiting.append((block, pool.submit(_encode_in_process, block)))
+            if len(waiting) > 2 * processes:
+                block, encoded = waiting.popleft()
+                yield block, encoded.result()
+        for block, encoded in waiting:
+            yield block, encoded.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
-    def __init__(self, folder, tokenizer, conditions, max_length, skip_bad):
-        self.folder, self.tokenizer, self.conditions = folder, tokenizer, conditions
-        self.max_length, self.skip_bad = max_length, skip_bad
-        self.names = list(conditions)
+
+def process_count():
+    return min(os.cpu_count() or 1, 32)
+
+
+def _start_process(encoder):
+    global _encoder
+    _encoder = encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _encode_in_process(block):
+    return _encoder(block)
+
+
+class _Arrays:
+    """The arrays' files, to append to; progress.json says up to where they are whole."""
+
+    def __init__(self, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
         # Where to go on: file, offset and line; and what was counted.
         self.state = {"file": 0, "offset": 0, "line": 0, "tokens": 0, "conversations": 0}
         self.state |= {"cut": 0, "tokens_cut": 0, "without_answer": 0, "bad": 0, "problems": []}
         with contextlib.suppress(OSError, ValueError):
             self.state |= json.loads((folder / "progress.json").read_text())
 
-    def run(self, paths, classes, report):
-        state = self.state
-        sizes = {"tokens": state["tokens"], "weights": state["tokens"]}
-        sizes["index"] = state["conversations"]
+    def __enter__(self):
+        sizes = {"tokens": self.state["tokens"], "weights": self.state["tokens"]}
+        sizes["index"] = self.state["conversations"]
         with contextlib.ExitStack() as stack:
             self.files = {}
             for name, dtype in ARRAYS.items():
                 file = stack.enter_context(open(self.folder / f"{name}.bin", "ab"))
                 file.truncate(sizes[name] * dtype.itemsize)
                 self.files[name] = file
-            self.bytes_before = 0
-            for number, path in enumerate(paths):
-                if number >= state["file"]:
-                    self._read_file(number, path, classes, report)
-                self.bytes_before += path.stat().st_size
-        if state["bad"] and not self.skip_bad:
-            shutil.rmtree(self.folder)
-            raise BadData(state["problems"], state["bad"])
-        if not state["conversations"]:
-            shutil.rmtree(self.folder)
-            raise ValueError(f"{', '.join(map(str, paths))}: no conversation to train on")
-        self._commit(name="done.json")
+            self.opened = stack.pop_all()
+        return self
 
-    def _read_file(self, number, path, classes, report):
-        """While a block is tokenized on all cores, the next is read and the one before stored."""
-        state, waiting = self.state, None
-        start = (state["offset"], state["line"]) if number == state["file"] else (0, 0)
-        with ThreadPoolExecutor(1) as encoder:
-            for block in blocks(path, *start, classes):
-                texts = [m.content for _, conversation in block[0] for m in conversation.messages]
-                ids = encoder.submit(self.tokenizer.encode_many, texts) if texts else None
-                if waiting:
-                    self._store(number, report, *waiting)
-                waiting = block, ids
-            self._store(number, report, *waiting)
-        state |= {"file": number + 1, "offset": 0, "line": 0}
-        self._commit()
+    def __exit__(self, *_):
+        self.opened.close()
 
-    def _store(self, number, report, block, ids):
+    def append(self, block, arrays, counted, problems):
+        """Append what was made of a block, and commit."""
         state = self.state
-        conversations, bad, problems, offset, line = block
-        state["bad"] += bad
+        arrays["index"]["start"] += state["tokens"]
+        for name, values in arrays.items():
+            values.tofile(self.files[name])
+        state |= {name: state[name] + count for name, count in counted.items()}
         state["problems"] += problems[: SHOWN_PROBLEMS - len(state["problems"])]
-        self._append(number, conversations, iter(ids.result() if ids else []))
-        state |= {"file": number, "offset": offset, "line": line}
-        self._commit()
-        report(self.bytes_before + offset, state["conversations"])
+        state["tokens"] += len(arrays["tokens"])
+        state["conversations"] += len(arrays["index"])
+        line = block.line + len(block.raw)
+        state |= {"file": block.file, "offset": block.offset, "line": line}
+        self.commit("progress.json")
 
-    def _append(self, number, block, ids):
-        """Append a block of (line, conversation), with the ids of its texts, to the arrays."""
-        state = self.state
-        all_tokens, all_weights, rows = [], [], []
-        for line, conversation in block:
-            contents = [next(ids) for _ in conversation.messages]
-            condition = self.conditions[conversation.source_class]
-            tokens, weights = lay_out(conversation.messages, contents, self.tokenizer, condition)
-            lost = len(tokens) - self.max_length
-            if lost > 0:
-                state["cut"] += 1
-                state["tokens_cut"] += lost
-                tokens, weights = tokens[: self.max_length], shortened(weights, self.max_length)
-            supervised = sum(count for weight, count in weights if weight == CLASS_WEIGHT)
-            own = [(weight, count) for weight, count in weights if weight > 0]
-            if not supervised and not own:
-                state["without_answer"] += 1
-                continue
-            source_class = self.names.index(conversation.source_class)
-            counts = supervised, sum(n for _, n in own), math.fsum(weight * n for weight, n in own)
-            rows.append((state["tokens"], len(tokens), source_class, *counts, number, line))
-            state["tokens"] += len(tokens)
-            all_tokens += tokens
-            all_weights += weights
-        state["conversations"] += len(rows)
-        weights = np.array(all_weights or [(0.0, 0)])
-        weights = np.repeat(weights[:, 0], weights[:, 1].astype(int))
-        for name, values in (("tokens", all_tokens), ("weights", weights), ("index", rows)):
-            np.array(values, dtype=ARRAYS[name]).tofile(self.files[name])
-
-    def _commit(self, name="progress.json"):
+    def commit(self, name):
         for file in self.files.values():
-            if not file.closed:
-                file.flush()
-                os.fsync(file.fileno())
+            file.flush()
+            os.fsync(file.fileno())
         temporary = self.folder / "progress.tmp"
         temporary.write_text(json.dumps(self.state))
         temporary.replace(self.folder / name)

@@ -359,8 +359,8 @@ def hidden_states(folder, path):
         conversation = data.parse_conversation(json.loads(line), classes)
         contents = [talker.tokenizer.encode(m.content) for m in conversation.messages]
         condition = classes[conversation.source_class].condition if conditioned else ""
-        tokens, _ = data.lay_out(conversation.messages, contents, talker.tokenizer, condition)
-        features.append(mean_hidden(talker.llama, tokens))
+        parts, _ = data.lay_out(conversation.messages, contents, talker.tokenizer, condition)
+        features.append(mean_hidden(talker.llama, data.flat(parts)))
         labels.append(conversation.source_class)
     return torch.stack(features), labels
 

@@ -182,7 +182,7 @@ def assert_template_gives_our_ids(ours, theirs, conversations):
         parsed = [data.Message(m["role"], m["content"]) for m in messages]
         for condition, options in (("GPT4", {}), ("GPT3", {"condition": "GPT3"})):
             contents = [ours.encode(message.content) for message in parsed]
-            expected, _ = data.lay_out(parsed, contents, ours, condition)
+            expected = data.flat(data.lay_out(parsed, contents, ours, condition)[0])
             ids = theirs.apply_chat_template(messages, return_dict=False, **options)
             assert ids == expected, (messages, theirs.convert_ids_to_tokens(ids))
         parsed, messages = parsed[:-1], messages[:-1]
@@ -682,6 +682,31 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tokenizer, monkeypatc
         for array in whole.folder.glob("*.bin"):
             assert (again.folder / array.name).read_bytes() == array.read_bytes()
         assert again.report == whole.report
+
+
+def test_several_processes_make_the_same_bytes_and_name_the_same_lines(
+    tokenizer, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(data, "BLOCK", 4000)
+    good = [line(f"Hi {n}", "Ho " * (n % 7 + 1)) for n in range(200)]
+    path = write(tmp_path / "a.jsonl", *good[:70], b"{", *good[70:], line("Hi"))
+
+    def prepare(folder, **more):
+        return data.prepare([path], tokenizer, CLASSES, tmp_path / folder, max_length=60, **more)
+
+    def refused(folder):
+        with pytest.raises(data.BadData) as refusal:
+            prepare(folder)
+        return str(refusal.value)
+
+    alone, message = prepare("alone", skip_bad=True), refused("alone")
+    monkeypatch.setattr(data, "MANY", 0)
+    monkeypatch.setattr(data, "process_count", lambda: 2)
+    together = prepare("together", skip_bad=True)
+    for array in alone.folder.glob("*.bin"):
+        assert (together.folder / array.name).read_bytes() == array.read_bytes()
+    assert together.report == alone.report and alone.report["bad"] == 2
+    assert refused("together") == message and f"{path}:71: broken JSON" in message
 
 
 # ----------------------------------------------------------------------------------- batches
