@@ -1,5 +1,10 @@
-"""Files beside the repository that several tests read; a test that needs a missing one skips."""
+"""What several tests share: commands run in this process, and files beside the repository.
 
+A test that needs a missing file skips.
+"""
+
+import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,3 +44,23 @@ def code_mixed():
 def sums():
     """The embedded example's folder."""
     return ROOT / "examples" / "sums"
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """run(main, *arguments) is (exit code, stdout, stderr) of that command."""
+
+    def run(main, *arguments, stdin=None):
+        code = 0
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = end.code
+            if isinstance(code, str):
+                print(code, file=sys.stderr)
+                code = 1
+        return code, *capsys.readouterr()
+
+    return run

@@ -1,7 +1,6 @@
 """chat.py: the text the model means, one token at a time; files, terminal and limits."""
 
 import dataclasses
-import io
 import json
 import shutil
 import subprocess
@@ -252,24 +251,8 @@ def test_a_character_cut_by_the_limit_is_still_shown_in_the_end(talker, monkeypa
 # ------------------------------------------------------------------------------ the command line
 
 
-def run(capsys, *arguments, stdin=None, monkeypatch=None):
-    """(exit code, stdout, stderr) of `python chat.py ...`."""
-    code = 0
-    if stdin is not None:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-    try:
-        chat.main([str(a) for a in arguments])
-    except SystemExit as end:
-        code = end.code
-        if isinstance(code, str):
-            print(code, file=sys.stderr)
-            code = 1
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def test_one_prompt_prints_the_answer_alone(folder, talker, capsys):
-    code, out, err = run(capsys, folder, "--prompt", "A big red ball", "--max-new-tokens", "30")
+def test_one_prompt_prints_the_answer_alone(folder, talker, run):
+    code, out, err = run(chat.main, folder, "--prompt", "A big red ball", "--max-new-tokens", "30")
     ((expected, ended),) = talker.answers([[user("A big red ball")]], max_new_tokens=30)
     assert (code, out) == (0, expected + "\n")
     assert ended or "[cut after 30 tokens: --max-new-tokens or the model's context]" in err
@@ -288,11 +271,11 @@ def asked(*texts, **more):
     return {"messages": messages} | more
 
 
-def test_a_batch_file_comes_back_with_the_answers_appended(folder, talker, capsys, tmp_path):
+def test_a_batch_file_comes_back_with_the_answers_appended(folder, talker, run, tmp_path):
     lines = [asked(f"Story {n} of a ball " * (n % 3 + 1), id=n, note="é\u2028") for n in range(18)]
     lines.append(asked("Hi", "Ho", "Ha", **{"class": "gpt4"}))
     source, target = batch_file(tmp_path, *lines[:3], b"", *lines[3:]), tmp_path / "out.jsonl"
-    code, out, err = run(capsys, folder, "--batch", source, "--to", target,
+    code, out, err = run(chat.main, folder, "--batch", source, "--to", target,
                          "--max-new-tokens", "8")  # fmt: skip
     assert (code, out) == (0, "") and "19/19 answered" in err
     answered = [json.loads(text) for text in target.read_text("utf-8").split("\n")[:-1]]
@@ -304,10 +287,10 @@ def test_a_batch_file_comes_back_with_the_answers_appended(folder, talker, capsy
         assert after == before | {"messages": [*before["messages"], turn]}
 
 
-def test_a_batch_never_overwrites(folder, capsys, tmp_path):
+def test_a_batch_never_overwrites(folder, run, tmp_path):
     source, target = batch_file(tmp_path, asked("Hi")), tmp_path / "out.jsonl"
     target.write_text("precious")
-    code, _, err = run(capsys, folder, "--batch", source, "--to", target)
+    code, _, err = run(chat.main, folder, "--batch", source, "--to", target)
     assert code == 1 and err.startswith("error: ") and "File exists" in err and str(target) in err
     assert target.read_text() == "precious"
 
@@ -332,15 +315,15 @@ def test_a_batch_never_overwrites(folder, capsys, tmp_path):
     ids=[str(i) for i in range(13)],
 )
 def test_a_bad_line_of_a_batch_is_named_before_anything_is_written(
-    bad, message, folder, capsys, tmp_path
+    bad, message, folder, run, tmp_path
 ):
     source, target = batch_file(tmp_path, asked("Hi"), b"", bad), tmp_path / "out.jsonl"
-    code, _, err = run(capsys, folder, "--batch", source, "--to", target)
+    code, _, err = run(chat.main, folder, "--batch", source, "--to", target)
     assert code == 1 and not target.exists()
     assert err.startswith(f"error: {source}:3: ") and message in err and err.count("\n") == 1
 
 
-def test_a_conversation_at_the_terminal(folder, talker, capsys, monkeypatch):
+def test_a_conversation_at_the_terminal(folder, talker, run, monkeypatch):
     asked_of_model = []
     monkeypatch.setattr(chat, "Chat", lambda *_: talker)
 
@@ -350,7 +333,7 @@ def test_a_conversation_at_the_terminal(folder, talker, capsys, monkeypatch):
 
     monkeypatch.setattr(talker, "stream", stream)
     stdin = "Hi\n\n  \nMore\n/new\nAgain\n/quit\nnever\n"
-    code, out, _ = run(capsys, folder, stdin=stdin, monkeypatch=monkeypatch)
+    code, out, _ = run(chat.main, folder, stdin=stdin)
     assert code == 0 and out.count("An answer\n") == 3
     answer = ("assistant", "An answer")
     assert asked_of_model == [
@@ -360,7 +343,7 @@ def test_a_conversation_at_the_terminal(folder, talker, capsys, monkeypatch):
     ]
 
 
-def test_what_is_said_of_a_cut_answer_is_no_part_of_the_conversation(folder, capsys, monkeypatch):
+def test_what_is_said_of_a_cut_answer_is_no_part_of_the_conversation(folder, run, monkeypatch):
     prompts, real = [], chat.Chat.stream
 
     def stream(self, messages, **options):
@@ -369,25 +352,25 @@ def test_what_is_said_of_a_cut_answer_is_no_part_of_the_conversation(folder, cap
 
     monkeypatch.setattr(chat.Chat, "stream", stream)
     flags = ["--max-new-tokens", "3"]
-    code, out, err = run(capsys, folder, *flags, stdin="Hi\nMore\n", monkeypatch=monkeypatch)
+    code, out, err = run(chat.main, folder, *flags, stdin="Hi\nMore\n")
     assert code == 0 and err.count("[cut after 3 tokens") == 2
     assert [m.role for m in prompts[1]] == ["user", "assistant", "user"]
     assert "cut after" not in prompts[1][1].content and prompts[1][1].content in out
 
 
 def test_a_full_context_forgets_the_oldest_turns_and_refuses_what_never_fits(
-    stories, capsys, monkeypatch, tmp_path
+    stories, run, tmp_path
 ):
     small = export(stories, tmp_path / "small", context=100)
     stdin = "Hi\n" + "Once upon a time\n" * 3 + "word " * 100 + "\nHi\n"
     flags = ["--max-new-tokens", "20"]
-    code, out, _ = run(capsys, small, *flags, stdin=stdin, monkeypatch=monkeypatch)
+    code, out, _ = run(chat.main, small, *flags, stdin=stdin)
     assert code == 0
     assert "[the context is full: the oldest turn is forgotten]" in out
     assert out.count("[too long for the model's context of 100 tokens; not sent]") == 1
 
 
-def test_ctrl_c_keeps_what_was_said(folder, talker, capsys, monkeypatch):
+def test_ctrl_c_keeps_what_was_said(folder, talker, run, monkeypatch):
     said = []
 
     def stream(messages, **options):
@@ -397,19 +380,19 @@ def test_ctrl_c_keeps_what_was_said(folder, talker, capsys, monkeypatch):
 
     monkeypatch.setattr(chat, "Chat", lambda *_: talker)
     monkeypatch.setattr(talker, "stream", stream)
-    code, out, _ = run(capsys, folder, stdin="Hi\nMore\n", monkeypatch=monkeypatch)
+    code, out, _ = run(chat.main, folder, stdin="Hi\nMore\n")
     assert code == 0 and out.count("Half [stopped]\n") == 2
     assert said[1] == ["Hi", "Half", "More"]
 
 
-def test_ctrl_c_of_one_answer_ends_without_a_traceback(folder, talker, capsys, monkeypatch):
+def test_ctrl_c_of_one_answer_ends_without_a_traceback(folder, talker, run, monkeypatch):
     def stream(messages, **options):
         yield "Half"
         raise KeyboardInterrupt
 
     monkeypatch.setattr(chat, "Chat", lambda *_: talker)
     monkeypatch.setattr(talker, "stream", stream)
-    code, out, _ = run(capsys, folder, "--prompt", "Hi")
+    code, out, _ = run(chat.main, folder, "--prompt", "Hi")
     assert (code, out) == (130, "Half\n")
 
 
@@ -431,8 +414,8 @@ def test_the_command_runs_as_a_program(folder):
         (["--heat", "3"], "unrecognized arguments"),
     ],
 )
-def test_a_bad_flag_is_an_error_before_anything_is_loaded(flags, message, capsys, tmp_path):
-    code, _, err = run(capsys, tmp_path, *flags)
+def test_a_bad_flag_is_an_error_before_anything_is_loaded(flags, message, run, tmp_path):
+    code, _, err = run(chat.main, tmp_path, *flags)
     assert code == 2 and message in err
 
 
@@ -447,11 +430,11 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_folder_that_was_not_exported_is_said(name, folder, capsys, tmp_path):
+def test_a_folder_that_was_not_exported_is_said(name, folder, run, tmp_path):
     content, message = BROKEN[name]
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "crlft.json").unlink()
     if content is not None:
         (copy / "crlft.json").write_bytes(content)
-    code, _, err = run(capsys, copy, "--prompt", "Hi")
+    code, _, err = run(chat.main, copy, "--prompt", "Hi")
     assert code == 1 and err.startswith(f"error: {copy}/") and message in err

@@ -816,25 +816,11 @@ def test_a_class_weight_too_small_for_float32_gives_no_row(mixed):
 # ------------------------------------------------------------------------------ the command
 
 
-def run(capsys, *arguments):
-    """(exit code, stdout, stderr) of `python data.py ...`."""
-    code = 0
-    try:
-        data.main([str(a) for a in arguments])
-    except SystemExit as end:
-        code = end.code
-        if isinstance(code, str):
-            print(code, file=sys.stderr)
-            code = 1
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def test_the_command_shows_summary_and_what_is_learned(stories, capsys, tmp_path):
+def test_the_command_shows_summary_and_what_is_learned(stories, run, tmp_path):
     path = write(
         tmp_path / "a.jsonl", line("Hi", "Ho\nthere"), line("A", "B", source_class="gpt3.5")
     )
-    code, out, err = run(capsys, path, "--model", stories)
+    code, out, err = run(data.main, path, "--model", stories)
     assert code == 0 and not err
     gpt4 = next(text for text in out.splitlines() if text.startswith("gpt4 "))
     assert gpt4.split()[:3] == ["gpt4", "GPT4", "1"]
@@ -866,11 +852,11 @@ def test_the_command_says_errors_without_a_traceback(stories, tmp_path):
         (["{data}", "--beta", "0"], "beta must be a number above 0, not 0.0"),
     ],
 )
-def test_the_command_says_in_one_line_what_is_wrong(flags, message, stories, capsys, tmp_path):
+def test_the_command_says_in_one_line_what_is_wrong(flags, message, stories, run, tmp_path):
     path = write(tmp_path / "a.jsonl", line("Hi", "Ho"))
     (tmp_path / "classes.json").write_text('{"gpt4": {"condition": "GPT4"}}')
     flags = [flag.format(data=path, tmp=tmp_path) for flag in flags]
-    code, _, err = run(capsys, *(["--model", stories] if "--model" not in flags else []), *flags)
+    code, _, err = run(data.main, *(["--model", stories] if "--model" not in flags else []), *flags)
     assert code == 1
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
 

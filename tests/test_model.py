@@ -436,10 +436,11 @@ def load_sharded(rank, folder):
         model.fill_parameters(llama, folder, new_rows=1)
         full = {key: p.full_tensor().detach() for key, p in llama.named_parameters()}
         held = sum(p.to_local().numel() for p in llama.parameters()) * 4
-        result = {"read": Counted.read, "held": held, "full": full}
+        result = {"read": torch.tensor(Counted.read), "held": torch.tensor(held)}
+        result |= {f"full {key}": tensor for key, tensor in full.items()}
         model.random_parameters(llama, 3)
-        result["random"] = {key: p.full_tensor().detach() for key, p in llama.named_parameters()}
-        torch.save(result, folder / f"{name}.{rank}.pt")
+        random = {f"random {key}": p.full_tensor() for key, p in llama.named_parameters()}
+        save_file(result | random, folder / f"{name}.{rank}")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -460,7 +461,7 @@ def sharded_loads(tmp_path_factory):
     model.save(random_llama(**ODD), folder)
     torch.multiprocessing.spawn(load_sharded, (folder,), nprocs=4)
     loads = {
-        name: [torch.load(path) for path in sorted(folder.glob(f"{name}.*.pt"))] for name in MESHES
+        name: [load_file(path) for path in sorted(folder.glob(f"{name}.[0-9]"))] for name in MESHES
     }
     return folder, loads
 
@@ -476,7 +477,7 @@ def test_a_sharded_load_equals_an_unsharded_one(mesh, sharded_loads):
         fill()
         for result in loads[mesh]:
             for name, parameter in alone.named_parameters():
-                assert torch.equal(result[key][name], parameter), name
+                assert torch.equal(result[f"{key} {name}"], parameter), name
 
 
 @pytest.mark.parametrize("mesh", MESHES)
