@@ -15,6 +15,7 @@ import dataclasses
 import inspect
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -495,20 +496,35 @@ def fill_parameters(llama, folder, new_rows=0, new_token=None):
     """
     files = weight_files(folder)
     opened = {path: open_safetensors(path) for path in set(files.values())}
-    for name, parameter in llama.named_parameters():
+
+    @torch.no_grad()  # which holds for one thread
+    def read_rows(name, parameter):
         low, high = local_rows(parameter)
-        local = local_tensor(parameter)
         stored = opened[files[name]].get_slice(name)
-        old = parameter.shape[0] - (new_rows if is_vocabulary(name) else 0)
-        local[: max(0, min(high, old) - low)].copy_(stored[min(low, old) : min(high, old)])
+        high = min(high, parameter.shape[0] - (new_rows if is_vocabulary(name) else 0))
+        low = min(low, high)
+        local_tensor(parameter)[: high - low].copy_(stored[low:high])
+
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(read_rows, *zip(*llama.named_parameters(), strict=True)))
+    for name, parameter in llama.named_parameters():
         if is_vocabulary(name) and (new_rows or new_token is not None):
-            known = old if new_token is None else min(old, new_token)
-            total = local[: max(0, known - low)].sum(0, dtype=torch.float64)
-            if isinstance(parameter, DTensor):
-                dist.all_reduce(total, group=_shard_group(parameter))
-            local[max(0, old - low) :] = total / known
-            if new_token is not None and low <= new_token < high:
-                local[new_token - low] = total / known
+            _fill_new_rows(parameter, new_rows, new_token)
+
+
+READERS = 4  # threads, so that the disk has several requests at hand
+
+
+def _fill_new_rows(parameter, new_rows, new_token):
+    low, high = local_rows(parameter)
+    local, old = local_tensor(parameter), parameter.shape[0] - new_rows
+    known = old if new_token is None else min(old, new_token)
+    total = local[: max(0, known - low)].sum(0, dtype=torch.float64)
+    if isinstance(parameter, DTensor):
+        dist.all_reduce(total, group=_shard_group(parameter))
+    local[max(0, old - low) :] = total / known
+    if new_token is not None and low <= new_token < high:
+        local[new_token - low] = total / known
 
 
 @torch.no_grad()

@@ -1,9 +1,10 @@
-"""How fast does tokenizing go: python bench/tokenizing.py --model DIR [--count N] [--rounds 3]
+"""How fast does tokenizing go: python bench/tokenizing.py --model DIR [--count N] [--large L]
 
 Writes a JSONL file of N generated conversations and tokenizes it, in turns: with data.prepare,
 which reads, checks, lays out and stores them, and with SentencePieceProcessor.encode alone, on all
-threads, of the same texts in blocks of as many bytes. MB/s are of the file's bytes. Then peak
-memory at N and at 4 N conversations, and a run that is killed half way and started again.
+threads, of the same texts in blocks of as many bytes. MB/s are of the file's bytes. Then a run
+that is killed half way and started again. Then time and peak memory of L conversations, the N over
+and over, beside those of N: memory should not grow.
 
 Words follow Zipf's law and are as long as English ones; numbers and line breaks come in between.
 (This file is not called tokenize.py: Python's own module of that name would be hidden.)
@@ -12,10 +13,12 @@ Words follow Zipf's law and are as long as English ones; numbers and line breaks
 import argparse
 import datetime
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import statistics
 import sys
@@ -40,23 +43,35 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="folder with tokenizer.model")
-    parser.add_argument("--count", type=int, default=50_000, help="conversations; up to 5000000")
+    parser.add_argument("--count", type=int, default=200_000, help="conversations, N")
+    parser.add_argument("--large", type=int, help="conversations, L (default: 4 N)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-length", type=int, default=4096)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        file, large = folder / "N.jsonl", folder / "4N.jsonl"
+        file, large = folder / "N.jsonl", folder / "L.jsonl"
         generate(file, args.count, seed=0)
-        generate(large, 4 * args.count, seed=1)
         megabytes = file.stat().st_size / 1e6
         print(
             f"\n{args.count:,} conversations, {megabytes:.0f} MB; {os.cpu_count()} CPU cores, "
             f"sentencepiece {sentencepiece.__version__}, {datetime.date.today()}\n"
         )
         speeds(args, file, megabytes)
+        resumed(args, file, folder)
+        repeat(file, large, args.count, args.large or 4 * args.count)
         memory(args, file, large, folder)
-        resumed(args, large, folder)
+
+
+def repeat(file, large, count, wanted):
+    """Write `wanted` conversations, those of `file` over and over."""
+    with open(large, "wb") as out:
+        for begun in range(0, wanted, count):
+            with open(file, "rb") as lines:
+                if wanted - begun >= count:
+                    shutil.copyfileobj(lines, out, 1 << 24)
+                else:
+                    out.writelines(itertools.islice(lines, wanted - begun))
 
 
 def speeds(args, file, megabytes):
@@ -109,18 +124,20 @@ def timed(function, *arguments):
 
 
 def memory(args, file, large, folder):
-    print("\n| conversations | MB | peak resident MB | growth while tokenizing |")
-    print("|---|---|---|---|")
-    for path, count in ((file, args.count), (large, 4 * args.count)):
-        before, peak = in_a_child(peak_of, args, path, folder / f"{path.stem}.memory")
+    print("\n| conversations | MB | minutes | MB/s | peak resident MB, all processes |")
+    print("|---|---|---|---|---|")
+    for path in (file, large):
+        count, seconds, peak = in_a_child(peak_of, args, path, folder / f"{path.stem}.memory")
         size = path.stat().st_size / 1e6
-        print(f"| {count:,} | {size:.0f} | {peak:.0f} | {peak - before:.0f} |")
+        print(
+            f"| {count:,} | {size:,.0f} | {seconds / 60:.1f} | {size / seconds:.2f} | {peak:.0f} |"
+        )
 
 
 def peak_of(args, file, out):
-    before = peak_megabytes()
-    prepare(args, file, out)
-    return before, peak_megabytes()
+    began = time.perf_counter()
+    dataset = prepare(args, file, out, data.Progress("tokenizing"))
+    return len(dataset), time.perf_counter() - began, peak_megabytes()
 
 
 def peak_megabytes():
@@ -148,7 +165,8 @@ def resumed(args, file, folder):
     child.join()
     began, first = time.perf_counter(), []
     dataset = prepare(args, file, out, lambda done, *_: first.append(done))
-    whole = data.Dataset(next((folder / "4N.memory").iterdir()), [file])
+    seconds = time.perf_counter() - began
+    whole = prepare(args, file, folder / "whole")
     equal = all(
         digest(dataset.folder / f"{name}.bin") == digest(whole.folder / f"{name}.bin")
         for name in data.ARRAYS
@@ -156,7 +174,7 @@ def resumed(args, file, folder):
     print(
         f"\nkilled after {total / 2e6:.0f} of {total / 1e6:.0f} MB (exit {child.exitcode}) and "
         f"started again: went on at {max(0, first[0] - data.BLOCK) / 1e6:.0f} MB, "
-        f"{time.perf_counter() - began:.1f} s more, arrays "
+        f"{seconds:.1f} s more, arrays "
         f"{'equal to' if equal else 'DIFFERENT FROM'} those of an undisturbed run"
     )
 
