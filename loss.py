@@ -52,9 +52,17 @@ def read_classes(path):
     """The class table of a JSON file: {"gpt4": {"condition": "GPT4", "reward": 1.0}, ...}."""
     try:
         with open(path, encoding="utf-8") as file:
-            return class_table(json.load(file))
+            return class_table(json.load(file, object_pairs_hook=_without_repeats))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _without_repeats(pairs):
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name!r} stands there twice")
+    return dict(pairs)
 
 
 def class_table(mapping):

@@ -78,6 +78,14 @@ def test_what_is_no_table_is_said_with_its_path(text, tmp_path):
         read_classes(path)
 
 
+def test_a_class_that_stands_there_twice_is_not_taken_once(tmp_path):
+    path = tmp_path / "classes.json"
+    entry = json.dumps(vars(DEFAULT_CLASSES["gpt4"]))
+    path.write_text(f'{{"gpt4": {entry}, "gpt4": {entry}}}')
+    with pytest.raises(ValueError, match="classes.json: 'gpt4' stands there twice"):
+        read_classes(path)
+
+
 def test_a_table_is_read_from_json(tmp_path):
     path = tmp_path / "classes.json"
     path.write_text(json.dumps({name: vars(c) for name, c in DEFAULT_CLASSES.items()}))
