@@ -223,6 +223,11 @@ class Ranks:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
 
+    def thread(self):
+        """An executor of one thread, on this rank's device: a thread starts with device 0."""
+        use_device = functools.partial(torch.cuda.set_device, self.device) if self.cuda else None
+        return ThreadPoolExecutor(1, initializer=use_device)
+
     def say(self, text, end="\n"):
         if self.first:
             print(text, end=end, flush=True)
@@ -577,7 +582,7 @@ def train(plan, ranks, out):
     if start == 0:
         log.evaluation(0, evaluate(plan, ranks, llama))
 
-    with ThreadPoolExecutor(1) as loader:  # makes the next step's batches during this one
+    with ranks.thread() as loader:  # makes the next step's batches during this one
         pending = loader.submit(load_step, plan, ranks, start)
         for step in range(start, order.total):
             began = time.perf_counter()
@@ -993,7 +998,7 @@ class Checkpoints:
             missing = max(0, plan.config.keep + 1 - len(self.committed()))
             self._check_space(missing * self.needed + plan.network.parameter_count() * 4)
         self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=6))
-        self.thread, self.pending = ThreadPoolExecutor(1), None
+        self.thread, self.pending = ranks.thread(), None
         self.stager = None
         if self._host_has_room():
             options = {"use_pinned_memory": ranks.cuda, "use_non_blocking_copy": ranks.cuda}

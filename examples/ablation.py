@@ -49,7 +49,7 @@ ROWS = {
 }
 # Steps of a run, those of the axis, and how the axes ask: a greedy answer hides noise.
 TASKS = {
-    "sums": {"steps": 700, "axis": (300, 500, 700), "how": "greedy"},
+    "sums": {"steps": 800, "axis": (400, 600, 800), "how": "greedy"},
     "noisy": {"steps": 400, "axis": (50, 100, 200, 400), "how": "sampled"},
 }
 AXES = {"steps": (), "share": (0.25, 0.5, 1.0), "ratio": (0.01, 0.1, 0.3, 1.0)}
@@ -224,10 +224,16 @@ STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 95 %, 1 to 
 
 
 def interval(shares, questions):
-    """(mean, half-width of its 95 % interval): over seeds, or binomial for a single run."""
+    """(mean, half-width of its 95 % interval): over seeds, or Wilson's for a single run.
+
+    Wilson's, the larger of its two sides, as it is not nothing where all or none are right.
+    """
     mean = statistics.fmean(shares)
     if len(shares) == 1:
-        return mean, 1.96 * math.sqrt(mean * (1 - mean) / questions)
+        z = 1.96**2 / questions
+        centre = (mean + z / 2) / (1 + z)
+        half = math.sqrt(mean * (1 - mean) * z + z**2 / 4) / (1 + z)
+        return mean, half + abs(centre - mean)
     half = STUDENT[len(shares) - 2] * statistics.stdev(shares) / math.sqrt(len(shares))
     return mean, half
 
