@@ -113,6 +113,7 @@ def test_spoilt_words_keep_their_letters_and_ends():
 
 
 def test_interval_covers_seeds_or_questions():
-    assert ablation.interval([0.5], 100) == pytest.approx((0.5, 0.098))
+    assert ablation.interval([0.5], 100) == pytest.approx((0.5, 0.0962), abs=1e-4)
+    assert ablation.interval([1.0], 100) == pytest.approx((1.0, 1 - 0.9630), abs=1e-4)
     assert ablation.interval([0.4, 0.6, 0.5], 100) == pytest.approx((0.5, 4.30 * 0.1 / 3**0.5))
     assert ablation.interval([1.0, 1.0], 100) == (1.0, 0.0)
