@@ -183,15 +183,18 @@ def read_classes(folder):
 
 def answer_file(chat, source, target, options):
     """Conversation lines in, the same lines out, each with the assistant's turn appended."""
-    lines = list(read_prompts(chat, source))
+    lines, cut = list(read_prompts(chat, source)), 0
     with open(target, "x", encoding="utf-8") as out:
         for start in range(0, len(lines), BATCH):
             batch = lines[start : start + BATCH]
             answers = chat.answers([messages for _, messages in batch], **options)
-            for (line, _), (text, _) in zip(batch, answers, strict=True):
+            for (line, _), (text, ended) in zip(batch, answers, strict=True):
                 line["messages"].append({"role": "assistant", "content": text})
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
+                cut += not ended
             print(f"{start + len(batch)}/{len(lines)} answered", file=sys.stderr)
+    if cut:
+        print(f"{cut} answers cut: --max-new-tokens or the model's context", file=sys.stderr)
 
 
 def read_prompts(chat, path):

@@ -277,7 +277,7 @@ def test_a_batch_file_comes_back_with_the_answers_appended(folder, talker, run, 
     source, target = batch_file(tmp_path, *lines[:3], b"", *lines[3:]), tmp_path / "out.jsonl"
     code, out, err = run(chat.main, folder, "--batch", source, "--to", target,
                          "--max-new-tokens", "8")  # fmt: skip
-    assert (code, out) == (0, "") and "19/19 answered" in err
+    assert (code, out) == (0, "") and "19/19 answered\n19 answers cut: --max-new-tokens" in err
     answered = [json.loads(text) for text in target.read_text("utf-8").split("\n")[:-1]]
     assert len(answered) == 19
     for before, after in zip(lines, answered, strict=True):
