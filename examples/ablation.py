@@ -49,10 +49,10 @@ ROWS = {
 }
 # Steps of a run, those of the axis, and how the axes ask: a greedy answer hides noise.
 TASKS = {
-    "sums": {"steps": 800, "axis": (400, 600, 800), "how": "greedy"},
+    "sums": {"steps": 700, "axis": (350, 500, 700, 1000), "how": "greedy"},
     "noisy": {"steps": 400, "axis": (50, 100, 200, 400), "how": "sampled"},
 }
-AXES = {"steps": (), "share": (0.25, 0.5, 1.0), "ratio": (0.01, 0.1, 0.3, 1.0)}
+AXES = {"steps": (), "share": (0.25, 0.5, 0.75, 1.0), "ratio": (0.01, 0.1, 0.3, 1.0)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,7 +77,7 @@ def main():
     random.Random(1).shuffle(train)
     test = [conversation("gpt4", a, b, right(a, b)) for a, b in held_out]
     test += [conversation("gpt3.5", a, b, without_carry(a, b)) for a, b in held_out]
-    write(HERE, train, test, initializer_range=0.1)  # a fast start
+    write(HERE, train, test)
 
 
 def write(folder, train, test, **config):
