@@ -33,6 +33,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -476,13 +477,14 @@ def prepare(
             if report:
                 done = sum(sizes[: state["file"]]) + state["offset"]
                 report(done, sum(sizes), state["conversations"])
-        if (state["bad"] and not skip_bad) or not state["conversations"]:
-            shutil.rmtree(folder)
-            if state["bad"] and not skip_bad:
-                raise BadData(state["problems"], state["bad"])
-            raise ValueError(f"{', '.join(map(str, paths))}: no conversation to train on")
-        arrays.commit("done.json")
-    return Dataset(folder, paths)
+        refused = state["bad"] and not skip_bad
+        if state["conversations"] and not refused:
+            arrays.commit("done.json")
+            return Dataset(folder, paths)
+    shutil.rmtree(folder)
+    if refused:
+        raise BadData(state["problems"], state["bad"])
+    raise ValueError(f"{', '.join(map(str, paths))}: no conversation to train on")
 
 
 def _size(path):
@@ -658,12 +660,19 @@ def encode_blocks(blocks, encoder, size):
                 yield block, encoded.result()
         for block, encoded in waiting:
             yield block, encoded.result()
+    except BrokenProcessPool:
+        raise OSError(
+            "a process that tokenized was killed, perhaps for want of memory; the same command "
+            "goes on from there"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def process_count():
-    return min(os.cpu_count() or 1, 32)
+    """A process a core that this one may use; each takes some 300 MB."""
+    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    return min(len(allowed(0)), 32)
 
 
 def _start_process(encoder):

@@ -33,7 +33,7 @@ import sys
 import tempfile
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 # Threads that spin at a barrier hold each other up where other programs share the CPU.
@@ -209,7 +209,7 @@ class Ranks:
     def __init__(self):
         self.cuda = torch.cuda.is_available()
         backend = "cuda:nccl,cpu:gloo" if self.cuda else "gloo"
-        timeout = datetime.timedelta(minutes=10)  # for one collective; a dead rank ends the run
+        timeout = datetime.timedelta(minutes=30)  # for one collective, rank 0 writing a file too
         if "RANK" in os.environ:  # torchrun
             self.store, self.rank, self.world = next(dist.rendezvous("env://"))
         else:
@@ -610,6 +610,7 @@ def train(plan, ranks, out):
             if exports or (config.eval_every and done % config.eval_every == 0):
                 expert_loss = log.evaluation(done, evaluate(plan, ranks, llama))
             if exports:
+                checkpoints.finish()  # one writer at a time
                 best = export(plan, ranks, llama, out, step, expert_loss, best, must=last)
             if exports or stopped or (config.save_every and done % config.save_every == 0):
                 checkpoints.save(llama, optimizer, done, best, must=last or stopped)
@@ -995,22 +996,27 @@ class Checkpoints:
         if ranks.first:
             self.folder.mkdir(exist_ok=True)
             clear_leftovers(out)
-            missing = max(0, plan.config.keep + 1 - len(self.committed()))
+            # Kept are the newest, the one resumed from, and the one being written.
+            most = plan.config.keep + 1 + bool(self.committed())
+            missing = max(0, most - len(self.committed()))
             self._check_space(missing * self.needed + plan.network.parameter_count() * 4)
         self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=6))
         self.thread, self.pending = ranks.thread(), None
-        self.stager = None
-        if self._host_has_room():
-            options = {"use_pinned_memory": ranks.cuda, "use_non_blocking_copy": ranks.cuda}
-            options |= {"use_shared_memory": False, "use_async_staging": False}
-            self.stager = DefaultStager(StagingOptions(**options))
 
-    def _host_has_room(self):
-        """Is there memory for a copy of the state, and for a file of it as it is written?"""
+    @functools.cached_property
+    def stager(self):
+        """Copies the state into the host's memory; None where there is no room for it.
+
+        Asked for at the first save, when everything else is in memory already.
+        """
         mine = self.needed * self.plan.config.replicas // self.ranks.world
         here = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.world))
         lacking = available_memory() < here * (mine + min(mine, 2 * FILE_SIZE))
-        return not self.ranks.sum(torch.tensor(int(lacking)))
+        if self.ranks.sum(torch.tensor(int(lacking))):
+            return None
+        options = {"use_pinned_memory": self.ranks.cuda, "use_non_blocking_copy": self.ranks.cuda}
+        options |= {"use_shared_memory": False, "use_async_staging": False}
+        return DefaultStager(StagingOptions(**options))
 
     def _check_space(self, needed):
         free = shutil.disk_usage(self.out).free
@@ -1051,18 +1057,23 @@ class Checkpoints:
         """
         self.finish()
         weights, moments, _ = self.state(llama, optimizer)
-        tensors = weights | moments
-        if self.stager and not must:
-            tensors = self.stager.stage(tensors)
-        self.pending = self.thread.submit(self._write, tensors, step, best, must)
-        if must or not self.stager:
+        tensors, copies = weights | moments, {}
+        if not must and self.stager:
+            problem = self.ranks.attempt(lambda: copies.update(self.stager.stage(tensors)))
+            if problem:
+                self.ranks.say(f"warning: saves stop training from now on: no copies: {problem}")
+                self.stager, copies = None, {}
+        self.pending = self.thread.submit(self._write, copies or tensors, step, best, must)
+        if not copies:
             self.finish()
 
     def finish(self):
         """Wait for the save that is being written, if any."""
+        while self.pending and not wait([self.pending], timeout=300).done:
+            self.ranks.say("waiting for a checkpoint to be written")
         if self.pending:
-            self.pending.result()
-            self.pending = None
+            pending, self.pending = self.pending, None
+            pending.result()
 
     def _write(self, tensors, step, best, must):
         aside, final = self.folder / f"step-{step}.tmp", self.folder / f"step-{step}"
@@ -1072,6 +1083,7 @@ class Checkpoints:
         files = model.shard_files(tensors, torch.float32, FILE_SIZE).values()
         numbers = {name: i for i, names in enumerate(files, start=1) for name in names}
         writer = HuggingFaceStorageWriter(str(aside), numbers, save_distributed=True)
+        writer.per_thread_copy_ahead = 0  # else it waits for training's stream, time and again
         save = functools.partial(dcp.save, storage_writer=writer, process_group=self.group)
         problem = problem or attempt(lambda: save(tensors))
         problem = problem or attempt(lambda: checksums.append(self._checksums(aside)))
@@ -1081,13 +1093,14 @@ class Checkpoints:
             problem = attempt(lambda: self._commit(aside, final, state), only_first=True)
         if problem:
             save_failed(self.ranks, aside, problem, must)
+        elif self.ranks.first:
+            self._prune()
 
     def _commit(self, aside, final, state):
         model.write_json(aside / "state.json", state)
         sync_folder(aside)
         aside.rename(final)
         sync(self.folder)
-        self._prune()
 
     def _checksums(self, folder):
         """{file: crc32} of the checkpoint's tensors; 0 for the files other ranks read."""
@@ -1104,8 +1117,11 @@ class Checkpoints:
         for _, path in self.committed()[: -self.plan.config.keep]:
             if path != self.resumed_from:
                 doomed = path.with_name(path.name + ".tmp")  # a kill here leaves no half folder
-                path.rename(doomed)
-                shutil.rmtree(doomed)
+                try:
+                    path.rename(doomed)
+                    shutil.rmtree(doomed)
+                except OSError as error:
+                    print(f"warning: {path} could not be removed: {error}", flush=True)
 
     def newest(self):
         """(steps done, best export) of the newest whole checkpoint; (0, None) without one."""
@@ -1171,11 +1187,17 @@ REMOVE = "remove that folder to go on from the one before"
 
 
 def available_memory():
-    """Bytes of the host's memory that programs may still take; 0 where Linux does not tell."""
+    """Bytes that programs may still take, of the host and of this container; 0 where not known."""
+    found = []
     with contextlib.suppress(OSError):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(n.split()[1]) * 1024 for n in lines if n.startswith("MemAvailable:"))
-    return 0
+        found += [int(n.split()[1]) * 1024 for n in lines if n.startswith("MemAvailable:")]
+    with contextlib.suppress(OSError, ValueError):  # no cgroup, or its limit is "max"
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        held = re.search(r"^anon (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+        found.append(limit - int(held[1]))
+    return min(found, default=0)
 
 
 def crc32(path):

@@ -2,8 +2,8 @@
 
     python tests/slow_disk.py FLAGS OF TRAIN.PY
 
-Prints, of each checkpoint, how many steps were done when it was written. MEMORY=1 in the
-environment: on a host with one byte to spare.
+Prints, of each checkpoint, how many steps were done when it was written. In the environment,
+MEMORY=1: on a host with one byte to spare; COPY=fails: where the state cannot be copied.
 """
 
 import os
@@ -29,4 +29,10 @@ def slowly(writer, *arguments):
 train.HuggingFaceStorageWriter.write_data = slowly
 if "MEMORY" in os.environ:
     train.available_memory = lambda: int(os.environ["MEMORY"])
+if os.environ.get("COPY") == "fails":
+
+    def fail(*_):
+        raise RuntimeError("cannot pin memory")
+
+    train.DefaultStager.stage = fail
 train.main()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import subprocess
 import sys
@@ -707,6 +708,23 @@ def test_several_processes_make_the_same_bytes_and_name_the_same_lines(
         assert (together.folder / array.name).read_bytes() == array.read_bytes()
     assert together.report == alone.report and alone.report["bad"] == 2
     assert refused("together") == message and f"{path}:71: broken JSON" in message
+
+
+class Dying(data.Encoder):
+    def __call__(self, block):
+        os._exit(9)
+
+
+def test_a_tokenizing_process_that_is_killed_ends_the_run_with_a_message(
+    tokenizer, monkeypatch, tmp_path
+):
+    path = write(tmp_path / "a.jsonl", line("Hi", "Ho"))
+    monkeypatch.setattr(data, "MANY", 0)
+    monkeypatch.setattr(data, "process_count", lambda: 2)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="was killed"):
+        patch.setattr(data, "Encoder", Dying)
+        data.prepare([path], tokenizer, CLASSES, tmp_path / "out", max_length=60)
+    assert len(data.prepare([path], tokenizer, CLASSES, tmp_path / "out", max_length=60)) == 1
 
 
 # ----------------------------------------------------------------------------------- batches

@@ -75,12 +75,30 @@ def test_training_goes_on_while_a_checkpoint_is_written(few, tmp_path, ranks):
 WRITTEN = re.compile(r"step-(\d+) written at step (\d+)")
 
 
-def test_without_room_for_copies_a_save_is_as_good(few, tmp_path):
+@pytest.mark.parametrize("host", [{"MEMORY": "1"}, {"COPY": "fails"}])
+def test_without_copies_a_save_is_as_good(few, tmp_path, host):
     out = tmp_path / "out"
     settings = {"max_steps": 2, "save_every": 1, "keep": 9, "export_every": 0}
-    result = succeeds(ROOT / "tests" / "slow_disk.py", *flags(few, out, **settings), MEMORY="1")
+    result = succeeds(ROOT / "tests" / "slow_disk.py", *flags(few, out, **settings), **host)
     assert WRITTEN.findall(result.stdout) == [("1", "1"), ("2", "2")]
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-1", "step-2"]
+
+
+def test_replicas_save_resume_and_learn_as_one_group_does(few, tmp_path):
+    """Four ranks as two groups that each hold the whole model (HSDP), stopped and resumed."""
+    whole, halved = tmp_path / "whole", tmp_path / "halved"
+    settings = {"epochs": 9, "batch_tokens": 64, "eval_data": few}
+    succeeds(TRAIN, *flags(few, whole, max_steps=6, **settings), ranks=4)
+    settings |= {"replicas": 2, "save_every": 3}
+    succeeds(TRAIN, *flags(few, halved, max_steps=6, **settings), ranks=4)
+    shutil.rmtree(halved / "checkpoints" / "step-6")
+    resumed = succeeds(TRAIN, *flags(few, halved, max_steps=6, **settings), ranks=4)
+    assert "resuming from" in resumed.stdout
+    found, expected = ([line["loss"] for line in metrics(out)] for out in (halved, whole))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    tensors = load_file(halved / "model" / "model.safetensors")
+    for name, tensor in load_file(whole / "model" / "model.safetensors").items():
+        torch.testing.assert_close(tensors[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def running(tmp_path, data, ranks, **more):
