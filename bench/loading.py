@@ -36,7 +36,7 @@ def main():
     )
     parser.add_argument("--gib", type=float, default=1.0)
     parser.add_argument("--shard-gib", type=float, default=0.25)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2])
+    parser.add_argument("--ranks", type=int, nargs="*", default=[2], help="none: --ranks alone")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--folder", help="where to write the shards; a temporary one without it")
     parser.add_argument("--warm", action="store_true", help="leave the files in the page cache")

@@ -1,6 +1,6 @@
 """Asks an exported model the held-out sums under each class's condition: who carries?
 
-python examples/sums/score.py runs/sums/model
+Usage: `python examples/sums/score.py runs/sums/model`
 """
 
 import sys
