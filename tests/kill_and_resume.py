@@ -109,7 +109,18 @@ def kill_and_compare(folder, ranks, kills, seed=0):
     """Runs both; returns the number of kills. SystemExit names what differs."""
     steps = STEPS_A_KILL * kills
     flags = ["--model", SUMS, "--data", SUMS / "train.jsonl", "--eval-data", SUMS / "eval.jsonl"]
-    flags += ["--max-steps", steps, "--lr", "1e-3", "--batch-tokens", 512, "--max-length", 64]
+    flags += [
+        "--epochs",
+        999,
+        "--max-steps",
+        steps,
+        "--lr",
+        "1e-3",
+        "--batch-tokens",
+        512,
+        "--max-length",
+        64,
+    ]
     flags += ["--save-every", 1, "--eval-every", max(1, steps // 3)]
     chance, results = random.Random(seed), []
     for name, wanted in (("undisturbed", 0), ("killed", kills)):
