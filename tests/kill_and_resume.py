@@ -109,19 +109,8 @@ def kill_and_compare(folder, ranks, kills, seed=0):
     """Runs both; returns the number of kills. SystemExit names what differs."""
     steps = STEPS_A_KILL * kills
     flags = ["--model", SUMS, "--data", SUMS / "train.jsonl", "--eval-data", SUMS / "eval.jsonl"]
-    flags += [
-        "--epochs",
-        999,
-        "--max-steps",
-        steps,
-        "--lr",
-        "1e-3",
-        "--batch-tokens",
-        512,
-        "--max-length",
-        64,
-    ]
-    flags += ["--save-every", 1, "--eval-every", max(1, steps // 3)]
+    flags += ["--epochs", 999, "--max-steps", steps, "--lr", "1e-3", "--batch-tokens", 512]
+    flags += ["--max-length", 64, "--save-every", 1, "--eval-every", max(1, steps // 3)]
     chance, results = random.Random(seed), []
     for name, wanted in (("undisturbed", 0), ("killed", kills)):
         out = Path(folder).resolve() / name
