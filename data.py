@@ -1060,6 +1060,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         run_preview(args)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
