@@ -12,9 +12,11 @@ F intermediate, V vocabulary.
 """
 
 import dataclasses
+import functools
 import inspect
 import json
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -494,25 +496,41 @@ def fill_parameters(llama, folder, new_rows=0, new_token=None):
     may hold as padding, become the mean of the rows before them: float32, summed in float64
     so that it is the same for any number of ranks.
     """
-    files = weight_files(folder)
-    opened = {path: open_safetensors(path) for path in set(files.values())}
-
-    @torch.no_grad()  # which holds for one thread
-    def read_rows(name, parameter):
-        low, high = local_rows(parameter)
-        stored = opened[files[name]].get_slice(name)
-        high = min(high, parameter.shape[0] - (new_rows if is_vocabulary(name) else 0))
-        low = min(low, high)
-        local_tensor(parameter)[: high - low].copy_(stored[low:high])
-
+    files, parameters = weight_files(folder), dict(llama.named_parameters())
+    paths = sorted(set(files.values()))
+    # Files and float32 parameters may fill the host: then what is read leaves its page cache.
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    scarce = memory < 4 * sum(path.stat().st_size for path in paths)
     with ThreadPoolExecutor(READERS) as pool:
-        list(pool.map(read_rows, *zip(*llama.named_parameters(), strict=True)))
+        for path in paths:
+            with open_safetensors(path) as tensors:
+                names = [name for name in parameters if files[name] == path]
+                rows = functools.partial(_read_rows, tensors, new_rows)
+                reads = [pool.submit(rows, name, parameters[name]) for name in names]
+                for read in reads:
+                    read.result()
+            if scarce:
+                _drop_from_page_cache(path)
     for name, parameter in llama.named_parameters():
         if is_vocabulary(name) and (new_rows or new_token is not None):
             _fill_new_rows(parameter, new_rows, new_token)
 
 
 READERS = 4  # threads, so that the disk has several requests at hand
+
+
+@torch.no_grad()  # again: which holds for one thread
+def _read_rows(tensors, new_rows, name, parameter):
+    low, high = local_rows(parameter)
+    high = min(high, parameter.shape[0] - (new_rows if is_vocabulary(name) else 0))
+    low = min(low, high)
+    local_tensor(parameter)[: high - low].copy_(tensors.get_slice(name)[low:high])
+
+
+def _drop_from_page_cache(path):
+    if hasattr(os, "posix_fadvise"):  # not on macOS
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _fill_new_rows(parameter, new_rows, new_token):

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import struct
+import threading
 
 import pytest
 import torch
@@ -391,13 +392,17 @@ def test_random_weights_are_a_function_of_the_seed_with_norms_of_one():
 class Counted:
     """An open safetensors file that counts the bytes read from it."""
 
-    read = 0
+    read, lock = 0, threading.Lock()
 
     def __init__(self, path):
         self.file = OPEN(path)
 
     def __enter__(self):
-        return self.file.__enter__()
+        self.file.__enter__()
+        return self
+
+    def keys(self):
+        return self.file.keys()
 
     def __exit__(self, *error):
         return self.file.__exit__(*error)
@@ -412,7 +417,8 @@ class CountedSlice:
 
     def __getitem__(self, rows):
         part = self.view[rows]
-        Counted.read += part.numel() * part.itemsize
+        with Counted.lock:
+            Counted.read += part.numel() * part.itemsize
         return part
 
 
