@@ -44,8 +44,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -590,8 +591,7 @@ def train(plan, ranks, out):
             if step + 1 < order.total:
                 pending = loader.submit(load_step, plan, ranks, step + 1)
             value, by_class, losses = gradients(plan, ranks, llama, batches, total_weight)
-            grads = [parameter.grad for parameter in llama.parameters()]
-            total_norm = torch.nn.utils.get_total_norm(grads).full_tensor()
+            total_norm = gradient_norm(llama)
             grad_norm = total_norm.item()
             if not math.isfinite(value) or not math.isfinite(grad_norm):
                 checkpoints.finish()
@@ -602,10 +602,11 @@ def train(plan, ranks, out):
                 group["lr"] = learning_rate(step + 1, order.total, plan.lr, config)
             optimizer.step()
             optimizer.zero_grad()
+            done, last = step + 1, step + 1 == order.total
+            stopped = signals.received()  # here a GPU is waited for: the step's time is all in
             seconds = time.perf_counter() - began
             log.step(step, bins, value, group["lr"], grad_norm, by_class, seconds)
 
-            done, last, stopped = step + 1, step + 1 == order.total, signals.received()
             exports = last or order.ends_epoch(step, config.export_every)
             if exports or (config.eval_every and done % config.eval_every == 0):
                 expert_loss = log.evaluation(done, evaluate(plan, ranks, llama))
@@ -681,6 +682,12 @@ def gradients(plan, ranks, llama, batches, total_weight):
     losses = torch.stack(losses)
     summed = ranks.sum(torch.cat([losses.sum()[None], table.flatten()])).tolist()
     return summed[0] / total_weight, np.array(summed[1:]).reshape(4, -1), losses
+
+
+def gradient_norm(llama):
+    """Of all ranks' gradients. (No list of them outlives this: zero_grad is to free them.)"""
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in llama.parameters()])
+    return norm.full_tensor()
 
 
 def not_finite(plan, ranks, llama, bins, losses):
@@ -1011,12 +1018,17 @@ class Checkpoints:
         """
         mine = self.needed * self.plan.config.replicas // self.ranks.world
         here = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.world))
-        lacking = available_memory() < here * (mine + min(mine, 2 * FILE_SIZE))
+        lacking = available_memory() < here * mine
         if self.ranks.sum(torch.tensor(int(lacking))):
             return None
-        options = {"use_pinned_memory": self.ranks.cuda, "use_non_blocking_copy": self.ranks.cuda}
-        options |= {"use_shared_memory": False, "use_async_staging": False}
-        return DefaultStager(StagingOptions(**options))
+        # DefaultStager is this with threads of its own; PyTorch 2.11's works only once.
+        return StateDictStager(pin_memory=self.ranks.cuda)
+
+    def _copy(self, tensors):
+        copies = self.stager.stage(tensors, non_blocking=self.ranks.cuda)
+        if self.ranks.cuda:
+            torch.cuda.synchronize()
+        return copies
 
     def _check_space(self, needed):
         free = shutil.disk_usage(self.out).free
@@ -1059,7 +1071,7 @@ class Checkpoints:
         weights, moments, _ = self.state(llama, optimizer)
         tensors, copies = weights | moments, {}
         if not must and self.stager:
-            problem = self.ranks.attempt(lambda: copies.update(self.stager.stage(tensors)))
+            problem = self.ranks.attempt(lambda: copies.update(self._copy(tensors)))
             if problem:
                 self.ranks.say(f"warning: saves stop training from now on: no copies: {problem}")
                 self.stager, copies = None, {}
@@ -1079,11 +1091,9 @@ class Checkpoints:
         aside, final = self.folder / f"step-{step}.tmp", self.folder / f"step-{step}"
         attempt, checksums = functools.partial(self.ranks.attempt, group=self.group), []
         problem = attempt(lambda: self._check_space(self.needed), only_first=True)
-        # The writer holds a file in memory twice over: several small ones a rank.
         files = model.shard_files(tensors, torch.float32, FILE_SIZE).values()
         numbers = {name: i for i, names in enumerate(files, start=1) for name in names}
-        writer = HuggingFaceStorageWriter(str(aside), numbers, save_distributed=True)
-        writer.per_thread_copy_ahead = 0  # else it waits for training's stream, time and again
+        writer = CheckpointWriter(str(aside), numbers, save_distributed=True)
         save = functools.partial(dcp.save, storage_writer=writer, process_group=self.group)
         problem = problem or attempt(lambda: save(tensors))
         problem = problem or attempt(lambda: checksums.append(self._checksums(aside)))
@@ -1180,6 +1190,30 @@ class Checkpoints:
             options=options,
         )  # fmt: skip
         self.ranks.say(f"resuming from {self.resumed_from}")
+
+
+class CheckpointWriter(HuggingFaceStorageWriter):
+    """Each rank's shards in files of its own, which DCP's reader joins again.
+
+    The class it derives from makes a file's bytes in memory first, with all of Python waiting,
+    training too: seconds a GiB. safetensors' save_file takes them from where they are.
+    """
+
+    def write_data(self, plan, planner):
+        files = self._split_by_storage_plan(self.fqn_to_index_mapping, plan.items)
+        for number, items in files.items():
+            path = Path(self.path, f"rank-{dist.get_rank():05d}-{number:05d}.safetensors")
+            tensors, offsets = {}, {}
+            for item in items:
+                name = item.index.fqn
+                tensors[name] = planner.resolve_data(item).detach().cpu()
+                offsets[name] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
+            metadata = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0"}
+            save_file(tensors, path, metadata | {"format": "pt"})
+            sync(path)
+        written = torch.futures.Future()
+        written.set_result([])
+        return written
 
 
 FILE_SIZE = 4 << 30  # bytes

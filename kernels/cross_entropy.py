@@ -39,8 +39,8 @@ def scale_rows(grad, scale):
     N, V = grad.shape
     if N:
         with torch.cuda.device_of(grad):
-            scale_kernel[(N,)](
-                grad, scale, V, grad.stride(0), scale.stride(0), _shift(grad),
+            scale_kernel[(min(N, 1024),)](
+                grad, scale, N, V, grad.stride(0), scale.stride(0), _shift(grad),
                 VECTOR=_vector(grad), **launch_shape(grad),
             )  # fmt: skip
 
@@ -105,19 +105,27 @@ def cross_entropy_kernel(
     target = tl.load(targets + row).to(tl.int32) + lead
     target_x = tl.load(x + target).to(tl.float32)
     edge_x = tl.load(x + edge, mask=in_edge, other=-float("inf")).to(tl.float32)
-    maximum, total = _fold(tl.maximum(target_x, LOWEST), 0.0, edge_x, tl.max(edge_x, axis=0))
-    rival = tail  # the first block whose maximum is the target's logit
+    # A maximum and a sum for each vector's place in a block: no thread waits for another yet.
+    LANES: tl.constexpr = BLOCK // VECTOR
+    totals = tl.zeros([LANES], tl.float32)
+    maxima = totals + tl.maximum(target_x, LOWEST)
+    rivals = tl.full([LANES], 0, tl.int32) + tail  # first blocks whose maximum is the target's
     for start in range(body, tail, BLOCK):
         i = start + block
         block_x = tl.load(x + i, i < tail, -float("inf"), eviction_policy="evict_last")
-        block_x = block_x.to(tl.float32)
-        block_maximum = tl.max(block_x, axis=0)
-        rival = tl.minimum(rival, tl.where(block_maximum == target_x, start, tail))
-        maximum, total = _fold(maximum, total, block_x, block_maximum)
+        vectors = tl.reshape(block_x.to(tl.float32), (LANES, VECTOR))
+        highest = tl.max(vectors, axis=1)
+        rivals = tl.minimum(rivals, tl.where(highest == target_x, start, tail))
+        before, maxima = maxima, tl.maximum(maxima, highest)
+        exponentials = tl.exp2((vectors - maxima[:, None]) * LOG2_E)
+        totals = totals * tl.exp2((before - maxima) * LOG2_E) + tl.sum(exponentials, axis=1)
+    maximum = tl.maximum(tl.max(maxima, axis=0), tl.max(edge_x, axis=0))
+    total = tl.sum(totals * tl.exp2((maxima - maximum) * LOG2_E), axis=0)
+    total += tl.sum(tl.exp2((edge_x - maximum) * LOG2_E), axis=0)
     tl.store(losses + row, weight * (tl.log2(total) * LN_2 - (target_x - maximum)))
     first = target_x == maximum
     if first:  # of equal logits the first is the argmax: is there one before the target?
-        i = rival + block
+        i = tl.min(rivals, axis=0) // VECTOR * VECTOR + block  # said again, for 16-byte loads
         block_x = tl.load(x + i, i < tail, -float("inf")).to(tl.float32)
         ties = tl.sum(((block_x == target_x) & (i < target)).to(tl.int32), axis=0)
         ties += tl.sum(((edge_x == target_x) & (edge < target)).to(tl.int32), axis=0)
@@ -138,14 +146,6 @@ def cross_entropy_kernel(
         tl.debug_barrier()  # the target's w·p is in place: now w·(p - 1), rounded once
         p = tl.exp2((target_x - maximum) * LOG2_E) / total
         tl.store(dx + target, (weight * (p - 1)).to(dx.dtype.element_ty))
-
-
-@triton.jit
-def _fold(maximum, total, x, x_maximum):
-    """One more block of an online softmax: total = Σ exp(x - maximum) over all blocks so far."""
-    new_maximum = tl.maximum(maximum, x_maximum)
-    total = total * tl.exp2((maximum - new_maximum) * LOG2_E)
-    return new_maximum, total + tl.sum(tl.exp2((x - new_maximum) * LOG2_E), axis=0)
 
 
 @triton.jit
@@ -172,23 +172,23 @@ def _edges(lead, body, tail, V, VECTOR: tl.constexpr):
     return edge, real & (edge < lead + V)
 
 
-@triton.jit(do_not_specialize=["V", "stride", "scales_stride", "shift"])
+@triton.jit(do_not_specialize=["N", "V", "stride", "scales_stride", "shift"])
 def scale_kernel(
-    grads, scales, V, stride, scales_stride, shift, BLOCK: tl.constexpr, VECTOR: tl.constexpr
+    grads, scales, N, V, stride, scales_stride, shift, BLOCK: tl.constexpr, VECTOR: tl.constexpr
 ):
-    """One program a row, 4 bytes a bf16 element, or none: the usual scale of 1 ends it at once.
+    """4 bytes a bf16 element, or none: a row of the usual scale, 1, is passed over.
 
-    Asking here instead of on the host is what spares the backward a synchronisation.
+    Asking here instead of on the host is what spares the backward a synchronisation. As no row is
+    what it mostly does, few programs take all rows in turn: starting one a row would cost more.
     """
-    row = tl.program_id(0).to(tl.int64)
-    scale = tl.load(scales + row * scales_stride).to(tl.float32)
-    if scale == 1:
-        return
-    g, lead, body, tail = _vectors_of(grads, row * stride, V, shift, VECTOR)
-    edge, in_edge = _edges(lead, body, tail, V, VECTOR)
-    edge_g = tl.load(g + edge, mask=in_edge).to(tl.float32)
-    tl.store(g + edge, (scale * edge_g).to(g.dtype.element_ty), mask=in_edge)
-    for start in range(body, tail, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        block_g = tl.load(g + i, mask=i < tail).to(tl.float32)
-        tl.store(g + i, (scale * block_g).to(g.dtype.element_ty), mask=i < tail)
+    for row in range(tl.program_id(0).to(tl.int64), N, tl.num_programs(0)):
+        scale = tl.load(scales + row * scales_stride).to(tl.float32)
+        if scale != 1:
+            g, lead, body, tail = _vectors_of(grads, row * stride, V, shift, VECTOR)
+            edge, in_edge = _edges(lead, body, tail, V, VECTOR)
+            edge_g = tl.load(g + edge, mask=in_edge).to(tl.float32)
+            tl.store(g + edge, (scale * edge_g).to(g.dtype.element_ty), mask=in_edge)
+            for start in range(body, tail, BLOCK):
+                i = start + tl.arange(0, BLOCK)
+                block_g = tl.load(g + i, mask=i < tail).to(tl.float32)
+                tl.store(g + i, (scale * block_g).to(g.dtype.element_ty), mask=i < tail)

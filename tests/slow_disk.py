@@ -14,7 +14,7 @@ from pathlib import Path
 import train
 
 out = Path(sys.argv[sys.argv.index("--out") + 1])
-write_data = train.HuggingFaceStorageWriter.write_data
+write_data = train.CheckpointWriter.write_data
 
 
 def slowly(writer, *arguments):
@@ -26,7 +26,7 @@ def slowly(writer, *arguments):
     return written
 
 
-train.HuggingFaceStorageWriter.write_data = slowly
+train.CheckpointWriter.write_data = slowly
 if "MEMORY" in os.environ:
     train.available_memory = lambda: int(os.environ["MEMORY"])
 if os.environ.get("COPY") == "fails":
@@ -34,5 +34,5 @@ if os.environ.get("COPY") == "fails":
     def fail(*_):
         raise RuntimeError("cannot pin memory")
 
-    train.DefaultStager.stage = fail
+    train.StateDictStager.stage = fail
 train.main()
