@@ -203,10 +203,10 @@ def read_prompts(chat, path):
     for number, (raw, _) in enumerate(data.lines(path), start=1):
         try:
             line = data.parse_json(raw)
-            if line is data.BLANK:
+            if line is None:
                 continue
-            if not isinstance(line, dict) or "messages" not in line:
-                raise ValueError("a line must be a JSON object with 'messages'")
+            if "messages" not in line:
+                raise ValueError("no 'messages'")
             messages = [data.parse_message(i, m) for i, m in data.numbered(line, "messages")]
             if not messages or messages[-1].role != "user":
                 raise ValueError("the last message must be the user's")

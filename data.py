@@ -23,7 +23,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import multiprocessing
 import os
 import shutil
@@ -35,6 +34,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -45,7 +45,6 @@ import loss
 END_OF_TURN = "<|end_of_turn|>"
 TEMPLATE = "openchat_v3.2"  # part of the cache key: change it with the layout
 CLASS_WEIGHT = -1.0  # stored where a token takes the weight of its class
-ASSISTANT = "assistant"
 
 # --------------------------------------------------------------------------- one conversation
 
@@ -63,16 +62,6 @@ class Conversation:
     messages: tuple
 
 
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": ASSISTANT,
-    "chatgpt": ASSISTANT,
-    "assistant": ASSISTANT,
-    "system": "system",
-}
-
-
 def parse_conversation(line, classes):
     """A checked Conversation from one decoded JSON line; ValueError says what is wrong.
 
@@ -80,8 +69,6 @@ def parse_conversation(line, classes):
     "content", "weight"}], "condition", "system"}, whose weights win over the class's; ShareGPT's
     {"class", "conversations": [{"from", "value"}]}.
     """
-    if not isinstance(line, dict):
-        raise ValueError(f"a line must be a JSON object, not {_kind(line)}")
     if "messages" in line:
         messages = [parse_message(i, m) for i, m in numbered(line, "messages")]
     elif "items" in line:
@@ -109,9 +96,8 @@ def numbered(line, key):
     return enumerate(line[key], start=1)
 
 
-ROLES = {role: role for role in ("system", "user", ASSISTANT)}
-
-
+ROLES = {role: role for role in ("system", "user", "assistant")}
+SHAREGPT_ROLES = ROLES | {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 LEAST_WEIGHT, LARGEST_WEIGHT = 1e-6, 1e6  # apart from 0; float32 holds sums of these
 
 
@@ -126,7 +112,7 @@ def parse_message(number, raw, role_key="role", content_key="content", weighted=
         raise ValueError(f"message {number}: '{content_key}' must be text, not {_kind(content)}")
     role = roles[role]
     if not content.strip():
-        raise ValueError("empty answer" if role == ASSISTANT else f"empty {role} message")
+        raise ValueError("empty answer" if role == "assistant" else f"empty {role} message")
     try:
         content.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -146,7 +132,7 @@ def parse_message(number, raw, role_key="role", content_key="content", weighted=
 
 def _check_turns(messages):
     roles = [message.role for message in messages]
-    if ASSISTANT not in roles:
+    if "assistant" not in roles:
         raise ValueError("no assistant turn")
     if "system" in roles[1:]:
         raise ValueError("a system message after the first message")
@@ -156,22 +142,18 @@ def _check_turns(messages):
 
 
 def _source_class(line, classes):
-    name = line.get("class")
+    name, known = line.get("class"), ", ".join(classes)
     if name is None and line.get("condition") is not None:  # OpenChat's name of the class
         condition = line["condition"]
         for name, source in classes.items():
             if source.condition == condition:
                 return name
-        raise ValueError(f"condition {condition!r:.40} is of no class ({_listed(classes)})")
+        raise ValueError(f"condition {condition!r:.40} is of no class ({known})")
     if not isinstance(name, str):
-        raise ValueError(f"'class' must be one of {_listed(classes)}, not {_kind(name)}")
+        raise ValueError(f"'class' must be one of {known}, not {_kind(name)}")
     if name not in classes:
-        raise ValueError(f"class {name!r:.40} is not in the class table ({_listed(classes)})")
+        raise ValueError(f"class {name!r:.40} is not in the class table ({known})")
     return name
-
-
-def _listed(classes):
-    return ", ".join(classes)
 
 
 def prefix_text(condition, role):
@@ -190,7 +172,7 @@ def lay_out(messages, contents, tokenizer, condition):
         prefix = tokenizer.prefix(condition, message.role)
         weight = message.weight
         if weight is None or message.role == "system":
-            weight = CLASS_WEIGHT if message.role == ASSISTANT else 0.0
+            weight = CLASS_WEIGHT if message.role == "assistant" else 0.0
         parts += [prefix, content, [tokenizer.eot]]
         weights += [(0.0, len(prefix)), (float(weight), len(content) + 1)]
     return parts, weights
@@ -211,7 +193,7 @@ def encode_prompt(messages, tokenizer, condition):
     """The tokens after which the model answers: all turns, then 'GPT4 Assistant:'."""
     contents = [tokenizer.encode(message.content) for message in messages]
     parts, _ = lay_out(messages, contents, tokenizer, condition)
-    return flat(parts) + tokenizer.prefix(condition, ASSISTANT)
+    return flat(parts) + tokenizer.prefix(condition, "assistant")
 
 
 def flat(parts):
@@ -321,22 +303,12 @@ class Tokenizer:
         """
         folder = Path(folder)
         shutil.copyfile(self.folder / "tokenizer.model", folder / "tokenizer.model")
-        special = {
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "single_word": False,
-            "special": True,
-        }
-        tokens = {
-            self.pieces.id_to_piece(i): i
-            for i in range(self.pieces.vocab_size())
-            if self._special(i)
-        }
-        tokens |= self.added | {END_OF_TURN: self.eot}
-        added = {
-            i: {"content": text} | special for text, i in sorted(tokens.items(), key=lambda t: t[1])
-        }
+        names = map(self.pieces.id_to_piece, range(self.pieces.vocab_size()))
+        tokens = {i: text for i, text in enumerate(names) if self._special(i)}
+        tokens |= {i: text for text, i in self.added.items()} | {self.eot: END_OF_TURN}
+        special = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
+        special["special"] = True
+        added = {i: {"content": text} | special for i, text in sorted(tokens.items())}
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self.pieces.id_to_piece(self.bos),
@@ -509,26 +481,20 @@ def lines(path, offset=0):
     with open(path, "rb") as file:
         file.seek(offset)
         while line := file.readline(LONGEST_LINE):
-            whole = line.endswith(b"\n") or len(line) < LONGEST_LINE
-            while line and not whole:  # pass over the rest, a piece at a time
-                line = file.readline(LONGEST_LINE)
-                whole = line.endswith(b"\n") or len(line) < LONGEST_LINE
-                if whole:
-                    line = None
+            part = line
+            while len(part) == LONGEST_LINE and not part.endswith(b"\n"):  # pass over the rest
+                line, part = None, file.readline(LONGEST_LINE)
             yield line, file.tell()
 
 
 def parse_line(raw, classes):
     """A Conversation, or None for an empty line; ValueError says what is wrong."""
     line = parse_json(raw)
-    return None if line is BLANK else parse_conversation(line, classes)
-
-
-BLANK = object()
+    return None if line is None else parse_conversation(line, classes)
 
 
 def parse_json(raw):
-    """What a line of `lines` holds, BLANK where nothing; ValueError says what is wrong."""
+    """The JSON object of a line of `lines`, None of a blank one; ValueError says what is wrong."""
     if raw is None:
         raise ValueError(f"longer than {LONGEST_LINE >> 20} MiB")
     try:
@@ -536,13 +502,16 @@ def parse_json(raw):
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: byte {error.start + 1}: {error.reason}") from None
     if not text:
-        return BLANK
+        return None
     try:
-        return json.loads(text)
+        line = json.loads(text)
     except RecursionError:
         raise ValueError("broken JSON: nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"broken JSON: {error}") from None
+    if not isinstance(line, dict):
+        raise ValueError(f"a line must be a JSON object, not {_kind(line)}")
+    return line
 
 
 @dataclasses.dataclass
@@ -595,28 +564,27 @@ class Encoder:
             contents = [next(ids) for _ in conversation.messages]
             condition = self.conditions[conversation.source_class]
             parts, weights = lay_out(conversation.messages, contents, self.tokenizer, condition)
-            tokens = np.concatenate(parts, dtype=np.int32, casting="unsafe")
-            lost = len(tokens) - self.max_length
-            if lost > 0:
-                counted["cut"] += 1
-                counted["tokens_cut"] += lost
-                tokens, weights = tokens[: self.max_length], shortened(weights, self.max_length)
-            supervised = sum(count for weight, count in weights if weight == CLASS_WEIGHT)
-            own = [(weight, count) for weight, count in weights if weight > 0]
-            if not supervised and not own:
+            tokens = np.concatenate(parts)[: self.max_length]
+            values, counts = zip(*weights)
+            weights = np.repeat(np.float32(values), counts)
+            lost = max(0, len(weights) - self.max_length)
+            counted["cut"] += lost > 0
+            counted["tokens_cut"] += lost
+            weights = weights[: self.max_length]
+            supervised, own = np.count_nonzero(weights == CLASS_WEIGHT), weights[weights > 0]
+            if not supervised and not len(own):
                 counted["without_answer"] += 1
                 continue
             source_class = names.index(conversation.source_class)
-            counts = supervised, sum(n for _, n in own), math.fsum(weight * n for weight, n in own)
-            rows.append((0, len(tokens), source_class, *counts, block.file, line))
+            learned = supervised, len(own), own.sum(dtype=np.float64)
+            rows.append((0, len(tokens), source_class, *learned, block.file, line))
             all_tokens.append(tokens)
-            all_weights += weights
-        weights, counts = zip(*(all_weights or [(0.0, 0)]))
-        index = np.array(rows, ARRAYS["index"])
+            all_weights.append(weights)
+        index = np.array(rows, INDEX)
         index["start"] = np.cumsum(index["length"]) - index["length"]
         arrays = {
             "tokens": np.concatenate(all_tokens or [[]]).astype(ARRAYS["tokens"]),
-            "weights": np.repeat(np.array(weights, ARRAYS["weights"]), counts),
+            "weights": np.concatenate(all_weights or [[]]).astype(ARRAYS["weights"]),
             "index": index,
         }
         return arrays, counted, problems
@@ -632,15 +600,6 @@ class Encoder:
                 bad += 1
                 problems += [f"{block.path}:{line}: {error}"][: SHOWN_PROBLEMS - len(problems)]
         return conversations, bad, problems
-
-
-def shortened(weights, length):
-    """The first `length` tokens' part of [(weight, how many), ...]."""
-    out = []
-    for weight, count in weights:
-        out.append((weight, min(count, length)))
-        length -= out[-1][1]
-    return out
 
 
 def encode_blocks(blocks, encoder, size):
@@ -703,20 +662,17 @@ class _Arrays:
         with contextlib.suppress(OSError, ValueError):
             self.state |= json.loads((folder / "progress.json").read_text())
 
+        self.files = {name: open(folder / f"{name}.bin", "ab") for name in ARRAYS}
+        for name, file in self.files.items():
+            count = self.state["conversations" if name == "index" else "tokens"]
+            file.truncate(count * ARRAYS[name].itemsize)
+
     def __enter__(self):
-        sizes = {"tokens": self.state["tokens"], "weights": self.state["tokens"]}
-        sizes["index"] = self.state["conversations"]
-        with contextlib.ExitStack() as stack:
-            self.files = {}
-            for name, dtype in ARRAYS.items():
-                file = stack.enter_context(open(self.folder / f"{name}.bin", "ab"))
-                file.truncate(sizes[name] * dtype.itemsize)
-                self.files[name] = file
-            self.opened = stack.pop_all()
         return self
 
     def __exit__(self, *_):
-        self.opened.close()
+        for file in self.files.values():
+            file.close()
 
     def append(self, block, arrays, counted, problems):
         """Append what was made of a block, and commit."""
@@ -773,8 +729,7 @@ class Dataset:
 # ----------------------------------------------------------------------------------- batches
 
 
-@dataclasses.dataclass
-class Batch:
+class Batch(NamedTuple):
     """One micro-batch of one rank: whole conversations end to end, T tokens.
 
     `rows` (N,) are the positions whose next token is learned: targets (N,) is that token,
@@ -788,12 +743,6 @@ class Batch:
     targets: torch.Tensor  # (N,) int64
     weights: torch.Tensor  # (N,) float32
     classes: torch.Tensor  # (N,) int64
-    conversations: np.ndarray  # (B,) indices into the data set
-
-    def map(self, function):
-        """This batch with `function` applied to every tensor."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Batch(**{k: function(v) if torch.is_tensor(v) else v for k, v in fields.items()})
 
 
 def collate(dataset, conversations, class_weights, shape=None):
@@ -831,7 +780,7 @@ def collate(dataset, conversations, class_weights, shape=None):
     arrays = (tokens, positions, ends.astype(np.int32), predicted - 1, targets)
     tensors = [torch.from_numpy(array) for array in arrays]
     tensors += [torch.from_numpy(weights), torch.from_numpy(classes.astype(np.int64))]
-    return Batch(*tensors, np.asarray(conversations))
+    return Batch(*tensors)
 
 
 # ----------------------------------------------------------------------------------- packing
@@ -1009,17 +958,6 @@ def visible(tokens, tokenizer):
     return text
 
 
-def progress_line(label, done, total, count, started, width=24):
-    """'tokenizing [#####     ] 21 %, 12,000 conversations, 3.1 MB/s, 0:42 left'."""
-    share, seconds = done / max(total, 1), max(time.time() - started, 1e-3)
-    left = seconds * (1 - share) / max(share, 1e-6)
-    bar = "#" * int(width * share)
-    return (
-        f"{label} [{bar:{width}}] {share:4.0%}, {count:,} conversations, "
-        f"{done / seconds / 1e6:.1f} MB/s, {clock(left)} left"
-    )
-
-
 def clock(seconds):
     seconds = int(seconds)
     hours, rest = divmod(seconds, 3600)
@@ -1027,17 +965,24 @@ def clock(seconds):
 
 
 class Progress:
-    """Prints a prepare() report: one line refreshed on a terminal, else one every 30 seconds."""
+    """'tokenizing [#####     ]  21%, 12,000 conversations, 3.1 MB/s, 0:42 left', as prepare() goes:
+
+    one line refreshed on a terminal, else one every 30 seconds.
+    """
 
     def __init__(self, label):
         self.label, self.started, self.shown = label, time.time(), 0.0
 
     def __call__(self, done, total, count):
         terminal, now = sys.stderr.isatty(), time.time()
-        if now - self.shown < (0.2 if terminal else 30) or now - self.started < 1:
+        seconds = now - self.started
+        if now - self.shown < (0.2 if terminal else 30) or seconds < 1:
             return
-        self.shown = now
-        line = progress_line(self.label, done, total, count, self.started)
+        self.shown, share = now, max(done, 1) / max(total, 1)
+        line = (
+            f"{self.label} [{'#' * int(24 * share):24}] {share:4.0%}, {count:,} conversations, "
+            f"{done / seconds / 1e6:.1f} MB/s, {clock(seconds / share - seconds)} left"
+        )
         print(
             f"\r{line}\033[K" if terminal else line, end="" if terminal else "\n", file=sys.stderr
         )

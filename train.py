@@ -635,8 +635,9 @@ def load_step(plan, ranks, step):
     mine = bins[ranks.rank :: ranks.world]
     batches = [data.collate(plan.dataset, b, plan.class_weights, plan.shape) for b in mine]
     if ranks.cuda:
-        batches = [b.map(torch.Tensor.pin_memory) for b in batches]
-        batches = [b.map(lambda x: x.to(device, non_blocking=True)) for b in batches]
+        batches = [
+            data.Batch(*(x.pin_memory().to(device, non_blocking=True) for x in b)) for b in batches
+        ]
     return bins, batches, total_weight or 1.0
 
 
@@ -722,7 +723,8 @@ def evaluate(plan, ranks, llama):
     llama.eval()
     for bins in data.pack(lengths, plan.config.batch_tokens, ranks.world, 0, 0):
         batch = data.collate(plan.eval_dataset, bins[ranks.rank], plan.class_weights, plan.shape)
-        table += forward(llama, plan, batch.map(lambda x: x.to(ranks.device)))[1]
+        batch = data.Batch(*(x.to(ranks.device) for x in batch))
+        table += forward(llama, plan, batch)[1]
     llama.train()
     return ranks.sum(table).cpu().numpy()
 

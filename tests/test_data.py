@@ -372,7 +372,7 @@ BAD = [
     ({"class": "gpt4", "messages": [{"content": "Hi"}]}, "message 1 has role None, not one of"),
     ({"class": "gpt4", "messages": turns("Hi", roles=(["user"],))}, "message 1 has role ['user']"),
     ({"class": "gpt4", "conversations": [{"from": "bing", "value": "Hi"}]},
-     "message 1 has role 'bing', not one of human, user, gpt, chatgpt, assistant, system"),
+     "message 1 has role 'bing', not one of system, user, assistant, human, gpt, chatgpt"),
     ({"class": "gpt4", "messages": []}, "no assistant turn"),
     (line("Hi"), "no assistant turn"),
     (line("Hi", ""), "empty answer"),
@@ -782,7 +782,6 @@ def test_a_batch_is_what_a_loop_over_its_tokens_gives(chosen, class_weights, mix
         tensor = getattr(batch, name)
         assert tensor.dtype == dtype
         assert tensor.tolist() == pytest.approx(values), name
-    assert batch.conversations.tolist() == chosen
     total = mixed.total_weight(np.array(chosen), class_weights)
     assert total == pytest.approx(batch.weights.double().sum().item(), rel=1e-6)
 
