@@ -11,6 +11,7 @@ heads, E head_dim, V vocabulary.
 """
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import loss
 import model
 
 BATCH = 16  # conversations answered at a time by --batch
@@ -75,47 +77,37 @@ class KeyValueCache:
 
     def __init__(self, llama, lengths, size):
         config, device = llama.config, lengths.device
-        self.window = config.sliding_window
+        self.window, self.size = config.sliding_window, size
         ends = F.pad(lengths.cumsum(0), (1, 0))
         self.cu_seqlens = ends.int()
         self.prompt = torch.repeat_interleave(lengths)  # (T,) which prompt a token is of
         self.positions = torch.arange(len(self.prompt), device=device) - ends[self.prompt]
         self.packed = model.PackedAttention(self.cu_seqlens, int(lengths.max()), self.window)
-        shape = len(lengths), min(size, config.max_position_embeddings), config.num_key_value_heads
+        shape = len(lengths), size, config.num_key_value_heads, config.head_dim
         dtype = next(llama.parameters()).dtype
-        new = [torch.zeros(*shape, config.head_dim, device=device, dtype=dtype) for _ in range(2)]
-        self.layers = [
-            LayerCache(self, *(tensor.clone() for tensor in new))
-            for _ in range(config.num_hidden_layers)
-        ]
+        new = torch.zeros(config.num_hidden_layers, 2, *shape, device=device, dtype=dtype)
+        self.layers = [functools.partial(self.attend, *layer) for layer in new]
 
     def advance(self, positions):
         """The next forward holds one token a prompt, at these positions (B,)."""
         self.packed, self.positions = None, positions
         self.prompt = torch.arange(len(positions), device=positions.device)
-        distance = positions[:, None] - torch.arange(
-            self.layers[0].keys.shape[1], device=positions.device
-        )
+        distance = positions[:, None] - torch.arange(self.size, device=positions.device)
         seen = distance >= 0
         if self.window is not None:
             seen &= distance < self.window
         self.mask = seen[:, None, None]  # (B, 1, 1, S)
 
-
-class LayerCache:
-    def __init__(self, cache, keys, values):
-        self.cache, self.keys, self.values = cache, keys, values
-
-    def __call__(self, q, k, v):  # (T, H, E), (T, K, E), (T, K, E) -> (T, H, E)
-        where = self.cache.prompt, self.cache.positions
-        self.keys[where], self.values[where] = k, v
-        if self.cache.packed:
-            return self.cache.packed(q, k, v)
+    def attend(self, keys, values, q, k, v):  # (T, H, E), (T, K, E), (T, K, E) -> (T, H, E)
+        where = self.prompt, self.positions
+        keys[where], values[where] = k, v
+        if self.packed:
+            return self.packed(q, k, v)
         out = F.scaled_dot_product_attention(
             q[:, :, None],  # (B, H, 1, E)
-            self.keys.transpose(1, 2),
-            self.values.transpose(1, 2),
-            attn_mask=self.cache.mask,
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=self.mask,
             enable_gqa=q.shape[1] != k.shape[1],
         )
         return out[:, :, 0]
@@ -172,7 +164,7 @@ def read_classes(folder):
     path = Path(folder) / "crlft.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        return dict(data.loss.class_table(raw["classes"])), raw["conditioned"]
+        return loss.class_table(raw["classes"]), raw["conditioned"]
     except FileNotFoundError:
         raise ValueError(
             f"{path}: not found; chat.py needs a folder exported by train.py"

@@ -110,8 +110,8 @@ def weighted_cross_entropy(logits, targets, weights):
     """
     targets, weights = _checked(logits, logits.shape[-1], targets, weights)
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    with_grad = torch.is_grad_enabled()
-    return WeightedCrossEntropy.apply(logits, targets, weights, _step_for(logits), with_grad)
+    logits = logits if torch.is_grad_enabled() else logits.detach()
+    return WeightedCrossEntropy.apply(logits, targets, weights, _step_for(logits))
 
 
 def linear_weighted_cross_entropy(hidden, weight, targets, weights, per_token=False):
@@ -124,11 +124,11 @@ def linear_weighted_cross_entropy(hidden, weight, targets, weights, per_token=Fa
     """
     hidden, weight = _one_dtype(hidden, weight)
     targets, weights = _checked(hidden, len(weight), targets, weights)
-    step, with_grad = _step_for(hidden), torch.is_grad_enabled()
+    if not torch.is_grad_enabled():  # which a Function's forward cannot see
+        hidden, weight = hidden.detach(), weight.detach()
+    step = _step_for(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        outputs = LinearWeightedCrossEntropy.apply(
-            hidden, weight, targets, weights, step, with_grad
-        )
+        outputs = LinearWeightedCrossEntropy.apply(hidden, weight, targets, weights, step)
     return outputs if per_token else outputs[:2]
 
 
@@ -185,11 +185,10 @@ class WeightedCrossEntropy(torch.autograd.Function):
     """Loss and gradient at once, in the forward; the backward only scales the rows."""
 
     @staticmethod
-    def forward(ctx, logits, targets, weights, step, with_grad):
+    def forward(ctx, logits, targets, weights, step):
         losses = torch.empty_like(weights)
         correct = torch.empty_like(weights, dtype=torch.bool)
-        with_grad = with_grad and ctx.needs_input_grad[0]
-        grad = step.empty_gradient(logits) if with_grad else None
+        grad = step.empty_gradient(logits) if ctx.needs_input_grad[0] else None
         step.cross_entropy_rows(logits, targets, weights, losses, correct, grad)
         ctx.step = step
         ctx.save_for_backward(grad, weights)
@@ -200,7 +199,7 @@ class WeightedCrossEntropy(torch.autograd.Function):
         grad, weights = ctx.saved_tensors
         # 1, not the scale it may have: 0 · NaN is NaN, and a row of weight 0 has no gradient.
         scale = grad_losses.masked_fill(weights == 0, 1)
-        return scaled(grad, scale, ctx.step), None, None, None, None
+        return scaled(grad, scale, ctx.step), None, None, None
 
 
 class PlainStep:

@@ -23,17 +23,16 @@ WORKSPACE_BYTES = {"cuda": 2**30, "cpu": 2**24}
 
 
 class LinearWeightedCrossEntropy(torch.autograd.Function):
-    """apply(hidden, weight, targets, weights, step, with_grad) -> total, correct, losses.
+    """apply(hidden, weight, targets, weights, step) -> total, correct, losses.
 
     `step` holds two functions, cross_entropy_rows and scale_rows, as kernels/cross_entropy.py has
     them. Only total can be differentiated: once, in hidden and weight, as often as the graph is
-    kept. `with_grad` is torch.is_grad_enabled() of the caller, which is hidden from a forward.
+    kept.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, weights, step, with_grad):
-        with_d_hidden = with_grad and ctx.needs_input_grad[0]
-        with_d_weight = with_grad and ctx.needs_input_grad[1]
+    def forward(ctx, hidden, weight, targets, weights, step):
+        with_d_hidden, with_d_weight = ctx.needs_input_grad[:2]
         losses = torch.empty_like(weights)
         correct = torch.empty_like(weights, dtype=torch.bool)
         d_hidden = torch.empty_like(hidden) if with_d_hidden else None
@@ -64,7 +63,7 @@ class LinearWeightedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total, *_):
         d_hidden, d_weight = ctx.saved_tensors
-        return *(scaled(d, grad_total, ctx.step) for d in (d_hidden, d_weight)), *[None] * 4
+        return *(scaled(d, grad_total, ctx.step) for d in (d_hidden, d_weight)), None, None, None
 
 
 def logits_workspace(hidden, weight):
