@@ -47,11 +47,6 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_state_dict,
-)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import data
@@ -1059,10 +1054,14 @@ class Checkpoints:
             "micro-batches a step (ranks x --accumulate)": plan.world * config.accumulate,
         }
 
-    def state(self, llama, optimizer):
-        options = StateDictOptions(flatten_optimizer_state_dict=True)
-        weights, moments = get_state_dict(llama, optimizer, options=options)
-        return weights, {k: v for k, v in moments.items() if torch.is_tensor(v)}, moments
+    def tensors(self, llama, optimizer):
+        """{name: tensor}: the parameters, and beside each what AdamW holds of it."""
+        weights = dict(llama.named_parameters())
+        return weights | {
+            f"optimizer.{name}.{key}": tensor
+            for name, parameter in weights.items()
+            for key, tensor in optimizer.state[parameter].items()
+        }
 
     def save(self, llama, optimizer, step, best, must):
         """Save at `step` steps done; a failed save keeps the older ones.
@@ -1070,8 +1069,7 @@ class Checkpoints:
         Where it `must` succeed, as there is no later one, it has when this returns.
         """
         self.finish()
-        weights, moments, _ = self.state(llama, optimizer)
-        tensors, copies = weights | moments, {}
+        tensors, copies = self.tensors(llama, optimizer), {}
         if not must and self.stager:
             problem = self.ranks.attempt(lambda: copies.update(self._copy(tensors)))
             if problem:
@@ -1181,16 +1179,14 @@ class Checkpoints:
 
     def load(self, llama, optimizer):
         """Fill weights and optimizer state from the checkpoint that newest() found."""
-        weights, moments, all_moments = self.state(llama, optimizer)
-        tensors = weights | moments
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(self.resumed_from)))
-        options = StateDictOptions(flatten_optimizer_state_dict=True)
-        set_state_dict(
-            llama, optimizer,
-            model_state_dict={name: tensors[name] for name in weights},
-            optim_state_dict=all_moments | {name: tensors[name] for name in moments},
-            options=options,
-        )  # fmt: skip
+        for parameter in llama.parameters():  # what AdamW makes itself in its first step
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        reader = HuggingFaceStorageReader(str(self.resumed_from))
+        dcp.load(self.tensors(llama, optimizer), storage_reader=reader)  # in place
         self.ranks.say(f"resuming from {self.resumed_from}")
 
 
