@@ -306,23 +306,24 @@ class PackedAttention:
     def attend_rectangles(self, q, k, v):
         if self.rectangles is None:  # made once for all layers
             self.rectangles = rectangles(self.cu_seqlens)
-        groups, order = self.rectangles
-        return torch.cat([self.attend_group(q, k, v, *g) for g in groups]).index_select(0, order)
-
-    def attend_group(self, q, k, v, index, valid):  # index and valid (B, L) -> (tokens, H, E)
-        q, k, v = (x[index].transpose(1, 2) for x in (q, k, v))  # (B, heads, L, E)
-        mask = sliding_mask(index.shape[1], self.sliding_window, q.device)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        return out.transpose(1, 2)[valid]
+        out = torch.empty_like(q)
+        for index, valid in self.rectangles:  # (B, L)
+            grouped = (x[index].transpose(1, 2) for x in (q, k, v))  # (B, heads, L, E)
+            mask = sliding_mask(index.shape[1], self.sliding_window, q.device)
+            attended = F.scaled_dot_product_attention(
+                *grouped,
+                attn_mask=mask,
+                is_causal=mask is None,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+            out[index[valid]] = attended.transpose(1, 2)[valid]
+        return out
 
 
 def rectangles(cu_seqlens):
-    """Conversations grouped by length, within a factor of two: [(index, valid)], order.
+    """Conversations grouped by length, within a factor of two: [(index, valid), ...].
 
-    index (B, L): the token at each cell, padding repeating the last; valid (B, L); order (T,):
-    where each token of the packed row lies in the groups' valid cells, one after another.
+    index (B, L): the token at each cell, padding repeating the last; valid (B, L): no padding.
     """
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     groups = []
@@ -332,8 +333,7 @@ def rectangles(cu_seqlens):
         last = lengths[chosen, None] - 1
         index = starts[chosen, None] + columns.minimum(last)
         groups.append((index, columns <= last))
-    order = torch.cat([index[valid] for index, valid in groups]).argsort()
-    return groups, order
+    return groups
 
 
 def sliding_mask(length, window, device):
@@ -506,9 +506,7 @@ def fill_parameters(llama, folder, new_rows=0, new_token=None):
             with open_safetensors(path) as tensors:
                 names = [name for name in parameters if files[name] == path]
                 rows = functools.partial(_read_rows, tensors, new_rows)
-                reads = [pool.submit(rows, name, parameters[name]) for name in names]
-                for read in reads:
-                    read.result()
+                list(pool.map(rows, names, [parameters[name] for name in names]))
             if scarce:
                 _drop_from_page_cache(path)
     for name, parameter in llama.named_parameters():

@@ -356,26 +356,21 @@ class Plan:
         return network, rows - config.vocab_size
 
     def _dataset(self, field, ranks, out):
-        config, label = self.config, f"tokenizing --{field.replace('_', '-')}"
-
-        def prepare(report=None):
-            return data.prepare(
-                getattr(config, field), self.tokenizer, self.classes, out / "tokens",
-                max_length=self.max_length, condition=config.condition,
-                skip_bad=config.skip_bad, report=report,
-            )  # fmt: skip
-
-        name = ranks.first_does(field, lambda: prepare(data.Progress(label)).folder.name)
-        return data.Dataset(out / "tokens" / name, getattr(config, field))
+        config, paths = self.config, getattr(self.config, field)
+        prepare = functools.partial(
+            data.prepare, paths, self.tokenizer, self.classes, out / "tokens",
+            max_length=self.max_length, condition=config.condition, skip_bad=config.skip_bad,
+            report=data.Progress(f"tokenizing --{field.replace('_', '-')}"),
+        )  # fmt: skip
+        name = ranks.first_does(field, lambda: prepare().folder.name)
+        return data.Dataset(out / "tokens" / name, paths)
 
     def _fixed_shape(self):
         """(tokens, offsets, longest) for collate, with room for twice the fullest bin."""
         tokens, longest = self.config.batch_tokens, self.max_length
-        steps = [
-            step for epoch in (0, self.order.epochs_begun - 1) for step in self.order.pack(epoch)
-        ]
+        steps = self.order.pack(0)
         if self.eval_dataset:
-            steps += data.pack(self.eval_dataset.lengths, tokens, self.world, 0, 0)
+            steps = steps + data.pack(self.eval_dataset.lengths, tokens, self.world, 0, 0)
         most = max(len(b) for step in steps for b in step) + tokens // longest
         return tokens, 2 ** math.ceil(math.log2(2 * most + 2)), longest
 
@@ -477,22 +472,15 @@ class Order:
     """Which conversations make up a step: a function of (lengths, seed, epoch) alone."""
 
     def __init__(self, lengths, config, bins_per_step):
-        self.lengths, self.config, self.bins_per_step = lengths, config, bins_per_step
+        self.pack = functools.lru_cache(maxsize=1)(  # pack(epoch): all its steps
+            functools.partial(data.pack, lengths, config.batch_tokens, bins_per_step, config.seed)
+        )
         self.first_step = [0]  # of each epoch; the last entry is the end
-        self._epoch, self._steps = None, None
         for epoch in range(config.epochs):
             if not config.max_steps or self.first_step[-1] < config.max_steps:
                 self.first_step.append(self.first_step[-1] + len(self.pack(epoch)))
         self.epochs_begun = len(self.first_step) - 1
         self.total = min(config.max_steps or math.inf, self.first_step[-1])
-
-    def pack(self, epoch):
-        if epoch != self._epoch:
-            config = self.config
-            shape = config.batch_tokens, self.bins_per_step
-            self._steps = data.pack(self.lengths, *shape, config.seed, epoch)
-            self._epoch = epoch
-        return self._steps
 
     def epoch_of(self, step):
         return int(np.searchsorted(self.first_step, step, side="right")) - 1
@@ -529,9 +517,9 @@ def build(plan, ranks, with_weights=True):
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # the rotary table stays float32
     )
-    groups, names = (config.replicas, ranks.world // config.replicas), ("replicate", "shard")
-    shape = (groups, names) if config.replicas > 1 else (groups[1:], names[1:])
-    mesh = dist.init_device_mesh(ranks.device.type, shape[0], mesh_dim_names=shape[1])
+    shape, names = (config.replicas, ranks.world // config.replicas), ("replicate", "shard")
+    mesh = dist.init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
+    mesh = mesh if config.replicas > 1 else mesh["shard"]
     for block in llama.model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(llama, mesh=mesh, mp_policy=policy)
@@ -903,12 +891,13 @@ def export(plan, ranks, llama, out, step, expert_loss, best, must):
     # An export in the same place is gone, the best one too.
     improved = unknown or expert_loss <= best["loss"] or best["folder"] == folder.name
     candidate = {"loss": expert_loss, "folder": folder.name} if improved else best
-    problem = ranks.attempt(lambda: shutil.rmtree(aside, ignore_errors=True), only_first=True)
-    problem = problem or ranks.attempt(lambda: model.save(llama, aside, dtype))
-    problem = problem or ranks.attempt(lambda: describe_export(plan, aside, step), only_first=True)
-    problem = problem or ranks.attempt(
-        lambda: publish(aside, folder, out, candidate["folder"]), only_first=True
-    )
+
+    def finish():
+        describe_export(plan, aside, step)
+        publish(aside, folder, out, candidate["folder"])
+
+    problem = ranks.attempt(lambda: model.save(llama, aside, dtype))
+    problem = problem or ranks.attempt(finish, only_first=True)
     if not problem:
         return candidate
     save_failed(ranks, aside, problem, must)
@@ -1037,8 +1026,7 @@ class Checkpoints:
 
     def committed(self):
         """[(step, folder)] of whole checkpoints, oldest first."""
-        found = [(re.fullmatch(r"step-(\d+)", p.name), p) for p in self.folder.glob("step-*")]
-        return sorted((int(match[1]), path) for match, path in found if match)
+        return sorted((int(p.name[5:]), p) for p in self.folder.glob("step-*[0-9]"))
 
     def recipe(self):
         """What a resumed run must share, with the flags that set it."""
@@ -1089,39 +1077,25 @@ class Checkpoints:
 
     def _write(self, tensors, step, best, must):
         aside, final = self.folder / f"step-{step}.tmp", self.folder / f"step-{step}"
-        attempt, checksums = functools.partial(self.ranks.attempt, group=self.group), []
+        attempt = functools.partial(self.ranks.attempt, group=self.group)
         problem = attempt(lambda: self._check_space(self.needed), only_first=True)
         files = model.shard_files(tensors, torch.float32, FILE_SIZE).values()
         numbers = {name: i for i, names in enumerate(files, start=1) for name in names}
         writer = CheckpointWriter(str(aside), numbers, save_distributed=True)
         save = functools.partial(dcp.save, storage_writer=writer, process_group=self.group)
         problem = problem or attempt(lambda: save(tensors))
-        problem = problem or attempt(lambda: checksums.append(self._checksums(aside)))
-        if not problem:
-            files = self._of_all_ranks(checksums[0], self.group)
-            state = {"step": step, "best": best, "recipe": self.recipe(), "files": files}
-            problem = attempt(lambda: self._commit(aside, final, state), only_first=True)
+        state = {"step": step, "best": best, "recipe": self.recipe()}
+        problem = problem or attempt(lambda: self._commit(aside, final, state), only_first=True)
         if problem:
             save_failed(self.ranks, aside, problem, must)
         elif self.ranks.first:
             self._prune()
 
     def _commit(self, aside, final, state):
-        model.write_json(aside / "state.json", state)
+        model.write_json(aside / "state.json", state | {"files": checksums(aside)})
         sync_folder(aside)
         aside.rename(final)
         sync(self.folder)
-
-    def _checksums(self, folder):
-        """{file: crc32} of the checkpoint's tensors; 0 for the files other ranks read."""
-        files = sorted(folder.glob("*.safetensors"))
-        mine = files[self.ranks.rank :: self.ranks.world]
-        return {path.name: crc32(path) if path in mine else 0 for path in files}
-
-    def _of_all_ranks(self, checksums, group=None):
-        values = torch.tensor(list(checksums.values()))
-        dist.all_reduce(values, group=group)
-        return dict(zip(checksums, values.tolist()))
 
     def _prune(self):
         for _, path in self.committed()[: -self.plan.config.keep]:
@@ -1156,7 +1130,7 @@ class Checkpoints:
     def _read_state(self, folder):
         try:
             state = json.loads((folder / "state.json").read_text())
-            saved, files = state["recipe"], state["files"]
+            saved, files = state["recipe"], dict(state["files"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder}/state.json: cannot be read: {error!r}; {REMOVE}") from None
         here = json.loads(json.dumps(self.recipe()))
@@ -1170,10 +1144,8 @@ class Checkpoints:
                 f"{folder} is of another run; give the saved values, or a new --out:\n  "
                 + "\n  ".join(different)
             )
-        found = {path.name for path in folder.glob("*.safetensors")}
-        checksums = self._of_all_ranks(self._checksums(folder)) if found == set(files) else None
-        if checksums != files:
-            odd = sorted(found ^ set(files)) or [n for n in files if files[n] != checksums[n]]
+        found = self.ranks.first_does("checksums", lambda: checksums(folder))
+        if odd := [name for name in found | files if found.get(name) != files.get(name)]:
             raise ValueError(f"{folder} is damaged: {', '.join(odd)}; {REMOVE}")
         return state
 
@@ -1230,6 +1202,13 @@ def available_memory():
         held = re.search(r"^anon (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
         found.append(limit - int(held[1]))
     return min(found, default=0)
+
+
+def checksums(folder):
+    """{file name: crc32} of a checkpoint's tensors."""
+    paths = sorted(folder.glob("*.safetensors"))
+    with ThreadPoolExecutor() as pool:  # zlib lets go of the interpreter's lock
+        return dict(zip([path.name for path in paths], pool.map(crc32, paths)))
 
 
 def crc32(path):

@@ -586,6 +586,14 @@ def test_only_a_conversation_without_anything_to_learn_is_dropped(prepare, tmp_p
     )
 
 
+def test_a_cut_that_takes_the_answer_of_its_own_weight_drops_the_conversation(prepare, tmp_path):
+    items = turns("Hi " * 50, "Ho")
+    items[1]["weight"] = 0.5
+    path = write(tmp_path / "a.jsonl", {"class": "gpt4", "items": items}, line("Q", "A"))
+    dataset = prepare(path, max_length=60)
+    assert dataset.index["line"].tolist() == [2] and dataset.report["without_answer"] == 1
+
+
 def test_every_real_conversation_is_kept_as_it_is(prepare, tokenizer, code_mixed, tmp_path):
     with open(code_mixed, "rb") as file:
         raw = file.readlines()[::25]

@@ -239,12 +239,7 @@ def test_varlen_attention_equals_rectangles(lengths, heads, window):
 
     def run(inputs, on_rectangles):
         attention = model.PackedAttention(cu_seqlens.cuda(), max(lengths), window)
-        if on_rectangles:
-            groups, order = model.rectangles(cu_seqlens.cuda())
-            rows = [attention.attend_group(*inputs, *group) for group in groups]
-            out = torch.cat(rows).index_select(0, order)
-        else:
-            out = attention(*inputs)
+        out = attention.attend_rectangles(*inputs) if on_rectangles else attention(*inputs)
         return [out, *torch.autograd.grad(out, inputs, outward.to(out.dtype))]
 
     exact = run([x.double().requires_grad_() for x in inputs], True)
