@@ -118,10 +118,11 @@ class Chat:
 
     def __init__(self, folder, source_class=None, device=None):
         classes, conditioned = read_classes(folder)
-        expert = max(classes, key=lambda name: classes[name].reward)
-        name = source_class or expert
+        name = source_class or loss.expert_class(classes)
         if name not in classes:
             raise ValueError(f"--class {name!r} is not one of {', '.join(classes)}")
+        if source_class and not conditioned:
+            raise ValueError("--class: this model was trained without conditions")
         self.condition = classes[name].condition if conditioned else ""
         self.tokenizer = data.Tokenizer(folder)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -215,7 +216,7 @@ def converse(chat, options):
     messages, context = [], chat.llama.config.max_position_embeddings
     while True:
         try:
-            text = input("> ").strip()
+            text = readable(input("> ").strip())
         except (EOFError, KeyboardInterrupt):
             print()
             return
@@ -243,6 +244,11 @@ def converse(chat, options):
             print(" [stopped]", end="")
         print()
         messages.append(data.Message("assistant", answer))
+
+
+def readable(text):
+    """Text of the terminal; what was no UTF-8 becomes question marks."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def main(argv=None):
@@ -274,7 +280,8 @@ def main(argv=None):
         if args.batch:
             answer_file(chat, args.batch, args.to, options)
         elif args.prompt is not None:
-            for piece in chat.stream([data.Message("user", args.prompt)], **options):
+            prompt = data.Message("user", readable(args.prompt))
+            for piece in chat.stream([prompt], **options):
                 print(piece, end="", flush=True)
             print()
         else:

@@ -66,13 +66,13 @@ def parse_conversation(line, classes):
     """A checked Conversation from one decoded JSON line; ValueError says what is wrong.
 
     Formats: {"class", "messages": [{"role", "content"}]}; OpenChat's {"items": [{"role",
-    "content", "weight"}], "condition", "system"}, whose weights win over the class's; ShareGPT's
-    {"class", "conversations": [{"from", "value"}]}.
+    "content", "weight"}], "condition", "system"}; ShareGPT's {"class", "conversations": [{"from",
+    "value"}]}. A message's own "weight", in any of them, wins over the class's.
     """
     if "messages" in line:
         messages = [parse_message(i, m) for i, m in numbered(line, "messages")]
     elif "items" in line:
-        messages = [parse_message(i, m, weighted=True) for i, m in numbered(line, "items")]
+        messages = [parse_message(i, m) for i, m in numbered(line, "items")]
         if line.get("system"):
             messages.insert(0, parse_message(0, {"role": "system", "content": line["system"]}))
     elif "conversations" in line:
@@ -101,7 +101,7 @@ SHAREGPT_ROLES = ROLES | {"human": "user", "gpt": "assistant", "chatgpt": "assis
 LEAST_WEIGHT, LARGEST_WEIGHT = 1e-6, 1e6  # apart from 0; float32 holds sums of these
 
 
-def parse_message(number, raw, role_key="role", content_key="content", weighted=False, roles=ROLES):
+def parse_message(number, raw, role_key="role", content_key="content", roles=ROLES):
     """A checked Message; ValueError says what is wrong with message `number`."""
     if not isinstance(raw, dict):
         raise ValueError(f"message {number} must be an object, not {_kind(raw)}")
@@ -119,7 +119,7 @@ def parse_message(number, raw, role_key="role", content_key="content", weighted=
         raise ValueError(
             f"message {number}: lone surrogate {ascii(error.object[error.start])}"
         ) from None
-    weight = raw.get("weight") if weighted else None
+    weight = raw.get("weight")
     if weight is not None and not (
         type(weight) in (int, float) and (weight == 0 or LEAST_WEIGHT <= weight <= LARGEST_WEIGHT)
     ):
@@ -214,6 +214,8 @@ class Tokenizer:
     def __init__(self, folder):
         self.folder = Path(folder)
         path = self.folder / "tokenizer.model"
+        if not self.folder.is_dir():
+            raise ValueError(f"{folder}: not found; a folder on this machine is needed, not a name")
         if not path.is_file():
             raise ValueError(f"{path}: not found; a SentencePiece tokenizer.model is needed")
         try:
@@ -456,7 +458,9 @@ def prepare(
     shutil.rmtree(folder)
     if refused:
         raise BadData(state["problems"], state["bad"])
-    raise ValueError(f"{', '.join(map(str, paths))}: no conversation to train on")
+    names, lost = ", ".join(map(str, paths)), state["without_answer"]
+    cut = f"; {lost} lost their answer at {max_length} tokens" if lost else ""
+    raise ValueError(f"{names}: no conversation to train on{cut}")
 
 
 def _size(path):
@@ -1009,6 +1013,8 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
 
 
 def run_preview(args):

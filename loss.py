@@ -100,6 +100,11 @@ def _source_class(name, entry):
     return SourceClass(condition, float(reward))
 
 
+def expert_class(classes):
+    """The name of the class of the highest reward, under whose condition the model answers."""
+    return max(classes, key=lambda name: classes[name].reward)
+
+
 def weighted_cross_entropy(logits, targets, weights):
     """w_i · CE_i of each row: (N,) float32 (float64 for float64 logits).
 
@@ -111,7 +116,7 @@ def weighted_cross_entropy(logits, targets, weights):
     targets, weights = _checked(logits, logits.shape[-1], targets, weights)
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     logits = logits if torch.is_grad_enabled() else logits.detach()
-    return WeightedCrossEntropy.apply(logits, targets, weights, _step_for(logits))
+    return WeightedCrossEntropy.apply(logits, targets, weights, _backend_for(logits))
 
 
 def linear_weighted_cross_entropy(hidden, weight, targets, weights, per_token=False):
@@ -126,9 +131,9 @@ def linear_weighted_cross_entropy(hidden, weight, targets, weights, per_token=Fa
     targets, weights = _checked(hidden, len(weight), targets, weights)
     if not torch.is_grad_enabled():  # which a Function's forward cannot see
         hidden, weight = hidden.detach(), weight.detach()
-    step = _step_for(hidden)
+    backend = _backend_for(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        outputs = LinearWeightedCrossEntropy.apply(hidden, weight, targets, weights, step)
+        outputs = LinearWeightedCrossEntropy.apply(hidden, weight, targets, weights, backend)
     return outputs if per_token else outputs[:2]
 
 
@@ -151,14 +156,14 @@ def _one_dtype(hidden, weight):
     return hidden, weight
 
 
-def _step_for(tensor):
+def _backend_for(tensor):
     """What works on the elements of the logits: the Triton kernel, or its plain PyTorch."""
     kernel_runs = tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
     if kernel_runs and tensor.dtype != torch.float64:  # the kernel computes in float32
         import kernels.cross_entropy
 
         return kernels.cross_entropy
-    return PlainStep
+    return PlainBackend
 
 
 def _checked(rows, V, targets, weights):
@@ -185,12 +190,12 @@ class WeightedCrossEntropy(torch.autograd.Function):
     """Loss and gradient at once, in the forward; the backward only scales the rows."""
 
     @staticmethod
-    def forward(ctx, logits, targets, weights, step):
+    def forward(ctx, logits, targets, weights, backend):
         losses = torch.empty_like(weights)
         correct = torch.empty_like(weights, dtype=torch.bool)
-        grad = step.empty_gradient(logits) if ctx.needs_input_grad[0] else None
-        step.cross_entropy_rows(logits, targets, weights, losses, correct, grad)
-        ctx.step = step
+        grad = backend.empty_gradient(logits) if ctx.needs_input_grad[0] else None
+        backend.cross_entropy_rows(logits, targets, weights, losses, correct, grad)
+        ctx.backend = backend
         ctx.save_for_backward(grad, weights)
         return losses
 
@@ -199,10 +204,10 @@ class WeightedCrossEntropy(torch.autograd.Function):
         grad, weights = ctx.saved_tensors
         # 1, not the scale it may have: 0 · NaN is NaN, and a row of weight 0 has no gradient.
         scale = grad_losses.masked_fill(weights == 0, 1)
-        return scaled(grad, scale, ctx.step), None, None, None
+        return scaled(grad, scale, ctx.backend), None, None, None
 
 
-class PlainStep:
+class PlainBackend:
     """The functions of kernels/cross_entropy.py in PyTorch: their reference, and the CPU's path."""
 
     empty_gradient = staticmethod(torch.empty_like)

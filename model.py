@@ -517,7 +517,7 @@ def fill_parameters(llama, folder, new_rows=0, new_token=None):
 READERS = 4  # threads, so that the disk has several requests at hand
 
 
-@torch.no_grad()  # again: which holds for one thread
+@torch.no_grad()  # again: it holds for one thread, and these are others
 def _read_rows(tensors, new_rows, name, parameter):
     low, high = local_rows(parameter)
     high = min(high, parameter.shape[0] - (new_rows if is_vocabulary(name) else 0))
@@ -606,6 +606,8 @@ def save(llama, folder, dtype=None, shard_bytes=5 << 30):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 save_file(tensors, folder / file, metadata={"format": "pt"})
+                # safetensors writes for the owner alone: as readable as the folder is, instead.
+                (folder / file).chmod(folder.stat().st_mode & 0o666)
             except (OSError, SafetensorError) as error:
                 failure = OSError(f"{folder / file}: {error}")
     if failure:

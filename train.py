@@ -7,10 +7,11 @@ The whole method, with where each part lives:
 
     the class c of a conversation conditions its prompt, "GPT4 User: ..."     data.py, lay_out
     the class's reward becomes a weight, w_c = exp((r_c - r_max) / beta)      loss.py, class_weights
-    L = Σ w_t · CE_t / Σ w_t over all tokens of all ranks and micro-batches   train_step, below
+    L = Σ w_t · CE_t / Σ w_t over all tokens of all ranks and micro-batches   gradients, below
     no reference model, no value model, no sampling: pi_c of Eq. (4) is the data itself
 
-Read from `main` down: command line, plan, network, loop, step, evaluation, checkpoints, export.
+Read down: flags, main, the loop, one step, evaluation; then what they use: the plan of a run, the
+sharded network, log, exports and checkpoints, and the processes that run all this.
 Shapes: T tokens of a micro-batch, N supervised rows, C classes, D hidden, V vocabulary.
 """
 
@@ -105,12 +106,13 @@ class Config:
     def __post_init__(self):
         for name in ("model", "data", "out"):
             if not getattr(self, name) and not (self.dry_run and name == "out"):
-                raise ValueError(f"--{name} is required")
+                raise ValueError(f"--{name} is required (no flag at all runs the embedded example)")
         for name in ("plan_ranks", "plan_memory"):
             _require(self.dry_run or not getattr(self, name), name, "used with --dry-run")
         whole = {"epochs": 1, "batch_tokens": 2, "accumulate": 1, "keep": 1, "replicas": 1}
         whole |= dict.fromkeys(("max_steps", "eval_every", "save_every", "export_every", "seed"), 0)
         whole |= {"plan_ranks": 0, "plan_memory": 0, "recompute": -1}
+        _require(self.seed < 2**32, "seed", "below 2^32")
         positive = ("beta", "adam_eps", "clip")
         ratios = ("min_lr_ratio", "warmup_ratio", "adam_beta1", "adam_beta2", "weight_decay")
         for name, least in whole.items():
@@ -199,80 +201,6 @@ def is_lost_rank(error):
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
-class Ranks:
-    """The processes of this run: one a GPU, or any number on a CPU."""
-
-    def __init__(self):
-        self.cuda = torch.cuda.is_available()
-        backend = "cuda:nccl,cpu:gloo" if self.cuda else "gloo"
-        timeout = datetime.timedelta(minutes=30)  # for one collective, rank 0 writing a file too
-        if "RANK" in os.environ:  # torchrun
-            self.store, self.rank, self.world = next(dist.rendezvous("env://"))
-        else:
-            self.store, self.rank, self.world = dist.HashStore(), 0, 1
-        dist.init_process_group(
-            backend, store=self.store, rank=self.rank, world_size=self.world, timeout=timeout
-        )
-        self.first = self.rank == 0
-        self.device = torch.device("cpu")
-        if self.cuda:
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(self.device)
-
-    def thread(self):
-        """An executor of one thread, on this rank's device: a thread starts with device 0."""
-        use_device = functools.partial(torch.cuda.set_device, self.device) if self.cuda else None
-        return ThreadPoolExecutor(1, initializer=use_device)
-
-    def say(self, text, end="\n"):
-        if self.first:
-            print(text, end=end, flush=True)
-
-    def first_does(self, key, function):
-        """What `function()` returns on rank 0 as JSON; the others wait as long as it takes."""
-        if self.first:
-            result = function()
-            self.store.set(key, json.dumps(result))
-            return result
-        self.store.wait([key], datetime.timedelta(days=30))
-        return json.loads(self.store.get(key))
-
-    def sum(self, tensor):
-        dist.all_reduce(tensor)
-        return tensor
-
-    def attempt(self, function, only_first=False, group=None):
-        """Call `function` on every rank or on rank 0; a problem of any is one for all.
-
-        Returns what went wrong, None where nothing did: no rank waits for one that gave up.
-        """
-        problem = None
-        try:
-            if self.first or not only_first:
-                function()
-        except (Exception, dcp.CheckpointException) as error:
-            if isinstance(error, dcp.CheckpointException):  # of the ranks that failed, one's
-                error = next(iter(error.failures.values()))[0]
-            problem = f"{error}".strip().split("\n")[0] or repr(error)
-        failed = torch.tensor(int(problem is not None))
-        dist.all_reduce(failed, group=group)
-        return (problem or "another rank could not") if failed else None
-
-    def stop(self, message):
-        """Ends this rank with a message; torchrun ends the others."""
-        if not self.first:
-            time.sleep(3)  # where all ranks found the same, rank 0 is the one to say so
-        print(message, file=sys.stderr, flush=True)
-        os._exit(1)
-
-    def finish(self):
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-# ---------------------------------------------------------------------------------------- plan
-
-
 def run(config, ranks):
     """Plan and train; True where the run is done, False where it was stopped before."""
     with held_output(config, ranks) as out:
@@ -284,34 +212,181 @@ def run(config, ranks):
         return train(plan, ranks, out)
 
 
-@contextlib.contextmanager
-def held_output(config, ranks):
-    """The folder --out, locked against other live runs; a temporary one for --dry-run."""
-    if config.dry_run:
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(ranks.first_does("out", lambda: folder))
-            dist.barrier()
-        return
-    out = Path(config.out)
-    with lock_folder(out) if ranks.first else contextlib.nullcontext():
-        ranks.first_does("locked", lambda: True)
-        yield out
+# -------------------------------------------------------------------------------------------- loop
 
 
-def lock_folder(out):
-    out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / ".lock", "a+")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        raise ValueError(
-            f"--out {out} is held by another live run (process {lock.read()})"
-        ) from None
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
-    return lock
+def train(plan, ranks, out):
+    config, order = plan.config, plan.order
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may vary
+    torch.use_deterministic_algorithms(config.deterministic or not ranks.cuda)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    checkpoints = Checkpoints(plan, ranks, out)
+    start, best = checkpoints.newest()
+    if start == order.total:
+        ranks.say(f"this run is finished: {start} steps are done; the model is {out / 'model'}")
+        return True
+    llama, optimizer = build(plan, ranks, start == 0)
+    if start:
+        checkpoints.load(llama, optimizer)
+    signals, log = Signals(ranks), Log(plan, ranks, out, start)
+    if start == 0:
+        log.evaluation(0, evaluate(plan, ranks, llama))
+
+    with ranks.thread() as loader:  # makes the next step's batches during this one
+        pending = loader.submit(load_step, plan, ranks, start)
+        for step in range(start, order.total):
+            began = time.perf_counter()
+            bins, batches, total_weight = pending.result()
+            if step + 1 < order.total:
+                pending = loader.submit(load_step, plan, ranks, step + 1)
+            value, table, losses = gradients(plan, ranks, llama, batches, total_weight)
+            # The norm first, the clipping once it is known to be finite: clip_grad_norm_ would
+            # turn every gradient into NaN, and hide which parameter was the first.
+            total_norm = gradient_norm(llama)
+            grad_norm = total_norm.item()
+            if not math.isfinite(value) or not math.isfinite(grad_norm):
+                checkpoints.finish()
+                where = f"step {step + 1}: loss {value}, gradient norm {grad_norm}"
+                raise ValueError(where + not_finite(plan, ranks, llama, bins, losses))
+            torch.nn.utils.clip_grads_with_norm_(llama.parameters(), config.clip, total_norm)
+            lr = learning_rate(step + 1, order.total, plan.lr, config)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad()
+            done, last = step + 1, step + 1 == order.total
+            stopped = signals.received()  # here a GPU is waited for: the step's time is all in
+            seconds = time.perf_counter() - began
+            log.step(step, bins, value, lr, grad_norm, table, seconds)
+
+            exports, expert_loss = last or order.ends_epoch(step, config.export_every), None
+            if exports or (config.eval_every and done % config.eval_every == 0):
+                expert_loss = log.evaluation(done, evaluate(plan, ranks, llama))
+            if exports:
+                checkpoints.finish()  # one writer at a time
+                best = export(plan, ranks, llama, out, step, expert_loss, best, must=last)
+            if exports or stopped or (config.save_every and done % config.save_every == 0):
+                checkpoints.save(llama, optimizer, done, best, must=last or stopped)
+            if stopped and not last:
+                ranks.say(
+                    f"stopped after step {done}, as asked; the same command goes on from here"
+                )
+                return False
+    where = f"{out / 'model'} ({best['folder']})"
+    ranks.say(f"done: the model is {where}, the metrics {out / 'metrics.jsonl'}")
+    shell = shlex.quote(str(out)), shlex.quote(str(out / "model"))
+    ranks.say("  curves:  python plot.py {}\n  chat:    python chat.py {}".format(*shell))
+    return True
+
+
+def load_step(plan, ranks, step):
+    """All bins of a step, this rank's batches of them, and Σ w over all of the step's tokens.
+
+    Every rank knows every bin, so the normaliser of the loss needs no communication.
+    """
+    bins, device = plan.order.bins(step), ranks.device
+    total_weight = sum(plan.dataset.total_weight(b, plan.class_weights) for b in bins)
+    mine = bins[ranks.rank :: ranks.world]
+    batches = [data.collate(plan.dataset, b, plan.class_weights, plan.shape) for b in mine]
+    if ranks.cuda:
+        batches = [
+            data.Batch(*(x.pin_memory().to(device, non_blocking=True) for x in b)) for b in batches
+        ]
+    return bins, batches, total_weight or 1.0
+
+
+def objective(batch, classes, scale):
+    """C-RLFT on one micro-batch: what Llama.forward calls with hidden (N, D) and the head (V, D).
+
+    Returns scale · Σ w·CE, to be differentiated, and for the log a (4, classes) float64 table:
+    tokens, Σ CE, correct tokens, Σ w.
+    """
+
+    def weighted_loss(hidden, lm_head):
+        weights = batch.weights * scale  # scaled here, no gradient is touched again afterwards
+        total, correct, losses = loss.linear_weighted_cross_entropy(
+            hidden, lm_head, batch.targets, weights, per_token=True
+        )
+        per_token = torch.stack(
+            [torch.ones_like(losses), losses / weights, correct.float(), batch.weights]
+        )
+        table = torch.zeros(4, classes, dtype=torch.float64, device=hidden.device)
+        return total, table.index_add(1, batch.classes, per_token.double())
+
+    return weighted_loss
+
+
+def forward(llama, plan, batch, scale=1.0):
+    return llama(
+        batch.tokens, batch.positions, batch.cu_seqlens,
+        objective(batch, len(plan.classes), scale), batch.rows, plan.max_length,
+    )  # fmt: skip
+
+
+def gradients(plan, ranks, llama, batches, total_weight):
+    """Forward and backward over this rank's micro-batches of one step.
+
+    L = Σ w·CE / Σ w over the tokens of all ranks and micro-batches: Eq. (6), normalised. Returns
+    L, `objective`'s table over all ranks, and this rank's part of L, times ranks, of each
+    micro-batch.
+    """
+    scale = ranks.world / total_weight  # FSDP takes the mean of the ranks' gradients, L their sum
+    losses, table = [], 0
+    for batch in batches:
+        total, sums = forward(llama, plan, batch, scale)
+        total.backward()
+        losses.append(total.detach().double())
+        table = table + sums
+    losses = torch.stack(losses)
+    summed = ranks.sum(torch.cat([losses.sum()[None], table.flatten()])).tolist()
+    return summed[0] / ranks.world, np.array(summed[1:]).reshape(4, -1), losses
+
+
+def gradient_norm(llama):
+    """Of all ranks' gradients. (No list of them outlives this: zero_grad is to free them.)"""
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in llama.parameters()])
+    return norm.full_tensor()
+
+
+def not_finite(plan, ranks, llama, bins, losses):
+    """What to say of a step with NaN or inf; every rank comes here, before the optimizer."""
+    names = [name for name, _ in llama.named_parameters()]
+    grads = [model.local_tensor(parameter.grad) for parameter in llama.parameters()]
+    bad = [index for index, grad in enumerate(grads) if not grad.isfinite().all()]
+    first = torch.tensor(min(bad, default=len(names)), device=ranks.device)
+    dist.all_reduce(first, op=dist.ReduceOp.MIN)
+    gathered = torch.zeros(ranks.world, len(losses), dtype=torch.float64, device=ranks.device)
+    gathered[ranks.rank] = losses
+    ranks.sum(gathered)
+    suspects = (~gathered.T.flatten().isfinite()).nonzero()[:, 0].tolist() or range(len(bins))
+    conversations = [c for b in suspects for c in bins[b]]
+    where = "\n  ".join(plan.dataset.where(c) for c in conversations[:20])
+    more = f"\n  ... and {len(conversations) - 20} more" if len(conversations) > 20 else ""
+    parameter = names[first] if first < len(names) else "none"
+    return (
+        f"; the first parameter with a non-finite gradient is {parameter}. The weights were not "
+        "changed, the last checkpoint is untouched. Try a lower --lr, or look at the conversations "
+        f"of this batch:\n  {where}{more}"
+    )
+
+
+@torch.no_grad()
+def evaluate(plan, ranks, llama):
+    """(4, classes) table of the held-out conversations, as `objective`'s; None without them."""
+    if plan.eval_dataset is None:
+        return None
+    lengths = plan.eval_dataset.lengths
+    table = torch.zeros(4, len(plan.classes), dtype=torch.float64, device=ranks.device)
+    llama.eval()
+    for bins in data.pack(lengths, plan.config.batch_tokens, ranks.world, 0, 0):
+        batch = data.collate(plan.eval_dataset, bins[ranks.rank], plan.class_weights, plan.shape)
+        batch = data.Batch(*(x.to(ranks.device) for x in batch))
+        table += forward(llama, plan, batch)[1]
+    llama.train()
+    return ranks.sum(table).cpu().numpy()
+
+
+# -------------------------------------------------------------------------------------------- plan
 
 
 class Plan:
@@ -322,9 +397,9 @@ class Plan:
         self.world = config.plan_ranks or ranks.world
         cuda = ranks.cuda or config.plan_memory > 0  # a GPU is planned for, here or not
         self.bf16 = (config.precision or ("bf16" if cuda else "fp32")) == "bf16"
-        # Outside of CUDA's bf16, attention's shapes follow the conversations' lengths.
-        static = cuda and self.bf16
-        self.compile = static if config.compile is None else config.compile
+        # Only varlen_attn has fixed shapes; elsewhere each batch would be compiled anew.
+        fixed_shapes = cuda and self.bf16
+        self.compile = fixed_shapes if config.compile is None else config.compile
         _require(self.world % config.replicas == 0, "replicas", f"a divisor of {self.world} ranks")
         self.classes = loss.read_classes(config.classes) if config.classes else loss.DEFAULT_CLASSES
         weights = loss.class_weights(self.classes, config.beta)
@@ -393,15 +468,16 @@ class Plan:
         # Saved for backward, a token: norms' and projections' inputs, q, k, v, attention, MLP;
         # not compiled, also what the norms and the MLP's SiLU make on the way.
         block = size * (4 * d + 2 * q + 2 * kv + 3 * f + (0 if self.compile else 2 * d + f))
+        matrices = 1 if network.tie_word_embeddings else 2  # embedding and head
         embedding = network.vocab_size * d
-        per_block = (parameters - embedding) // network.num_hidden_layers
+        per_block = (parameters - matrices * embedding) // network.num_hidden_layers
         # Backward reaches the recomputed blocks last: the others' room is free again by then.
         stored = max(network.num_hidden_layers - recompute, 1) * block + recompute * size * d
         return {
             "parameters": 4 * parameters // shards,
             "gradients": 4 * parameters // shards,
             "AdamW": 8 * parameters // shards,
-            "gathered blocks": size * (2 * embedding + 2 * per_block) + 4 * per_block,
+            "gathered blocks": size * (matrices * embedding + 2 * per_block) + 4 * per_block,
             "activations": t * (stored + size * (6 * d + 3 * f)),  # 3 f: one MLP's gradients
             "loss workspace": min(1 << 30, size * t * network.vocab_size) + 4 * embedding,
         }
@@ -442,10 +518,18 @@ class Plan:
         ]
         if self.tokenizer.eot_is_new:
             out.append(f"           {data.END_OF_TURN} added as token {self.tokenizer.eot}")
+        if self.eval_dataset and self.eval_dataset.folder == self.dataset.folder:
+            out.append("warning: --eval-data is --data; what is held out should be other data")
         out += ["", *data.summary(self.dataset, self.classes, self.class_weights), ""]
-        if len(self.classes) > 1 and len(np.unique(self.dataset.index["source_class"])) == 1:
+        found, names = np.unique(self.dataset.index["source_class"]), list(self.classes)
+        if len(names) > 1 and len(found) == 1:
             out.append(
                 "one class only: a weight acts relative to other classes, so here it does nothing"
+            )
+        if (expert := loss.expert_class(self.classes)) not in [names[i] for i in found]:
+            out.append(
+                f"warning: no conversation of the expert class {expert}, under whose condition "
+                "chat.py will ask"
             )
         return out + [
             f"schedule   {order.total:,} steps, {order.epochs_begun} epochs begun, "
@@ -495,7 +579,7 @@ class Order:
         return self.pack(epoch)[step - self.first_step[epoch]]
 
 
-# ------------------------------------------------------------------------------------- network
+# ----------------------------------------------------------------------------------------- network
 
 
 def build(plan, ranks, with_weights=True):
@@ -546,192 +630,7 @@ def learning_rate(step, total, peak, config):
     return peak * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
 
 
-# ---------------------------------------------------------------------------------------- loop
-
-
-def train(plan, ranks, out):
-    config, order = plan.config, plan.order
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may vary
-    torch.use_deterministic_algorithms(config.deterministic or not ranks.cuda)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    checkpoints = Checkpoints(plan, ranks, out)
-    start, best = checkpoints.newest()
-    if start == order.total:
-        ranks.say(f"this run is finished: {start} steps are done; the model is {out / 'model'}")
-        return True
-    llama, optimizer = build(plan, ranks, start == 0)
-    if start:
-        checkpoints.load(llama, optimizer)
-    signals, log = Signals(ranks), Log(plan, ranks, out, start)
-    if start == 0:
-        log.evaluation(0, evaluate(plan, ranks, llama))
-
-    with ranks.thread() as loader:  # makes the next step's batches during this one
-        pending = loader.submit(load_step, plan, ranks, start)
-        for step in range(start, order.total):
-            began = time.perf_counter()
-            bins, batches, total_weight = pending.result()
-            if step + 1 < order.total:
-                pending = loader.submit(load_step, plan, ranks, step + 1)
-            value, by_class, losses = gradients(plan, ranks, llama, batches, total_weight)
-            total_norm = gradient_norm(llama)
-            grad_norm = total_norm.item()
-            if not math.isfinite(value) or not math.isfinite(grad_norm):
-                checkpoints.finish()
-                where = f"step {step + 1}: loss {value}, gradient norm {grad_norm}"
-                raise ValueError(where + not_finite(plan, ranks, llama, bins, losses))
-            torch.nn.utils.clip_grads_with_norm_(llama.parameters(), config.clip, total_norm)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step + 1, order.total, plan.lr, config)
-            optimizer.step()
-            optimizer.zero_grad()
-            done, last = step + 1, step + 1 == order.total
-            stopped = signals.received()  # here a GPU is waited for: the step's time is all in
-            seconds = time.perf_counter() - began
-            log.step(step, bins, value, group["lr"], grad_norm, by_class, seconds)
-
-            exports = last or order.ends_epoch(step, config.export_every)
-            if exports or (config.eval_every and done % config.eval_every == 0):
-                expert_loss = log.evaluation(done, evaluate(plan, ranks, llama))
-            if exports:
-                checkpoints.finish()  # one writer at a time
-                best = export(plan, ranks, llama, out, step, expert_loss, best, must=last)
-            if exports or stopped or (config.save_every and done % config.save_every == 0):
-                checkpoints.save(llama, optimizer, done, best, must=last or stopped)
-            if stopped and not last:
-                ranks.say(
-                    f"stopped after step {done}, as asked; the same command goes on from here"
-                )
-                return False
-    ranks.say(f"done: the model is {out / 'model'}, the metrics {out / 'metrics.jsonl'}")
-    ranks.say(f"  curves:  python plot.py {out}\n  chat:    python chat.py {out / 'model'}")
-    return True
-
-
-def load_step(plan, ranks, step):
-    """All bins of a step, this rank's batches of them, and Σ w over all of the step's tokens.
-
-    Every rank knows every bin, so the normaliser of the loss needs no communication.
-    """
-    bins, device = plan.order.bins(step), ranks.device
-    total_weight = sum(plan.dataset.total_weight(b, plan.class_weights) for b in bins)
-    mine = bins[ranks.rank :: ranks.world]
-    batches = [data.collate(plan.dataset, b, plan.class_weights, plan.shape) for b in mine]
-    if ranks.cuda:
-        batches = [
-            data.Batch(*(x.pin_memory().to(device, non_blocking=True) for x in b)) for b in batches
-        ]
-    return bins, batches, total_weight or 1.0
-
-
-def objective(batch, classes):
-    """C-RLFT on one micro-batch: what Llama.forward calls with hidden (N, D) and the head (V, D).
-
-    Returns Σ w·CE, and a (4, classes) float64 table: tokens, Σ CE, correct tokens, Σ w.
-    """
-
-    def weighted_loss(hidden, weight):
-        total, correct, losses = loss.linear_weighted_cross_entropy(
-            hidden, weight, batch.targets, batch.weights, per_token=True
-        )
-        per_token = torch.stack(
-            [torch.ones_like(losses), losses / batch.weights, correct.float(), batch.weights]
-        )
-        table = torch.zeros(4, classes, dtype=torch.float64, device=hidden.device)
-        return total, table.index_add(1, batch.classes, per_token.double())
-
-    return weighted_loss
-
-
-def forward(llama, plan, batch):
-    return llama(
-        batch.tokens, batch.positions, batch.cu_seqlens,
-        objective(batch, len(plan.classes)), batch.rows, plan.max_length,
-    )  # fmt: skip
-
-
-def gradients(plan, ranks, llama, batches, total_weight):
-    """Forward and backward over this rank's micro-batches of one step.
-
-    L = Σ w·CE / Σ w over the tokens of all ranks and micro-batches, Eq. (6) normalised. FSDP
-    averages gradients over the ranks, so a micro-batch's Σ w·CE enters as ranks / Σ w of it.
-    Returns L, `objective`'s table over all ranks, and this rank's Σ w·CE of each micro-batch.
-    """
-    losses, table = [], 0
-    for batch in batches:
-        total, by_class = forward(llama, plan, batch)
-        (total * (ranks.world / total_weight)).backward()
-        losses.append(total.detach().double())
-        table = table + by_class
-    losses = torch.stack(losses)
-    summed = ranks.sum(torch.cat([losses.sum()[None], table.flatten()])).tolist()
-    return summed[0] / total_weight, np.array(summed[1:]).reshape(4, -1), losses
-
-
-def gradient_norm(llama):
-    """Of all ranks' gradients. (No list of them outlives this: zero_grad is to free them.)"""
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in llama.parameters()])
-    return norm.full_tensor()
-
-
-def not_finite(plan, ranks, llama, bins, losses):
-    """What to say of a step with NaN or inf; every rank comes here, before the optimizer."""
-    names = [name for name, _ in llama.named_parameters()]
-    grads = [model.local_tensor(parameter.grad) for parameter in llama.parameters()]
-    bad = [index for index, grad in enumerate(grads) if not grad.isfinite().all()]
-    first = torch.tensor(min(bad, default=len(names)), device=ranks.device)
-    dist.all_reduce(first, op=dist.ReduceOp.MIN)
-    gathered = torch.zeros(ranks.world, len(losses), dtype=torch.float64, device=ranks.device)
-    gathered[ranks.rank] = losses
-    ranks.sum(gathered)
-    suspects = (~gathered.T.flatten().isfinite()).nonzero()[:, 0].tolist() or range(len(bins))
-    conversations = [c for b in suspects for c in bins[b]]
-    where = "\n  ".join(plan.dataset.where(c) for c in conversations[:20])
-    more = f"\n  ... and {len(conversations) - 20} more" if len(conversations) > 20 else ""
-    parameter = names[first] if first < len(names) else "none"
-    return (
-        f"; the first parameter with a non-finite gradient is {parameter}. The weights were not "
-        "changed, the last checkpoint is untouched. Try a lower --lr, or look at the conversations "
-        f"of this batch:\n  {where}{more}"
-    )
-
-
-@torch.no_grad()
-def evaluate(plan, ranks, llama):
-    """(4, classes) table of the held-out conversations, as `objective`'s; None without them."""
-    if plan.eval_dataset is None:
-        return None
-    lengths = plan.eval_dataset.lengths
-    table = torch.zeros(4, len(plan.classes), dtype=torch.float64, device=ranks.device)
-    llama.eval()
-    for bins in data.pack(lengths, plan.config.batch_tokens, ranks.world, 0, 0):
-        batch = data.collate(plan.eval_dataset, bins[ranks.rank], plan.class_weights, plan.shape)
-        batch = data.Batch(*(x.to(ranks.device) for x in batch))
-        table += forward(llama, plan, batch)[1]
-    llama.train()
-    return ranks.sum(table).cpu().numpy()
-
-
-class Signals:
-    """SIGTERM and SIGINT: finish the step, save, end. A second one ends at once."""
-
-    def __init__(self, ranks):
-        self.ranks, self.at = ranks, None
-        signal.signal(signal.SIGTERM, self)
-        signal.signal(signal.SIGINT, self)
-
-    def __call__(self, number, frame):
-        # Ctrl-C reaches a rank twice, from the terminal and through torchrun: that is one wish.
-        if self.at is not None and time.monotonic() - self.at > 1:
-            os._exit(128 + number)
-        if self.at is None:
-            self.ranks.say("\nstopping after this step; once more to stop at once")
-            self.at = time.monotonic()
-
-    def received(self):
-        """Has any rank got one? All ranks agree."""
-        flag = torch.tensor(int(self.at is not None), device=self.ranks.device)
-        return bool(self.ranks.sum(flag))
+# --------------------------------------------------------------------------------------------- log
 
 
 class Log:
@@ -813,7 +712,7 @@ class Log:
         if table is None:
             return None
         classes = by_class(self.plan, table)
-        expert = max(self.plan.classes, key=lambda name: self.plan.classes[name].reward)
+        expert = loss.expert_class(self.plan.classes)
         if self.ranks.first:
             self.write({"step": step, "eval": classes})
             shown = "  ".join(
@@ -906,7 +805,7 @@ def export(plan, ranks, llama, out, step, expert_loss, best, must):
 
 def describe_export(plan, folder, step):
     """The files beside the weights: tokenizer, generation config, and what the model is."""
-    expert = max(plan.classes.values(), key=lambda c: c.reward)
+    expert = plan.classes[loss.expert_class(plan.classes)]
     plan.tokenizer.save(folder, expert.condition if plan.config.condition else "")
     tokens = {"bos_token_id": plan.tokenizer.bos, "eos_token_id": plan.tokenizer.eot}
     model.write_json(folder / "generation_config.json", tokens)
@@ -992,7 +891,9 @@ class Checkpoints:
             # Kept are the newest, the one resumed from, and the one being written.
             most = plan.config.keep + 1 + bool(self.committed())
             missing = max(0, most - len(self.committed()))
-            self._check_space(missing * self.needed + plan.network.parameter_count() * 4)
+            exports = 1 + plan.order.epochs_begun // (plan.config.export_every or math.inf)
+            exported = plan.network.parameter_count() * (2 if plan.bf16 else 4)
+            self._check_space(missing * self.needed + int(exports) * exported)
         self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=6))
         self.thread, self.pending = ranks.thread(), None
 
@@ -1026,7 +927,8 @@ class Checkpoints:
 
     def committed(self):
         """[(step, folder)] of whole checkpoints, oldest first."""
-        return sorted((int(p.name[5:]), p) for p in self.folder.glob("step-*[0-9]"))
+        found = [(re.fullmatch(r"step-(\d+)", p.name), p) for p in self.folder.glob("step-*")]
+        return sorted((int(match[1]), path) for match, path in found if match)
 
     def recipe(self):
         """What a resumed run must share, with the flags that set it."""
@@ -1044,12 +946,12 @@ class Checkpoints:
 
     def tensors(self, llama, optimizer):
         """{name: tensor}: the parameters, and beside each what AdamW holds of it."""
-        weights = dict(llama.named_parameters())
-        return weights | {
-            f"optimizer.{name}.{key}": tensor
-            for name, parameter in weights.items()
-            for key, tensor in optimizer.state[parameter].items()
-        }
+        found = {}
+        for name, parameter in llama.named_parameters():
+            found[name] = parameter.detach()
+            for key, tensor in optimizer.state[parameter].items():
+                found[f"optimizer.{name}.{key}"] = tensor
+        return found
 
     def save(self, llama, optimizer, step, best, must):
         """Save at `step` steps done; a failed save keeps the older ones.
@@ -1085,6 +987,7 @@ class Checkpoints:
         save = functools.partial(dcp.save, storage_writer=writer, process_group=self.group)
         problem = problem or attempt(lambda: save(tensors))
         state = {"step": step, "best": best, "recipe": self.recipe()}
+        state["config"] = dataclasses.asdict(self.plan.config)
         problem = problem or attempt(lambda: self._commit(aside, final, state), only_first=True)
         if problem:
             save_failed(self.ranks, aside, problem, must)
@@ -1093,7 +996,8 @@ class Checkpoints:
 
     def _commit(self, aside, final, state):
         model.write_json(aside / "state.json", state | {"files": checksums(aside)})
-        sync_folder(aside)
+        sync(aside / "state.json")
+        sync(aside)
         aside.rename(final)
         sync(self.folder)
 
@@ -1125,7 +1029,16 @@ class Checkpoints:
                 "or --max-steps, or give a new --out"
             )
         self.resumed_from = folder
+        self._say_changed_flags(state)
         return step, state["best"]
+
+    def _say_changed_flags(self, state):
+        """What may differ from the run as it was saved, but changes where it goes."""
+        here, free = dataclasses.asdict(self.plan.config), ("model", "data", "eval_data", "out")
+        for name, saved in state.get("config", {}).items():
+            now = here.get(name)
+            if name not in free and now != saved:
+                self.ranks.say(f"changed since: --{name.replace('_', '-')} {saved!r}, now {now!r}")
 
     def _read_state(self, folder):
         try:
@@ -1151,7 +1064,7 @@ class Checkpoints:
 
     def load(self, llama, optimizer):
         """Fill weights and optimizer state from the checkpoint that newest() found."""
-        for parameter in llama.parameters():  # what AdamW makes itself in its first step
+        for parameter in llama.parameters():  # as AdamW makes it in its first step
             optimizer.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
@@ -1159,6 +1072,8 @@ class Checkpoints:
             }
         reader = HuggingFaceStorageReader(str(self.resumed_from))
         dcp.load(self.tensors(llama, optimizer), storage_reader=reader)  # in place
+        if self.ranks.cuda:
+            torch.cuda.empty_cache()  # what loading took, FSDP's streams could not use again
         self.ranks.say(f"resuming from {self.resumed_from}")
 
 
@@ -1217,6 +1132,138 @@ def crc32(path):
         while block := file.read(1 << 24):
             value = zlib.crc32(block, value)
     return value
+
+
+# --------------------------------------------------------------------------------------- processes
+
+
+class Ranks:
+    """The processes of this run: one a GPU, or any number on a CPU."""
+
+    def __init__(self):
+        self.cuda = torch.cuda.is_available()
+        backend = "cuda:nccl,cpu:gloo" if self.cuda else "gloo"
+        timeout = datetime.timedelta(minutes=30)  # for one collective, rank 0 writing a file too
+        if "RANK" in os.environ:  # torchrun
+            self.store, self.rank, self.world = next(dist.rendezvous("env://"))
+        else:
+            self.store, self.rank, self.world = dist.HashStore(), 0, 1
+        dist.init_process_group(
+            backend, store=self.store, rank=self.rank, world_size=self.world, timeout=timeout
+        )
+        self.first = self.rank == 0
+        self.device = torch.device("cpu")
+        if self.cuda:
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+
+    def thread(self):
+        """An executor of one thread, on this rank's device: a thread starts with device 0."""
+        use_device = functools.partial(torch.cuda.set_device, self.device) if self.cuda else None
+        return ThreadPoolExecutor(1, initializer=use_device)
+
+    def say(self, text, end="\n"):
+        if self.first:
+            print(text, end=end, flush=True)
+
+    def first_does(self, key, function):
+        """What `function()` returns on rank 0, as JSON; the others wait as long as it takes.
+
+        Through the store, not a collective: tokenizing may outlast a collective's timeout, and
+        broadcast_object_list unpickles what it receives.
+        """
+        if self.first:
+            result = function()
+            self.store.set(key, json.dumps(result))
+            return result
+        self.store.wait([key], datetime.timedelta(days=30))
+        return json.loads(self.store.get(key))
+
+    def sum(self, tensor):
+        dist.all_reduce(tensor)
+        return tensor
+
+    def attempt(self, function, only_first=False, group=None):
+        """Call `function` on every rank or on rank 0; a problem of any is one for all.
+
+        Returns what went wrong, None where nothing did: no rank waits for one that gave up.
+        """
+        problem = None
+        try:
+            if self.first or not only_first:
+                function()
+        except (Exception, dcp.CheckpointException) as error:
+            if isinstance(error, dcp.CheckpointException):  # of the ranks that failed, one's
+                error = next(iter(error.failures.values()))[0]
+            problem = f"{error}".strip().split("\n")[0] or repr(error)
+            if not self.first:  # only rank 0's own reason goes into the message
+                print(f"rank {self.rank}: {problem}", file=sys.stderr, flush=True)
+        failed = torch.tensor(int(problem is not None))
+        dist.all_reduce(failed, group=group)
+        return (problem or "another rank could not") if failed else None
+
+    def stop(self, message):
+        """Ends this rank with a message; torchrun ends the others."""
+        if not self.first:
+            time.sleep(3)  # where all ranks found the same, rank 0 is the one to say so
+        print(message, file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def finish(self):
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+class Signals:
+    """SIGTERM and SIGINT: finish the step, save, end. A second one ends at once."""
+
+    def __init__(self, ranks):
+        self.ranks, self.at = ranks, None
+        signal.signal(signal.SIGTERM, self)
+        signal.signal(signal.SIGINT, self)
+
+    def __call__(self, number, frame):
+        # Ctrl-C reaches a rank twice, from the terminal and through torchrun: that is one wish.
+        if self.at is not None and time.monotonic() - self.at > 1:
+            os._exit(128 + number)
+        if self.at is None:
+            self.ranks.say("\nstopping after this step; once more to stop at once")
+            self.at = time.monotonic()
+
+    def received(self):
+        """Has any rank got one? All ranks agree."""
+        flag = torch.tensor(int(self.at is not None), device=self.ranks.device)
+        return bool(self.ranks.sum(flag))
+
+
+@contextlib.contextmanager
+def held_output(config, ranks):
+    """The folder --out, locked against other live runs; a temporary one for --dry-run."""
+    if config.dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(ranks.first_does("out", lambda: folder))
+            dist.barrier()
+        return
+    out = Path(config.out)
+    with lock_folder(out) if ranks.first else contextlib.nullcontext():
+        ranks.first_does("locked", lambda: True)
+        yield out
+
+
+def lock_folder(out):
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / ".lock", "a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise ValueError(
+            f"--out {out} is held by another live run (process {lock.read()})"
+        ) from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
 
 
 if __name__ == "__main__":

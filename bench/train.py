@@ -59,6 +59,7 @@ def main():
     )
     parser.add_argument("--geometry", choices=GEOMETRIES, default="tiny")
     parser.add_argument("--batch-tokens", type=int, help="8192; 2048 for tiny")
+    parser.add_argument("--accumulate", type=int, default=1, help="above 1: this project alone")
     parser.add_argument("--max-length", type=int, help="4096; 512 for tiny")
     parser.add_argument("--recompute", type=int, default=-1, help="blocks, as train.py's")
     parser.add_argument("--rounds", type=int, default=5)
@@ -69,7 +70,10 @@ def main():
     tiny = args.geometry == "tiny"
     args.batch_tokens = args.batch_tokens or (2048 if tiny else 8192)
     args.max_length = args.max_length or (512 if tiny else 4096)
+    args.providers = args.providers if args.accumulate == 1 else ["this project"]
     results = measure(args)
+    if "this project" not in results:
+        sys.exit("this project was not measured, so there is nothing to compare with")
     print_results(args, results)
 
 
@@ -96,6 +100,7 @@ class SyntheticPlan(train.Plan):
             out=str(folder),
             epochs=1,
             batch_tokens=args.batch_tokens,
+            accumulate=args.accumulate,
             max_length=args.max_length,
             recompute=args.recompute,
         )
@@ -107,9 +112,10 @@ class SyntheticPlan(train.Plan):
 
     def _dataset(self, field, ranks, folder):
         steps = WARMUP + self.args.rounds * self.args.steps + 2
-        lengths = like_sharegpt(steps * self.args.batch_tokens // 16)
+        tokens = steps * self.args.accumulate * self.args.batch_tokens
+        lengths = like_sharegpt(tokens // 16)
         lengths = (lengths * self.args.max_length // 4096).clip(4, self.args.max_length)
-        lengths = lengths[: np.searchsorted(lengths.cumsum(), steps * self.args.batch_tokens)]
+        lengths = lengths[: np.searchsorted(lengths.cumsum(), tokens)]
         write_dataset(folder, lengths, self.network.vocab_size)
         return data.Dataset(folder, ["generated"])
 
@@ -157,8 +163,9 @@ class ThisProject:
             if step + 1 < steps.stop:
                 pending = self.loader.submit(train.load_step, plan, ranks, step + 1)
             self.loss = train.gradients(plan, ranks, self.llama, batches, total_weight)[0]
-            norm = torch.nn.utils.clip_grad_norm_(self.llama.parameters(), plan.config.clip)
-            norm.full_tensor().item()  # as the trainer, which looks at it
+            norm = train.gradient_norm(self.llama)
+            norm.item()  # as the trainer, which looks at it
+            torch.nn.utils.clip_grads_with_norm_(self.llama.parameters(), plan.config.clip, norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
         return seconds_since(began), waited
@@ -322,9 +329,17 @@ PROVIDERS = {"this project": ThisProject, "loop": Loop, "Trainer": Trainer, "Lig
 
 def measure(args):
     """{provider: [a result of serve a round, the last one]}; on a CPU the rounds take turns."""
-    if torch.cuda.is_available():
-        return {name: rounds_of([name], args)[name] for name in args.providers}
-    return rounds_of(args.providers, args)
+    if not torch.cuda.is_available():
+        return rounds_of(args.providers, args)
+    results = {}
+    for name in args.providers:
+        try:
+            results |= rounds_of([name], args)
+            speeds = [round(result["tokens/s"]) for result in results[name][:-1]]
+            print(f"{name}: tokens/s {speeds}", flush=True)
+        except (EOFError, BrokenPipeError):  # its process said why
+            print(f"{name}: ended early, and is left out", flush=True)
+    return results
 
 
 def rounds_of(names, args):
@@ -439,11 +454,12 @@ def print_results(args, results):
     )
     print(
         f"{network.parameter_count():,} parameters, conversations of up to {args.max_length} "
-        f"tokens, {args.batch_tokens} tokens a step; {args.rounds} rounds of {args.steps} steps, "
+        f"tokens, {args.accumulate} x {args.batch_tokens} tokens a step; {args.rounds} rounds of "
+        f"{args.steps} steps, "
         f"medians. Loss of the first step: {losses}.\n"
     )
-    rows = [row(name, found, results["this project"], cuda) for name, found in results.items()
-            if "this project" in results]  # fmt: skip
+    ours = results["this project"]
+    rows = [row(name, found, ours, cuda) for name, found in results.items()]
     print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
     for cells in rows:
         print("| " + " | ".join(map(str, cells.values())) + " |")

@@ -3,7 +3,7 @@
     loss_i = w_i · (logsumexp(x_i) - x_i[y_i])        g_i = w_i · (softmax(x_i) - onehot(y_i))
 
 N rows x_i of V logits in bf16, fp16 or fp32; arithmetic in float32. loss.py chooses between the
-first three functions and their PyTorch reference, PlainStep; the kernels follow them.
+first three functions and their PyTorch reference, PlainBackend; the kernels follow them.
 """
 
 import torch

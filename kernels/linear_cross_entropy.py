@@ -8,7 +8,7 @@
 N rows, V vocabulary, D hidden size. The gradients are made in the forward, while a chunk's logits
 are at hand: three matrix products of 2·N·V·D operations, 6·N·V·D in all and the fewest there can
 be (making the logits again in the backward costs a fourth). What happens to a chunk between its
-products is a step over its elements, given by the caller: the Triton kernel in the file beside
+products is work on its elements, given by the caller: the Triton kernel in the file beside
 this one, or loss.py's plain PyTorch. A row of weight 0 costs as much as any other, so leave such
 rows out beforehand; the collator knows them without asking the GPU.
 """
@@ -23,15 +23,14 @@ WORKSPACE_BYTES = {"cuda": 2**30, "cpu": 2**24}
 
 
 class LinearWeightedCrossEntropy(torch.autograd.Function):
-    """apply(hidden, weight, targets, weights, step) -> total, correct, losses.
+    """apply(hidden, weight, targets, weights, backend) -> total, correct, losses.
 
-    `step` holds two functions, cross_entropy_rows and scale_rows, as kernels/cross_entropy.py has
-    them. Only total can be differentiated: once, in hidden and weight, as often as the graph is
-    kept.
+    `backend` has the functions cross_entropy_rows and scale_rows of kernels/cross_entropy.py. Only
+    total can be differentiated: once, in hidden and weight, as often as the graph is kept.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, weights, step):
+    def forward(ctx, hidden, weight, targets, weights, backend):
         with_d_hidden, with_d_weight = ctx.needs_input_grad[:2]
         losses = torch.empty_like(weights)
         correct = torch.empty_like(weights, dtype=torch.bool)
@@ -44,7 +43,7 @@ class LinearWeightedCrossEntropy(torch.autograd.Function):
             x = hidden[chunk].masked_fill((weights[chunk] == 0)[:, None], 0)
             logits = torch.mm(x, weight.t(), out=workspace[: len(x)])
             grad = logits if with_d_hidden or with_d_weight else None
-            step.cross_entropy_rows(
+            backend.cross_entropy_rows(
                 logits, targets[chunk], weights[chunk], losses[chunk], correct[chunk], grad
             )
             if with_d_hidden:
@@ -54,7 +53,7 @@ class LinearWeightedCrossEntropy(torch.autograd.Function):
 
         if with_d_weight:
             d_weight = torch.zeros_like(weight) if d_weight is None else d_weight.to(weight.dtype)
-        ctx.step = step
+        ctx.backend = backend
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.mark_non_differentiable(correct, losses)
         ctx.set_materialize_grads(False)
@@ -63,7 +62,7 @@ class LinearWeightedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total, *_):
         d_hidden, d_weight = ctx.saved_tensors
-        return *(scaled(d, grad_total, ctx.step) for d in (d_hidden, d_weight)), None, None, None
+        return *(scaled(d, grad_total, ctx.backend) for d in (d_hidden, d_weight)), None, None, None
 
 
 def logits_workspace(hidden, weight):
@@ -104,7 +103,7 @@ def add_product(total, grad, x, alone):
     return grad.t() @ x if total is None else total.addmm_(grad.t(), x)
 
 
-def scaled(grad, scale, step):
+def scaled(grad, scale, backend):
     """grad · scale (one number, or one a row): in place, unless this graph is to be kept.
 
     What autograd saved must outlive a retained backward unchanged; otherwise it is never read
@@ -116,5 +115,5 @@ def scaled(grad, scale, step):
         return None
     if torch._C._autograd._get_current_graph_task_keep_graph():
         grad = grad.clone()
-    step.scale_rows(grad, scale.expand(len(grad)))
+    backend.scale_rows(grad, scale.expand(len(grad)))
     return grad

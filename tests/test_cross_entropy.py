@@ -103,10 +103,10 @@ def test_every_output_is_written_and_no_neighbour(V, padding, offset, in_place, 
     weights[0], weights[1] = 1, 0
     losses = torch.full((6,), float("nan"), device=DEVICE)
     correct = torch.ones(6, dtype=torch.bool, device=DEVICE)
-    before, step = buffer.clone(), loss._step_for(logits)
-    grad = logits if in_place else step.empty_gradient(logits).fill_(float("nan"))
+    before, backend = buffer.clone(), loss._backend_for(logits)
+    grad = logits if in_place else backend.empty_gradient(logits).fill_(float("nan"))
     exact = torch.softmax(logits.double(), 1) - F.one_hot(targets, V)
-    step.cross_entropy_rows(logits, targets, weights, losses, correct, grad)
+    backend.cross_entropy_rows(logits, targets, weights, losses, correct, grad)
 
     torch.testing.assert_close(
         grad.double(), exact * weights[:, None], rtol=2**-6, atol=2 * torch.finfo(dtype).eps
@@ -177,8 +177,8 @@ def test_correct_is_the_first_of_equal_maxima():
         logits[row, list(pair)] = 2
     targets = torch.tensor([target for target, _ in pairs], device=DEVICE)
     ones, correct = torch.ones(7, device=DEVICE), torch.empty(7, dtype=torch.bool, device=DEVICE)
-    step = loss._step_for(logits)
-    step.cross_entropy_rows(logits, targets, ones, ones.clone(), correct, None)
+    backend = loss._backend_for(logits)
+    backend.cross_entropy_rows(logits, targets, ones, ones.clone(), correct, None)
     assert correct.tolist() == [target < other for target, other in pairs]
 
 
@@ -253,7 +253,7 @@ def test_a_second_derivative_is_refused():
 def test_without_grad_no_gradient_is_made(monkeypatch):
     _, logits, targets, weights = case(4, 5, 60, torch.float32)
     expected = loss.weighted_cross_entropy(logits, targets, weights)
-    monkeypatch.delattr(loss._step_for(logits), "empty_gradient")
+    monkeypatch.delattr(loss._backend_for(logits), "empty_gradient")
     with torch.no_grad():
         found = loss.weighted_cross_entropy(logits.requires_grad_(), targets, weights)
     assert torch.equal(found, expected) and not found.requires_grad

@@ -131,6 +131,22 @@ def test_a_condition_names_its_class():
     assert data.parse_conversation(openchat, bare).source_class == "all"
 
 
+def test_a_messages_own_weight_wins_in_every_format(tokenizer):
+    weighted = turns("Hi", "No") + turns("And", "Yes")
+    weighted[1]["weight"] = 0
+    sharegpt = [
+        {"from": m["role"], "value": m["content"]} | ({"weight": 0} if "weight" in m else {})
+        for m in weighted
+    ]
+    learned = len(tokenizer.encode("Yes")) + 1
+    for line in ({"messages": weighted}, {"conversations": sharegpt}):
+        _, supervised = data.encode({"class": "gpt4"} | line, tokenizer, CLASSES)
+        assert sum(supervised) == learned
+    weighted[1]["weight"] = -3
+    with pytest.raises(ValueError, match="message 2: weight must be 0, or a number"):
+        data.encode({"class": "gpt4", "messages": weighted}, tokenizer, CLASSES)
+
+
 def test_openchats_weights_win_over_the_classes(tokenizer, prepare, tmp_path):
     items = turns("Hi", "Hello", "More", "No", "And", "Yes")
     for item, weight in zip(items, [None, 0, 0.25, None, 0, 2], strict=True):

@@ -305,5 +305,6 @@ def test_inside_a_sharded_root_two_ranks_equal_one(tmp_path):
     script.write_text(SHARDED)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {"CUDA_VISIBLE_DEVICES": ""}  # two ranks, at most one GPU
     done = subprocess.run([*command, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -133,8 +133,10 @@ def test_sharded_folders_go_both_ways(tmp_path):
     llama = model.load(tmp_path / "theirs")
     assert_same_logits(llama, theirs)
     model.save(llama, tmp_path / "ours", shard_bytes=20_000)
-    sizes = [path.stat().st_size for path in (tmp_path / "ours").glob("*.safetensors")]
-    assert len(sizes) > 2 and max(sizes) < 22_000
+    files = [path.stat() for path in (tmp_path / "ours").glob("*.safetensors")]
+    assert len(files) > 2 and max(file.st_size for file in files) < 22_000
+    readable = (tmp_path / "ours").stat().st_mode & 0o666
+    assert {file.st_mode & 0o777 for file in files} == {readable}
     assert_same_logits(llama, opened_by_transformers(tmp_path / "ours"))
 
 

@@ -27,12 +27,14 @@ LAYERS = NETWORK.num_hidden_layers
 
 @pytest.fixture(scope="module")
 def ranks():
-    """One rank, with a process group as train.py makes it."""
+    """One rank on the CPU, with a process group as train.py makes it."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    made = train.Ranks()
-    yield made
-    made.finish()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        made = train.Ranks()
+        yield made
+        made.finish()
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,25 @@ def test_parameters_gradients_and_optimizer_take_what_the_plan_says(files, ranks
     assert held(parameter.grad for parameter in llama.parameters()) == memory["gradients"]
     states = [value for state in optimizer.state.values() for value in state.values()]
     assert held(value for value in states if value.dim()) == memory["AdamW"]
+
+
+def test_no_gradient_of_a_step_lives_on_in_the_next(files, ranks, tmp_path, monkeypatch):
+    alive, storages, gradients = [], [], train.gradients
+
+    def watched(plan, ranks, llama, *batches):
+        alive.append(sum(not storage.expired() for storage in storages))
+        found = gradients(plan, ranks, llama, *batches)
+        grads = [model.local_tensor(p.grad) for p in llama.parameters()]
+        storages[:] = [StorageWeakRef(grad.untyped_storage()) for grad in grads]
+        return found
+
+    monkeypatch.setattr(train, "gradients", watched)
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+    plan = plan_of(files, ranks, tmp_path, max_steps=3, epochs=1)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    assert train.train(plan, ranks, tmp_path)
+    torch.use_deterministic_algorithms(deterministic)
+    assert alive == [0, 0, 0] and storages
 
 
 @pytest.mark.parametrize("recompute", [0, 2, LAYERS])

@@ -146,6 +146,8 @@ def test_a_finished_run_says_so_and_longer_ones_go_on(few, tmp_path):
     assert "this run is finished" in again.stdout and len(metrics(out)) == steps
     further = succeeds(TRAIN, *flags(few, out, epochs=2))
     assert "resuming from" in further.stdout and len(metrics(out)) == 2 * steps
+    changed = re.findall("changed since: (.*)", further.stdout)
+    assert changed == ["--epochs 1, now 2"]
 
 
 @pytest.mark.parametrize(

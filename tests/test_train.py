@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,13 +23,17 @@ SUMS = ROOT / "examples" / "sums"
 SHARED = ROOT.parent / "shared"
 
 
-def run(script, *flags, ranks=0, timeout=300, **environment):
-    """Run a script, under torchrun where `ranks` is given; the finished process."""
+def run(script, *flags, ranks=0, timeout=300, gpu=False, **environment):
+    """Run a script, under torchrun where `ranks` is given; the finished process.
+
+    On a CPU even where there is a GPU: several ranks need no more of them, and bits are equal.
+    """
     launch = [sys.executable, str(script)]
     if ranks:
         launcher = "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)
         launch = [sys.executable, "-m", *launcher, str(script)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
+    environment |= {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}
     command = [*launch, *map(str, flags)]
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
@@ -227,6 +232,22 @@ def test_real_conversations_fine_tune_a_real_llama_on_two_ranks(tmp_path):
     assert theirs.config.eos_token_id == tokenizer.eos_token_id == ours.tokenizer.eot
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_it_compiles_trains_saves_and_goes_on(few, tmp_path):
+    out = tmp_path / "out"
+    settings = flags(few, out, batch_tokens=512, recompute=2, save_every=2, export_every=0)
+    settings += ["--eval-data", few, "--max-steps", 8]
+    succeeds(ROOT / "train.py", *settings, gpu=True)
+    whole = metrics(out)
+    assert len(whole) == 8 and whole[-1]["loss"] < whole[0]["loss"]
+    for name in ("step-8", "step-6"):
+        assert (out / "checkpoints" / name).is_dir()
+    shutil.rmtree(out / "checkpoints" / "step-8")
+    assert "resuming" in succeeds(ROOT / "train.py", *settings, gpu=True).stdout
+    assert metrics(out)[-1]["loss"] == pytest.approx(whole[-1]["loss"], rel=0.02)
+    assert succeeds(ROOT / "chat.py", out / "model", "--prompt", "12+34=", gpu=True).stdout
+
+
 def test_the_ablations_change_prompt_and_weights(few, tmp_path):
     out = tmp_path / "sft"
     result = succeeds(
@@ -242,6 +263,18 @@ def test_the_ablations_change_prompt_and_weights(few, tmp_path):
     shown = talker.prompt([train.data.Message("user", "What is 12 + 3?")])
     shown = train.data.visible(shown, talker.tokenizer)
     assert shown == "<s> User: What is 12 + 3?<|end_of_turn|> Assistant:"
+    with pytest.raises(ValueError, match="--class: this model was trained without conditions"):
+        chat.Chat(out / "model", "gpt4", device="cpu")
+
+
+def test_data_without_an_expert_or_held_out_twice_is_said(few, tmp_path):
+    lines = [line for line in few.read_text().splitlines(True) if '"gpt3.5"' in line]
+    path = tmp_path / "sub.jsonl"
+    path.write_text("".join(lines))
+    dry = [*flags(path, tmp_path / "out"), "--eval-data", path, "--dry-run"]
+    shown = succeeds(ROOT / "train.py", *dry).stdout
+    assert "warning: no conversation of the expert class gpt4" in shown
+    assert "warning: --eval-data is --data" in shown
 
 
 def test_a_dry_run_prints_plan_and_batch_and_writes_nothing(few, tmp_path):
