@@ -275,8 +275,20 @@ def compiled_cross_entropy(dtype, V, capability, with_grad=True):
         "warps": shape["num_warps"], "registers": registers, "spilled bytes": spilled,
         "programs an SM": min(65536 // (registers * threads), 2048 // threads, 32),
         "row offsets": row_offsets(asm["ttir"]),
+        "barriers in loops": barriers_in_loops(asm["ptx"]),
         "accesses": " ".join(f"{k}:{accesses[k]}" for k in sorted(accesses)),
     }  # fmt: skip
+
+
+def barriers_in_loops(ptx):
+    """How often the threads of a program wait for each other in the loops over a row."""
+    lines, starts, found = ptx.splitlines(), {}, set()
+    for number, line in enumerate(lines):
+        if label := re.match(r"\s*(\$\w+):", line):
+            starts[label[1]] = number
+        elif (back := re.search(r"\bbra\S*\s+(\$\w+)", line)) and back[1] in starts:
+            found |= {n for n in range(starts[back[1]], number) if "bar.sync" in lines[n]}
+    return len(found)
 
 
 def row_offsets(ttir):

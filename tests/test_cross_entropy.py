@@ -330,6 +330,7 @@ def test_compiled_for_gpus_it_moves_128_bits_and_spills_nothing(dtype, V, capabi
     from bench.kernels import compiled_cross_entropy
 
     found = compiled_cross_entropy(dtype, V, capability)
+    assert found["barriers in loops"] == 0
     accesses = dict(item.split(":") for item in found["accesses"].split())
     edges_and_targets = 2 + 3  # a load each; stores of both edges (live row or not) and the target
     narrow = "b32" if dtype == torch.float32 else "b16"
