@@ -43,6 +43,7 @@ import torch
 import loss
 
 END_OF_TURN = "<|end_of_turn|>"
+SPACES_COLLAPSE = "warning: this tokenizer makes one space of several: indentation is lost"
 TEMPLATE = "openchat_v3.2"  # part of the cache key: change it with the layout
 CLASS_WEIGHT = -1.0  # stored where a token takes the weight of its class
 
@@ -239,6 +240,8 @@ class Tokenizer:
                 f"{path}: {END_OF_TURN} must be a control symbol; as it is, any text can forge it"
             )
         self.vocab_size = max([count - 1, self.eot, *self.added.values()]) + 1
+        # SentencePiece's remove_extra_whitespaces: a text's indentation is lost.
+        self.collapses_spaces = self.pieces.normalize("a  b ") == "▁a▁b"
         self._prefixes = {}
 
     def _check_kind(self, path):
@@ -349,7 +352,7 @@ class Tokenizer:
             {"type": "Prepend", "prepend": "▁"},
             {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
         ]
-        if pieces.normalize("a  b ") == "▁a▁b":  # SentencePiece's remove_extra_whitespaces
+        if self.collapses_spaces:
             trim = {"type": "Replace", "pattern": {"Regex": r"\A +|[ ▁]+\z"}, "content": ""}
             collapse = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
             replace = [trim, collapse, *replace]
@@ -1032,6 +1035,8 @@ def run_preview(args):
             max_length=args.max_length, skip_bad=args.skip_bad, report=Progress("tokenizing"),
         )  # fmt: skip
         print("\n".join(summary(dataset, classes, weights)))
+        if tokenizer.collapses_spaces:
+            print(SPACES_COLLAPSE)
         steps = pack(dataset.lengths, args.batch_tokens, args.ranks, seed=0, epoch=0)
         fill = dataset.lengths.sum() / (len(steps) * args.ranks * args.batch_tokens)
         shape = f"{args.ranks} x {args.batch_tokens:,} tokens"

@@ -518,6 +518,8 @@ class Plan:
         ]
         if self.tokenizer.eot_is_new:
             out.append(f"           {data.END_OF_TURN} added as token {self.tokenizer.eot}")
+        if self.tokenizer.collapses_spaces:
+            out.append(data.SPACES_COLLAPSE)
         if self.eval_dataset and self.eval_dataset.folder == self.dataset.folder:
             out.append("warning: --eval-data is --data; what is held out should be other data")
         out += ["", *data.summary(self.dataset, self.classes, self.class_weights), ""]

@@ -863,6 +863,7 @@ def test_the_command_shows_summary_and_what_is_learned(stories, run, tmp_path):
     )
     code, out, err = run(data.main, path, "--model", stories)
     assert code == 0 and not err
+    assert data.SPACES_COLLAPSE in out  # as stories260K's tokenizer does
     gpt4 = next(text for text in out.splitlines() if text.startswith("gpt4 "))
     assert gpt4.split()[:3] == ["gpt4", "GPT4", "1"]
     learned = f"GPT4 Assistant:⟦ Ho\nthere{EOT}\n⟧w=1"
