@@ -893,9 +893,7 @@ class Checkpoints:
             # Kept are the newest, the one resumed from, and the one being written.
             most = plan.config.keep + 1 + bool(self.committed())
             missing = max(0, most - len(self.committed()))
-            exports = 1 + plan.order.epochs_begun // (plan.config.export_every or math.inf)
-            exported = plan.network.parameter_count() * (2 if plan.bf16 else 4)
-            self._check_space(missing * self.needed + int(exports) * exported)
+            self._check_space(missing * self.needed + plan.network.parameter_count() * 4)
         self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=6))
         self.thread, self.pending = ranks.thread(), None
 
