@@ -121,8 +121,6 @@ class Chat:
         name = source_class or loss.expert_class(classes)
         if name not in classes:
             raise ValueError(f"--class {name!r} is not one of {', '.join(classes)}")
-        if source_class and not conditioned:
-            raise ValueError("--class: this model was trained without conditions")
         self.condition = classes[name].condition if conditioned else ""
         self.tokenizer = data.Tokenizer(folder)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -276,6 +274,8 @@ def main(argv=None):
         key: getattr(args, key) for key in ("temperature", "top_p", "max_new_tokens", "seed")
     }
     try:
+        if args.source_class and not read_classes(args.folder)[1]:
+            raise ValueError("--class: this model was trained without conditions")
         chat = Chat(args.folder, args.source_class)
         if args.batch:
             answer_file(chat, args.batch, args.to, options)

@@ -295,20 +295,19 @@ def load_step(plan, ranks, step):
     return bins, batches, total_weight or 1.0
 
 
-def objective(batch, classes, scale):
+def objective(batch, classes):
     """C-RLFT on one micro-batch: what Llama.forward calls with hidden (N, D) and the head (V, D).
 
-    Returns scale · Σ w·CE, to be differentiated, and for the log a (4, classes) float64 table:
-    tokens, Σ CE, correct tokens, Σ w.
+    Returns the numerator of L, Σ w·CE, to be differentiated, and for the log a (4, classes)
+    float64 table: tokens, Σ CE, correct tokens, Σ w.
     """
 
     def weighted_loss(hidden, lm_head):
-        weights = batch.weights * scale  # scaled here, no gradient is touched again afterwards
         total, correct, losses = loss.linear_weighted_cross_entropy(
-            hidden, lm_head, batch.targets, weights, per_token=True
+            hidden, lm_head, batch.targets, batch.weights, per_token=True
         )
         per_token = torch.stack(
-            [torch.ones_like(losses), losses / weights, correct.float(), batch.weights]
+            [torch.ones_like(losses), losses / batch.weights, correct.float(), batch.weights]
         )
         table = torch.zeros(4, classes, dtype=torch.float64, device=hidden.device)
         return total, table.index_add(1, batch.classes, per_token.double())
@@ -316,10 +315,10 @@ def objective(batch, classes, scale):
     return weighted_loss
 
 
-def forward(llama, plan, batch, scale=1.0):
+def forward(llama, plan, batch):
     return llama(
         batch.tokens, batch.positions, batch.cu_seqlens,
-        objective(batch, len(plan.classes), scale), batch.rows, plan.max_length,
+        objective(batch, len(plan.classes)), batch.rows, plan.max_length,
     )  # fmt: skip
 
 
@@ -327,19 +326,18 @@ def gradients(plan, ranks, llama, batches, total_weight):
     """Forward and backward over this rank's micro-batches of one step.
 
     L = Σ w·CE / Σ w over the tokens of all ranks and micro-batches: Eq. (6), normalised. Returns
-    L, `objective`'s table over all ranks, and this rank's part of L, times ranks, of each
-    micro-batch.
+    L, `objective`'s table over all ranks, and this rank's Σ w·CE of each micro-batch.
     """
-    scale = ranks.world / total_weight  # FSDP takes the mean of the ranks' gradients, L their sum
     losses, table = [], 0
     for batch in batches:
-        total, sums = forward(llama, plan, batch, scale)
-        total.backward()
+        total, sums = forward(llama, plan, batch)
+        # This micro-batch's part of L; x ranks, as FSDP takes the mean of their gradients.
+        (total * (ranks.world / total_weight)).backward()
         losses.append(total.detach().double())
         table = table + sums
     losses = torch.stack(losses)
     summed = ranks.sum(torch.cat([losses.sum()[None], table.flatten()])).tolist()
-    return summed[0] / ranks.world, np.array(summed[1:]).reshape(4, -1), losses
+    return summed[0] / total_weight, np.array(summed[1:]).reshape(4, -1), losses
 
 
 def gradient_norm(llama):

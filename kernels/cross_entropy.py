@@ -176,10 +176,10 @@ def _edges(lead, body, tail, V, VECTOR: tl.constexpr):
 def scale_kernel(
     grads, scales, N, V, stride, scales_stride, shift, BLOCK: tl.constexpr, VECTOR: tl.constexpr
 ):
-    """4 bytes a bf16 element, or none: a row of the usual scale, 1, is passed over.
+    """4 bytes a bf16 element, or none: a row whose scale is 1 is passed over.
 
-    Asking here instead of on the host is what spares the backward a synchronisation. As no row is
-    what it mostly does, few programs take all rows in turn: starting one a row would cost more.
+    Asking here instead of on the host is what spares the backward a synchronisation. Some programs
+    take all rows in turn: where all are passed over, starting one a row would be the whole cost.
     """
     for row in range(tl.program_id(0).to(tl.int64), N, tl.num_programs(0)):
         scale = tl.load(scales + row * scales_stride).to(tl.float32)

@@ -263,8 +263,8 @@ def test_the_ablations_change_prompt_and_weights(few, tmp_path):
     shown = talker.prompt([train.data.Message("user", "What is 12 + 3?")])
     shown = train.data.visible(shown, talker.tokenizer)
     assert shown == "<s> User: What is 12 + 3?<|end_of_turn|> Assistant:"
-    with pytest.raises(ValueError, match="--class: this model was trained without conditions"):
-        chat.Chat(out / "model", "gpt4", device="cpu")
+    asked = run(ROOT / "chat.py", out / "model", "--class", "gpt4", "--prompt", "What is 1 + 2?")
+    assert asked.stderr == "error: --class: this model was trained without conditions\n"
 
 
 def test_data_without_an_expert_or_held_out_twice_is_said(few, tmp_path):
