@@ -341,3 +341,21 @@ def test_compiled_for_gpus_it_moves_128_bits_and_spills_nothing(dtype, V, capabi
     long_row = V * torch.finfo(dtype).bits // 8 > 96 * 2**10
     assert found["programs an SM"] >= (1 if long_row else 3)
     assert found["row offsets"] == "i64"
+
+
+@pytest.mark.skipif(INTERPRETED or not TRITON, reason="needs Triton's compiler")
+def test_scaling_compiled_for_a_gpu_offsets_rows_in_64_bits():
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    import bench.kernels
+    from kernels.cross_entropy import scale_kernel
+
+    types = {"grads": "*bf16", "scales": "*fp32"}
+    types |= dict.fromkeys(("N", "V", "stride", "scales_stride", "shift"), "i32")
+    constants = {"BLOCK": 8192, "VECTOR": 8}
+    types |= dict.fromkeys(constants, "constexpr")
+    places = {(scale_kernel.arg_names.index(k),): v for k, v in constants.items()}
+    source = ASTSource(scale_kernel, signature=types, constexprs=places)
+    asm = bench.kernels.triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
+    assert bench.kernels.row_offsets(asm["ttir"]) == "i64"

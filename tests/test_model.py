@@ -140,6 +140,17 @@ def test_sharded_folders_go_both_ways(tmp_path):
     assert_same_logits(llama, opened_by_transformers(tmp_path / "ours"))
 
 
+def test_where_memory_is_scarce_files_leave_the_page_cache_and_load_the_same(tmp_path, monkeypatch):
+    theirs = transformers_folder(tmp_path, max_shard_size="20KB")
+    dropped, drop = [], model._drop_from_page_cache
+    monkeypatch.setattr(model, "_drop_from_page_cache", lambda p: dropped.append(p) or drop(p))
+    model.load(tmp_path)
+    assert not dropped
+    monkeypatch.setattr(model.os, "sysconf", lambda name: 1)
+    assert_same_logits(model.load(tmp_path), theirs)
+    assert dropped == sorted(tmp_path.glob("*.safetensors"))
+
+
 @pytest.mark.parametrize("key", ["rope_type", "type"])
 @pytest.mark.parametrize("name", ["theta", "linear scaling", "llama3 scaling"])
 def test_older_rope_keys_mean_the_same(name, key, tmp_path):
