@@ -41,6 +41,7 @@ import sentencepiece
 import torch
 
 import loss
+from support.report import StatusLine
 
 END_OF_TURN = "<|end_of_turn|>"
 SPACES_COLLAPSE = "warning: this tokenizer makes one space of several: indentation is lost"
@@ -978,21 +979,17 @@ class Progress:
     """
 
     def __init__(self, label):
-        self.label, self.started, self.shown = label, time.time(), 0.0
+        self.label, self.started = label, time.time()
+        self.line = StatusLine(sys.stderr, seconds=30)
 
     def __call__(self, done, total, count):
-        terminal, now = sys.stderr.isatty(), time.time()
-        seconds = now - self.started
-        if now - self.shown < (0.2 if terminal else 30) or seconds < 1:
-            return
-        self.shown, share = now, max(done, 1) / max(total, 1)
-        line = (
-            f"{self.label} [{'#' * int(24 * share):24}] {share:4.0%}, {count:,} conversations, "
-            f"{done / seconds / 1e6:.1f} MB/s, {clock(seconds / share - seconds)} left"
-        )
-        print(
-            f"\r{line}\033[K" if terminal else line, end="" if terminal else "\n", file=sys.stderr
-        )
+        seconds, share = time.time() - self.started, max(done, 1) / max(total, 1)
+        if seconds >= 1:
+            self.line.refresh(
+                f"{self.label} [{'#' * int(24 * share):24}] {share:4.0%}, {count:,} conversations, "
+                f"{done / seconds / 1e6:.1f} MB/s, {clock(seconds / share - seconds)} left",
+                final=done == total,
+            )
 
 
 def main(argv=None):

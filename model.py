@@ -12,7 +12,7 @@ F intermediate, V vocabulary.
 """
 
 import dataclasses
-import functools
+import hashlib
 import inspect
 import json
 import math
@@ -478,6 +478,22 @@ def check_weights(folder, config, new_rows=0):
         raise ValueError(f"{folder}: {len(problems)} tensors do not fit config.json:\n  {shown}")
 
 
+def fingerprint(folder):
+    """16 hex digits that tell the weights of one folder from another's, in a second at any size.
+
+    Of every tensor: its name, dtype and shape, and the bytes of its first and its last row.
+    """
+    found = []
+    for path in set(weight_files(folder).values()):
+        with open_safetensors(path) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (a handle, not a dict)
+                view = tensors.get_slice(name)
+                ends = [row.contiguous().view(torch.uint8) for row in (view[:1], view[-1:])]
+                edges = hashlib.sha256(torch.cat(ends).numpy()).hexdigest()
+                found.append(f"{name} {view.get_dtype()} {view.get_shape()} {edges}")
+    return hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest()[:16]
+
+
 def is_vocabulary(name):
     return name in ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -501,15 +517,11 @@ def fill_parameters(llama, folder, new_rows=0, new_token=None):
     # Files and float32 parameters may fill the host: then what is read leaves its page cache.
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     scarce = memory < 4 * sum(path.stat().st_size for path in paths)
-    with ThreadPoolExecutor(READERS) as pool:
-        for path in paths:
-            with open_safetensors(path) as tensors:
-                names = [name for name in parameters if files[name] == path]
-                rows = functools.partial(_read_rows, tensors, new_rows)
-                list(pool.map(rows, names, [parameters[name] for name in names]))
-            if scarce:
-                _drop_from_page_cache(path)
-    for name, parameter in llama.named_parameters():
+    for path in paths:
+        read_rows(path, {name: p for name, p in parameters.items() if files[name] == path})
+        if scarce:
+            _drop_from_page_cache(path)
+    for name, parameter in parameters.items():
         if is_vocabulary(name) and (new_rows or new_token is not None):
             _fill_new_rows(parameter, new_rows, new_token)
 
@@ -517,12 +529,25 @@ def fill_parameters(llama, folder, new_rows=0, new_token=None):
 READERS = 4  # threads, so that the disk has several requests at hand
 
 
-@torch.no_grad()  # again: it holds for one thread, and these are others
-def _read_rows(tensors, new_rows, name, parameter):
-    low, high = local_rows(parameter)
-    high = min(high, parameter.shape[0] - (new_rows if is_vocabulary(name) else 0))
-    low = min(low, high)
-    local_tensor(parameter)[: high - low].copy_(tensors.get_slice(name)[low:high])
+def read_rows(path, tensors, first_rows=None):
+    """Copy into each of `tensors`, by name, those of its rows that a safetensors file holds.
+
+    A sharded tensor takes the rows of this rank. `first_rows` {name: row} says where the file's
+    part of a tensor begins, as in a checkpoint; without it the file holds whole tensors.
+    """
+
+    @torch.no_grad()  # it holds for one thread, and these are others
+    def read(name):
+        view, tensor = file.get_slice(name), tensors[name]
+        low, high = local_rows(tensor)
+        first = first_rows[name] if first_rows else 0
+        begin, end = max(low, first), min(high, first + view.get_shape()[0])
+        if begin < end:
+            rows = view[begin - first : end - first]
+            local_tensor(tensor)[begin - low : end - low].copy_(rows)
+
+    with open_safetensors(path) as file, ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(read, tensors))
 
 
 def _drop_from_page_cache(path):
@@ -623,18 +648,24 @@ def save(llama, folder, dtype=None, shard_bytes=5 << 30):
 
 def shard_files(parameters, dtype, shard_bytes):
     """{file name: names of its tensors}, in order, each file at most `shard_bytes` if it can be."""
-    shards, filled = [[]], 0
-    for name, parameter in parameters.items():
-        size = parameter.numel() * dtype.itemsize
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
+    shards = split(parameters, dtype, shard_bytes)
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
     count = len(shards)
     return {f"model-{i:05d}-of-{count:05d}.safetensors": s for i, s in enumerate(shards, start=1)}
+
+
+def split(tensors, dtype, most):
+    """Their names in lists, in order, each of at most `most` bytes if it can be."""
+    lists, filled = [[]], 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * dtype.itemsize
+        if lists[-1] and filled + size > most:
+            lists.append([])
+            filled = 0
+        lists[-1].append(name)
+        filled += size
+    return lists
 
 
 def write_json(path, value):

@@ -18,8 +18,6 @@ Shapes: T tokens of a micro-batch, N supervised rows, C classes, D hidden, V voc
 import argparse
 import contextlib
 import dataclasses
-import datetime
-import fcntl
 import functools
 import inspect
 import json
@@ -27,14 +25,10 @@ import math
 import os
 import re
 import shlex
-import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import time
-import zlib
-from concurrent.futures import ThreadPoolExecutor, wait
+from bisect import bisect_left
 from pathlib import Path
 
 # Threads that spin at a barrier hold each other up where other programs share the CPU.
@@ -44,15 +38,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is import
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import data
 import loss
 import model
+from support.checkpoint import Checkpoints, export, is_exported
+from support.ranks import Ranks, SaveFailed, held_output, is_lost_rank
 
 ROOT = Path(__file__).resolve().parent
 EXAMPLE = ROOT / "examples" / "sums"
@@ -61,7 +53,8 @@ EXAMPLE = ROOT / "examples" / "sums"
 @dataclasses.dataclass(frozen=True)
 class Config:
     # --- what
-    model: str = ""  # folder: config.json, *.safetensors (else random weights), tokenizer.model
+    model: str = ""  # folder: config.json, *.safetensors, tokenizer.model
+    random_weights: bool = False  # begin with random weights instead of the folder's
     data: list = ()  # training conversations, one or more JSONL files
     eval_data: list = ()  # held-out conversations, one or more JSONL files
     classes: str = ""  # JSON {class: {"condition", "reward"}}; without it gpt4 1.0, gpt3.5 0.0
@@ -88,7 +81,7 @@ class Config:
     clip: float = 1.0  # largest gradient norm
     # --- along the way
     eval_every: int = 0  # steps between evaluations (0: at every export), besides first and last
-    save_every: int = 250  # steps between checkpoints, besides every export and the end
+    save_every: int = 1000  # steps between checkpoints, besides every export and the end
     keep: int = 2  # newest checkpoints kept
     export_every: int = 1  # epochs between exported models (0: only the last)
     resume: bool = True  # go on from the newest checkpoint in --out
@@ -148,24 +141,31 @@ def parse_arguments(arguments):
         epilog="@FILE reads flags from a file. Without any flag: examples/sums/flags.txt.",
         fromfile_prefix_chars="@",
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # Config has the defaults
     )
     parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
     comments = dict(
         re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE)
     )
     for field in dataclasses.fields(Config):
-        options = {"default": field.default, "help": comments[field.name].replace("%", "%%")}
+        options = {"help": comments[field.name].replace("%", "%%")}
         if field.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif field.type is list:
-            options |= {"nargs": "+", "metavar": "FILE"}
+            options |= {"nargs": "+", "action": "extend", "metavar": "FILE"}
         else:
             options |= {"type": field.type, "metavar": field.type.__name__.upper()}
             if field.default not in ("", 0, -1):
                 options["help"] += f" (default: {field.default})"
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
+    files = [argument for argument in arguments if argument.startswith("@")]
+    others = [argument for argument in arguments if not argument.startswith("@")]
+    flags = vars(parser.parse_args(files)) | vars(parser.parse_args(others))  # the latter win
+    for name in flags.keys() & {"model", "data", "eval_data", "classes", "out"}:
+        expand = os.path.expanduser  # of ~ in a file of flags, which no shell sees
+        flags[name] = [*map(expand, flags[name])] if name.endswith("data") else expand(flags[name])
     try:
-        return Config(**vars(parser.parse_args(arguments)))
+        return Config(**flags)
     except ValueError as error:
         parser.error(str(error))
 
@@ -195,15 +195,9 @@ def main(arguments=None):
     ranks.finish()
 
 
-def is_lost_rank(error):
-    """Did a collective fail because another process is gone? gloo says so in words alone."""
-    words = "Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out"
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
-
-
 def run(config, ranks):
     """Plan and train; True where the run is done, False where it was stopped before."""
-    with held_output(config, ranks) as out:
+    with held_output(None if config.dry_run else config.out, ranks) as out:
         plan = Plan(config, ranks, out)
         ranks.say("\n".join(plan.describe()))
         if config.dry_run:
@@ -216,67 +210,97 @@ def run(config, ranks):
 
 
 def train(plan, ranks, out):
+    """True where the run is done, False where it was stopped before. Steps count from 1."""
     config, order = plan.config, plan.order
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may vary
     torch.use_deterministic_algorithms(config.deterministic or not ranks.cuda)
     torch.utils.deterministic.fill_uninitialized_memory = False
     checkpoints = Checkpoints(plan, ranks, out)
-    start, best = checkpoints.newest()
-    if start == order.total:
+    start = checkpoints.resume()  # so many steps are done
+    log = Log(plan, ranks, out, start)
+    due = ranks.first_does("due", lambda: not_yet_there(plan, log, out, start))
+    if start == order.total and not any(due):
         ranks.say(f"this run is finished: {start} steps are done; the model is {out / 'model'}")
         return True
+    ranks.listen()
     llama, optimizer = build(plan, ranks, start == 0)
     if start:
         checkpoints.load(llama, optimizer)
-    signals, log = Signals(ranks), Log(plan, ranks, out, start)
-    if start == 0:
-        log.evaluation(0, evaluate(plan, ranks, llama))
+    step, stopped = start, not evaluate_and_export(plan, ranks, llama, log, out, start, due)
 
     with ranks.thread() as loader:  # makes the next step's batches during this one
-        pending = loader.submit(load_step, plan, ranks, start)
-        for step in range(start, order.total):
+        batches_of = functools.partial(loader.submit, load_step, plan, ranks)
+        pending = batches_of(step + 1) if step < order.total else None
+        while step < order.total and not stopped:
             began = time.perf_counter()
+            step += 1
             bins, batches, total_weight = pending.result()
-            if step + 1 < order.total:
-                pending = loader.submit(load_step, plan, ranks, step + 1)
+            if step < order.total:
+                pending = batches_of(step + 1)
             value, table, losses = gradients(plan, ranks, llama, batches, total_weight)
             # The norm first, the clipping once it is known to be finite: clip_grad_norm_ would
             # turn every gradient into NaN, and hide which parameter was the first.
             total_norm = gradient_norm(llama)
             grad_norm = total_norm.item()
             if not math.isfinite(value) or not math.isfinite(grad_norm):
-                checkpoints.finish()
-                where = f"step {step + 1}: loss {value}, gradient norm {grad_norm}"
+                where = f"step {step}: loss {value}, gradient norm {grad_norm}"
                 raise ValueError(where + not_finite(plan, ranks, llama, bins, losses))
             torch.nn.utils.clip_grads_with_norm_(llama.parameters(), config.clip, total_norm)
-            lr = learning_rate(step + 1, order.total, plan.lr, config)
+            lr = learning_rate(step, order.total, plan.lr, config)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
-            done, last = step + 1, step + 1 == order.total
-            stopped = signals.received()  # here a GPU is waited for: the step's time is all in
-            seconds = time.perf_counter() - began
-            log.step(step, bins, value, lr, grad_norm, table, seconds)
+            stopped = ranks.asked_to_stop()  # here a GPU is waited for: the step's time is all in
+            log.step(step, bins, value, lr, grad_norm, table, time.perf_counter() - began)
 
-            exports, expert_loss = last or order.ends_epoch(step, config.export_every), None
-            if exports or (config.eval_every and done % config.eval_every == 0):
-                expert_loss = log.evaluation(done, evaluate(plan, ranks, llama))
-            if exports:
-                checkpoints.finish()  # one writer at a time
-                best = export(plan, ranks, llama, out, step, expert_loss, best, must=last)
-            if exports or stopped or (config.save_every and done % config.save_every == 0):
-                checkpoints.save(llama, optimizer, done, best, must=last or stopped)
-            if stopped and not last:
-                ranks.say(
-                    f"stopped after step {done}, as asked; the same command goes on from here"
-                )
-                return False
-    where = f"{out / 'model'} ({best['folder']})"
+            # The checkpoint before the evaluation and the export: what fails there loses nothing.
+            if plan.saves(step) and not stopped:
+                with save_may_fail(ranks, unless=step == order.total):
+                    checkpoints.save(llama, optimizer, step)
+            due = plan.due(step)
+            stopped = stopped or not evaluate_and_export(plan, ranks, llama, log, out, step, due)
+    if stopped:
+        checkpoints.save(llama, optimizer, step)
+        ranks.say(f"stopped after step {step}, as asked; the same command goes on from here")
+        return False
+    where = f"{out / 'model'} ({os.readlink(out / 'model')})"
     ranks.say(f"done: the model is {where}, the metrics {out / 'metrics.jsonl'}")
     shell = shlex.quote(str(out)), shlex.quote(str(out / "model"))
     ranks.say("  curves:  python plot.py {}\n  chat:    python chat.py {}".format(*shell))
     return True
+
+
+def evaluate_and_export(plan, ranks, llama, log, out, step, due):
+    """What is `due` after a step; False where a signal to stop came meanwhile."""
+    evaluation_due, export_due = due
+    if evaluation_due:
+        table = evaluate(plan, ranks, llama)
+        if table is None:
+            return False
+        log.evaluation(step, table)
+    if export_due:
+        with save_may_fail(ranks, unless=step == plan.order.total):
+            export(plan, ranks, llama, out, step, log.expert_losses())
+    return not (any(due) and ranks.asked_to_stop())
+
+
+def not_yet_there(plan, log, out, step):
+    """What a run that is taken up after `step` steps still owes to that step, as `Plan.due`."""
+    evaluation_due, export_due = plan.due(step)
+    evaluated, exported = step in log.evaluations, is_exported(plan, out, step, log.expert_losses())
+    return evaluation_due and not evaluated, export_due and not exported
+
+
+@contextlib.contextmanager
+def save_may_fail(ranks, unless):
+    """What was saved before stands, and training goes on; `unless` no later save is to come."""
+    try:
+        yield
+    except SaveFailed as error:
+        if unless:
+            raise
+        ranks.say(f"warning: {error}; what was saved before is kept, training goes on")
 
 
 def load_step(plan, ranks, step):
@@ -370,18 +394,24 @@ def not_finite(plan, ranks, llama, bins, losses):
 
 @torch.no_grad()
 def evaluate(plan, ranks, llama):
-    """(4, classes) table of the held-out conversations, as `objective`'s; None without them."""
-    if plan.eval_dataset is None:
-        return None
-    lengths = plan.eval_dataset.lengths
+    """(4, classes) table of the held-out conversations, as `objective`'s.
+
+    None where a signal to stop came: it is asked for at every batch.
+    """
+    lengths, stopped = plan.eval_dataset.lengths, False
     table = torch.zeros(4, len(plan.classes), dtype=torch.float64, device=ranks.device)
     llama.eval()
     for bins in data.pack(lengths, plan.config.batch_tokens, ranks.world, 0, 0):
+        if stopped := ranks.asked_to_stop():
+            break
         batch = data.collate(plan.eval_dataset, bins[ranks.rank], plan.class_weights, plan.shape)
         batch = data.Batch(*(x.to(ranks.device) for x in batch))
         table += forward(llama, plan, batch)[1]
     llama.train()
-    return ranks.sum(table).cpu().numpy()
+    # A forward without a backward leaves FSDP's root gathered: embedding, norm and head would be
+    # other tensors than those that AdamW has (pytorch#131965).
+    llama.reshard()
+    return None if stopped else ranks.sum(table).cpu().numpy()
 
 
 # -------------------------------------------------------------------------------------------- plan
@@ -404,11 +434,13 @@ class Plan:
         self.class_weights = np.array(list(weights.values())) if config.reward else None
         self.tokenizer = data.Tokenizer(config.model)
         self.network, self.new_rows = self._network()
+        self.base = ranks.first_does("base", self._base)
         positions = self.network.max_position_embeddings
         self.max_length = config.max_length or min(4096, config.batch_tokens, positions)
         _require(self.max_length <= positions, "max_length", f"within the model's {positions}")
         self.dataset = self._dataset("data", ranks, out)
         self.eval_dataset = self._dataset("eval_data", ranks, out) if config.eval_data else None
+        self.eval_name = self.eval_dataset.folder.name if config.eval_data else None
         self.order = Order(self.dataset.lengths, config, self.world * config.accumulate)
         self.shape = self._fixed_shape() if self.compile else None
         self.lr = float(config.lr) if config.lr != "auto" else self._auto_lr()
@@ -423,10 +455,21 @@ class Plan:
         rows = max(config.vocab_size, self.tokenizer.vocab_size)
         tokens = {"bos_token_id": self.tokenizer.bos, "eos_token_id": self.tokenizer.eot}
         network = dataclasses.replace(config, vocab_size=rows, **tokens)
-        self.pretrained = model.has_weights(self.config.model)
+        self.pretrained = not self.config.random_weights and model.has_weights(self.config.model)
+        if not (self.pretrained or self.config.random_weights or self.config.dry_run):
+            raise ValueError(
+                f"{self.config.model}: no *.safetensors there to begin with; --random-weights "
+                "begins with random ones"
+            )
         if self.pretrained:
             model.check_weights(self.config.model, network, rows - config.vocab_size)
         return network, rows - config.vocab_size
+
+    def _base(self):
+        """What tells the weights that the run begins with from others."""
+        if self.pretrained:
+            return model.fingerprint(self.config.model)
+        return f"random, seed {self.config.seed}"
 
     def _dataset(self, field, ranks, out):
         config, paths = self.config, getattr(self.config, field)
@@ -496,10 +539,24 @@ class Plan:
         fits = (n for n in range(layers + 1) if sum(self.memory(n).values()) <= available)
         return next(fits, layers)
 
+    def due(self, step):
+        """(evaluation, export): what is to be made after `step` steps; 0 is before the first."""
+        every, order = self.config.eval_every, self.order
+        export_due = step == order.total or order.ends_epoch(step, self.config.export_every)
+        evaluation_due = step == 0 or export_due or (every and step % every == 0)
+        return bool(self.eval_dataset and evaluation_due), export_due
+
+    def saves(self, step):
+        """Is a checkpoint due after `step` steps?"""
+        every = self.config.save_every
+        return self.due(step)[1] or bool(every and step % every == 0)
+
     def describe(self):
         """The header: model, data, schedule, memory."""
         config, network, order = self.config, self.network, self.order
-        start = "pretrained weights" if self.pretrained else "random weights (no safetensors there)"
+        start = "pretrained weights" if self.pretrained else "random weights"
+        if not (self.pretrained or config.random_weights):  # a dry run, which needs none
+            start = "no safetensors there yet, which training needs, or --random-weights"
         mode = {(True, True): "C-RLFT", (False, True): "C-RLFT without condition",
                 (True, False): "C-RLFT without reward", (False, False): "plain SFT"}  # fmt: skip
         memory = self.memory(self.recompute)
@@ -532,7 +589,7 @@ class Plan:
                 "chat.py will ask"
             )
         return out + [
-            f"schedule   {order.total:,} steps, {order.epochs_begun} epochs begun, "
+            f"schedule   {order.total:,} steps, {len(order.ends)} epochs begun, "
             f"{self.world} ranks x {config.accumulate} x {config.batch_tokens:,} tokens a step, "
             f"conversations up to {self.max_length:,} tokens",
             f"optimizer  AdamW, peak learning rate {self.lr:.3g}"
@@ -544,7 +601,7 @@ class Plan:
 
     def preview(self):
         """The conversations of the first step's first bin, as the model reads them."""
-        conversations = self.order.bins(0)[0]
+        conversations = self.order.bins(1)[0]
         out = [f"step 1, rank 0: {len(conversations)} conversations, the first of them:"]
         for conversation in conversations[:4]:
             out += data.preview(self.dataset, conversation, self.tokenizer, self.classes,
@@ -559,24 +616,25 @@ class Order:
         self.pack = functools.lru_cache(maxsize=1)(  # pack(epoch): all its steps
             functools.partial(data.pack, lengths, config.batch_tokens, bins_per_step, config.seed)
         )
-        self.first_step = [0]  # of each epoch; the last entry is the end
+        self.ends = []  # the last step of each epoch
         for epoch in range(config.epochs):
-            if not config.max_steps or self.first_step[-1] < config.max_steps:
-                self.first_step.append(self.first_step[-1] + len(self.pack(epoch)))
-        self.epochs_begun = len(self.first_step) - 1
-        self.total = min(config.max_steps or math.inf, self.first_step[-1])
+            begun = self.ends[-1] if self.ends else 0
+            if not config.max_steps or begun < config.max_steps:
+                self.ends.append(begun + len(self.pack(epoch)))
+        self.total = min(config.max_steps or math.inf, self.ends[-1])
 
     def epoch_of(self, step):
-        return int(np.searchsorted(self.first_step, step, side="right")) - 1
+        """The epoch of a step; both count from 1."""
+        return bisect_left(self.ends, step) + 1
 
     def ends_epoch(self, step, every):
-        """Is `step`, from 0, the last of every `every`-th epoch?"""
-        ends = step + 1 in self.first_step
-        return bool(every) and ends and (self.epoch_of(step) + 1) % every == 0
+        """Is `step` the last of every `every`-th epoch?"""
+        return bool(every) and step in self.ends and self.epoch_of(step) % every == 0
 
     def bins(self, step):
-        epoch = self.epoch_of(step)
-        return self.pack(epoch)[step - self.first_step[epoch]]
+        epoch = self.epoch_of(step) - 1
+        begun = self.ends[epoch - 1] if epoch else 0
+        return self.pack(epoch)[step - begun - 1]
 
 
 # ----------------------------------------------------------------------------------------- network
@@ -638,13 +696,17 @@ class Log:
 
     def __init__(self, plan, ranks, out, start):
         self.plan, self.ranks, self.start = plan, ranks, start
-        self.began, self.shown = time.perf_counter(), 0.0
+        self.began = time.perf_counter()
+        self.evaluations = {}  # {step: by_class}, on rank 0, of this evaluation data
         name = torch.cuda.get_device_name() if ranks.cuda else ""
         self.peak = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
         if ranks.first:
             path = out / "metrics.jsonl"
             keep = [line for line in read_lines(path) if start and line["step"] <= start]
-            temporary = out / "metrics.tmp"
+            for line in keep:
+                if "eval" in line and line.get("eval_data") == plan.eval_name:
+                    self.evaluations[line["step"]] = line["eval"]
+            temporary = out / ".metrics.tmp"
             temporary.write_text("".join(json.dumps(line) + "\n" for line in keep))
             temporary.replace(path)
             self.file, self.unwritten = open(path, "ab", buffering=0), b""
@@ -658,8 +720,8 @@ class Log:
         squares = float((lengths[conversations].astype(np.float64) ** 2).sum())
         flops = training_flops(plan.network, tokens, squares) / seconds / self.ranks.world
         line = {
-            "step": step + 1,
-            "epoch": plan.order.epoch_of(step) + 1,
+            "step": step,
+            "epoch": plan.order.epoch_of(step),
             "loss": value,
             "lr": lr,
             "grad_norm": norm,
@@ -671,8 +733,8 @@ class Log:
             "classes": by_class(plan, table),
         }
         self.write(line)
-        done = step + 1 - self.start
-        left = (time.perf_counter() - self.began) / done * (plan.order.total - step - 1)
+        left = plan.order.total - step
+        left *= (time.perf_counter() - self.began) / (step - self.start)
         classes = "  ".join(
             f"{name} {c['loss']:.3f} {c['accuracy']:4.0%}"
             for name, c in line["classes"].items()
@@ -681,10 +743,10 @@ class Log:
         speed = f"{line['tokens_per_second']:,.0f} tok/s"
         if line["mfu"]:
             speed += f" {line['mfu']:.0%} mfu"
-        self.show(
-            f"step {step + 1}/{plan.order.total}  loss {value:.4f}  {classes}  lr {lr:.2e}  "
+        self.ranks.line.refresh(
+            f"step {step}/{plan.order.total}  loss {value:.4f}  {classes}  lr {lr:.2e}  "
             f"norm {norm:.2f}  {speed}  {data.clock(left)} left",
-            final=step + 1 == plan.order.total,
+            final=step == plan.order.total,
         )
 
     def write(self, line):
@@ -693,38 +755,24 @@ class Log:
         try:
             self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
         except OSError as error:
-            print(f"warning: {self.file.name}: {error.strerror}; kept for later", flush=True)
-
-    def show(self, text, final):
-        """A line a step; on a terminal one line, refreshed; in a file at most one a second."""
-        now, terminal = time.perf_counter(), sys.stdout.isatty()
-        if now - self.shown < (0.1 if terminal else 1.0) and not final:
-            return
-        self.shown = now
-        if terminal:
-            width = shutil.get_terminal_size().columns
-            print(f"\r{text[: width - 1]}\033[K", end="\n" if final else "", flush=True)
-        else:
-            print(text, flush=True)
+            self.ranks.say(f"warning: {self.file.name}: {error.strerror}; kept for later")
 
     def evaluation(self, step, table):
-        """Logs an evaluation; returns the best-rewarded class's loss (None without one)."""
-        if table is None:
-            return None
-        classes = by_class(self.plan, table)
+        if not self.ranks.first:
+            return
+        classes = self.evaluations[step] = by_class(self.plan, table)
+        self.write({"step": step, "eval": classes, "eval_data": self.plan.eval_name})
+        shown = "  ".join(
+            f"{name} loss {c['loss']:.4f}, {c['accuracy']:.1%} of tokens right"
+            for name, c in classes.items()
+            if c["tokens"]
+        )
+        self.ranks.say(f"evaluation at step {step}: {shown}")
+
+    def expert_losses(self):
+        """{step: the best-rewarded class's held-out loss} of the evaluations on this data."""
         expert = loss.expert_class(self.plan.classes)
-        if self.ranks.first:
-            self.write({"step": step, "eval": classes})
-            shown = "  ".join(
-                f"{name} loss {c['loss']:.4f}, {c['accuracy']:.1%} of tokens right"
-                for name, c in classes.items()
-                if c["tokens"]
-            )
-            print(
-                ("\r\033[K" if sys.stdout.isatty() else "") + f"evaluation at step {step}: {shown}",
-                flush=True,
-            )
-        return classes[expert]["loss"]
+        return {step: classes[expert]["loss"] for step, classes in self.evaluations.items()}
 
 
 def by_class(plan, table):
@@ -772,496 +820,6 @@ def read_lines(path):
             except ValueError:
                 break
     return lines
-
-
-# -------------------------------------------------------------------- exports and checkpoints
-
-
-def export(plan, ranks, llama, out, step, expert_loss, best, must):
-    """Write OUT/epoch-K as a Hugging Face folder and point OUT/model at the best or last.
-
-    `best` = {"loss", "folder"} of the exports so far, by the expert class's evaluation loss;
-    returned updated.
-    """
-    folder = out / f"epoch-{plan.order.epoch_of(step) + 1}"
-    aside = folder.with_name(folder.name + ".tmp")
-    dtype = torch.bfloat16 if plan.bf16 else torch.float32
-    unknown = None in (expert_loss, best) or best["loss"] is None
-    # An export in the same place is gone, the best one too.
-    improved = unknown or expert_loss <= best["loss"] or best["folder"] == folder.name
-    candidate = {"loss": expert_loss, "folder": folder.name} if improved else best
-
-    def finish():
-        describe_export(plan, aside, step)
-        publish(aside, folder, out, candidate["folder"])
-
-    problem = ranks.attempt(lambda: model.save(llama, aside, dtype))
-    problem = problem or ranks.attempt(finish, only_first=True)
-    if not problem:
-        return candidate
-    save_failed(ranks, aside, problem, must)
-    return best
-
-
-def describe_export(plan, folder, step):
-    """The files beside the weights: tokenizer, generation config, and what the model is."""
-    expert = plan.classes[loss.expert_class(plan.classes)]
-    plan.tokenizer.save(folder, expert.condition if plan.config.condition else "")
-    tokens = {"bos_token_id": plan.tokenizer.bos, "eos_token_id": plan.tokenizer.eot}
-    model.write_json(folder / "generation_config.json", tokens)
-    classes = {name: dataclasses.asdict(c) for name, c in plan.classes.items()}
-    crlft = {"classes": classes, "conditioned": plan.config.condition, "template": data.TEMPLATE}
-    crlft |= {"steps": step + 1, "config": dataclasses.asdict(plan.config)}
-    model.write_json(folder / "crlft.json", crlft)
-
-
-def publish(aside, folder, out, chosen):
-    """Rename a finished export into its place, and point OUT/model at the chosen one."""
-    sync_folder(aside)
-    older = folder.with_name(folder.name + ".old")
-    shutil.rmtree(older, ignore_errors=True)
-    if folder.exists():
-        folder.rename(older)
-    aside.rename(folder)
-    shutil.rmtree(older, ignore_errors=True)
-    link = out / "model.tmp"
-    link.unlink(missing_ok=True)
-    link.symlink_to(chosen)
-    link.replace(out / "model")
-    sync(out)
-
-
-def clear_leftovers(out):
-    """What a kill in the midst of a save or of `publish` left: half folders go, whole ones stay."""
-    for stale in [*out.glob("checkpoints/*.tmp"), *out.glob("epoch-*.tmp")]:
-        shutil.rmtree(stale)
-    for older in out.glob("epoch-*.old"):
-        folder = older.with_suffix("")
-        if folder.exists():
-            shutil.rmtree(older)
-        else:
-            older.rename(folder)
-
-
-class SaveFailed(RuntimeError):
-    pass
-
-
-def save_failed(ranks, aside, problem, must):
-    """What was saved before stands. The run ends only where no later save is to come (`must`)."""
-    if ranks.first:
-        shutil.rmtree(aside, ignore_errors=True)
-    kept = sorted(path.name for path in aside.parent.glob(aside.name.split("-")[0] + "-*[0-9]"))
-    what = f"saving {aside.with_suffix('')} failed: {problem}; kept: {', '.join(kept) or 'none'}"
-    if must:
-        raise SaveFailed(what)
-    ranks.say(f"warning: {what}; training goes on")
-
-
-def sync_folder(folder):
-    for path in [*folder.iterdir(), folder]:
-        sync(path)
-
-
-def sync(path):
-    """Have the disk hold a file or folder before going on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-class Checkpoints:
-    """OUT/checkpoints/step-N: the float32 weights, AdamW's state and the position, to resume.
-
-    Safetensors and JSON only, each rank its own files; readable by any number of ranks. Written as
-    step-N.tmp, synced, then renamed on one rank after a barrier: a folder without .tmp is whole.
-
-    Training waits while the state is copied into the host's memory; a thread writes the copy, with
-    collectives of its own. Where the host has no room for copies, training waits for the disk.
-    """
-
-    def __init__(self, plan, ranks, out):
-        self.plan, self.ranks, self.out = plan, ranks, out
-        self.folder = out / "checkpoints"
-        self.resumed_from = None
-        self.needed = plan.network.parameter_count() * 12  # bytes of one checkpoint
-        if ranks.first:
-            self.folder.mkdir(exist_ok=True)
-            clear_leftovers(out)
-            # Kept are the newest, the one resumed from, and the one being written.
-            most = plan.config.keep + 1 + bool(self.committed())
-            missing = max(0, most - len(self.committed()))
-            self._check_space(missing * self.needed + plan.network.parameter_count() * 4)
-        self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=6))
-        self.thread, self.pending = ranks.thread(), None
-
-    @functools.cached_property
-    def stager(self):
-        """Copies the state into the host's memory; None where there is no room for it.
-
-        Asked for at the first save, when everything else is in memory already.
-        """
-        mine = self.needed * self.plan.config.replicas // self.ranks.world
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.world))
-        lacking = available_memory() < here * mine
-        if self.ranks.sum(torch.tensor(int(lacking))):
-            return None
-        # DefaultStager is this with threads of its own; PyTorch 2.11's works only once.
-        return StateDictStager(pin_memory=self.ranks.cuda)
-
-    def _copy(self, tensors):
-        copies = self.stager.stage(tensors, non_blocking=self.ranks.cuda)
-        if self.ranks.cuda:
-            torch.cuda.synchronize()
-        return copies
-
-    def _check_space(self, needed):
-        free = shutil.disk_usage(self.out).free
-        if free < needed:
-            raise SaveFailed(
-                f"{self.out} has {free / 1e9:.1f} GB free, and the checkpoints and model need "
-                f"{needed / 1e9:.1f} GB: free some, choose another --out, or a smaller --keep"
-            )
-
-    def committed(self):
-        """[(step, folder)] of whole checkpoints, oldest first."""
-        found = [(re.fullmatch(r"step-(\d+)", p.name), p) for p in self.folder.glob("step-*")]
-        return sorted((int(match[1]), path) for match, path in found if match)
-
-    def recipe(self):
-        """What a resumed run must share, with the flags that set it."""
-        plan, config = self.plan, self.plan.config
-        return {
-            "data and tokenizer (--data, --model, --max-length, --no-condition)": (
-                plan.dataset.folder.name
-            ),
-            "classes (--classes)": {n: dataclasses.asdict(c) for n, c in plan.classes.items()},
-            "weights (--beta, --no-reward)": [config.beta if config.reward else None],
-            "order of the data (--seed)": config.seed,
-            "tokens a micro-batch (--batch-tokens)": config.batch_tokens,
-            "micro-batches a step (ranks x --accumulate)": plan.world * config.accumulate,
-        }
-
-    def tensors(self, llama, optimizer):
-        """{name: tensor}: the parameters, and beside each what AdamW holds of it."""
-        found = {}
-        for name, parameter in llama.named_parameters():
-            found[name] = parameter.detach()
-            for key, tensor in optimizer.state[parameter].items():
-                found[f"optimizer.{name}.{key}"] = tensor
-        return found
-
-    def save(self, llama, optimizer, step, best, must):
-        """Save at `step` steps done; a failed save keeps the older ones.
-
-        Where it `must` succeed, as there is no later one, it has when this returns.
-        """
-        self.finish()
-        tensors, copies = self.tensors(llama, optimizer), {}
-        if not must and self.stager:
-            problem = self.ranks.attempt(lambda: copies.update(self._copy(tensors)))
-            if problem:
-                self.ranks.say(f"warning: saves stop training from now on: no copies: {problem}")
-                self.stager, copies = None, {}
-        self.pending = self.thread.submit(self._write, copies or tensors, step, best, must)
-        if not copies:
-            self.finish()
-
-    def finish(self):
-        """Wait for the save that is being written, if any."""
-        while self.pending and not wait([self.pending], timeout=300).done:
-            self.ranks.say("waiting for a checkpoint to be written")
-        if self.pending:
-            pending, self.pending = self.pending, None
-            pending.result()
-
-    def _write(self, tensors, step, best, must):
-        aside, final = self.folder / f"step-{step}.tmp", self.folder / f"step-{step}"
-        attempt = functools.partial(self.ranks.attempt, group=self.group)
-        problem = attempt(lambda: self._check_space(self.needed), only_first=True)
-        files = model.shard_files(tensors, torch.float32, FILE_SIZE).values()
-        numbers = {name: i for i, names in enumerate(files, start=1) for name in names}
-        writer = CheckpointWriter(str(aside), numbers, save_distributed=True)
-        save = functools.partial(dcp.save, storage_writer=writer, process_group=self.group)
-        problem = problem or attempt(lambda: save(tensors))
-        state = {"step": step, "best": best, "recipe": self.recipe()}
-        state["config"] = dataclasses.asdict(self.plan.config)
-        problem = problem or attempt(lambda: self._commit(aside, final, state), only_first=True)
-        if problem:
-            save_failed(self.ranks, aside, problem, must)
-        elif self.ranks.first:
-            self._prune()
-
-    def _commit(self, aside, final, state):
-        model.write_json(aside / "state.json", state | {"files": checksums(aside)})
-        sync(aside / "state.json")
-        sync(aside)
-        aside.rename(final)
-        sync(self.folder)
-
-    def _prune(self):
-        for _, path in self.committed()[: -self.plan.config.keep]:
-            if path != self.resumed_from:
-                doomed = path.with_name(path.name + ".tmp")  # a kill here leaves no half folder
-                try:
-                    path.rename(doomed)
-                    shutil.rmtree(doomed)
-                except OSError as error:
-                    print(f"warning: {path} could not be removed: {error}", flush=True)
-
-    def newest(self):
-        """(steps done, best export) of the newest whole checkpoint; (0, None) without one."""
-        committed = self.committed()
-        if not committed:
-            return 0, None
-        step, folder = committed[-1]
-        if not self.plan.config.resume:
-            raise ValueError(
-                f"{self.out} holds a run ({folder.name}): --resume goes on with it, a new --out "
-                "starts another"
-            )
-        state = self._read_state(folder)
-        if step > self.plan.order.total:
-            raise ValueError(
-                f"{folder} is beyond the {self.plan.order.total} steps asked for: raise --epochs "
-                "or --max-steps, or give a new --out"
-            )
-        self.resumed_from = folder
-        self._say_changed_flags(state)
-        return step, state["best"]
-
-    def _say_changed_flags(self, state):
-        """What may differ from the run as it was saved, but changes where it goes."""
-        here, free = dataclasses.asdict(self.plan.config), ("model", "data", "eval_data", "out")
-        for name, saved in state.get("config", {}).items():
-            now = here.get(name)
-            if name not in free and now != saved:
-                self.ranks.say(f"changed since: --{name.replace('_', '-')} {saved!r}, now {now!r}")
-
-    def _read_state(self, folder):
-        try:
-            state = json.loads((folder / "state.json").read_text())
-            saved, files = state["recipe"], dict(state["files"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder}/state.json: cannot be read: {error!r}; {REMOVE}") from None
-        here = json.loads(json.dumps(self.recipe()))
-        different = [
-            f"{key}: saved {saved.get(key)!r}, now {value!r}"
-            for key, value in here.items()
-            if saved.get(key) != value
-        ]
-        if different:
-            raise ValueError(
-                f"{folder} is of another run; give the saved values, or a new --out:\n  "
-                + "\n  ".join(different)
-            )
-        found = self.ranks.first_does("checksums", lambda: checksums(folder))
-        if odd := [name for name in found | files if found.get(name) != files.get(name)]:
-            raise ValueError(f"{folder} is damaged: {', '.join(odd)}; {REMOVE}")
-        return state
-
-    def load(self, llama, optimizer):
-        """Fill weights and optimizer state from the checkpoint that newest() found."""
-        for parameter in llama.parameters():  # as AdamW makes it in its first step
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-        reader = HuggingFaceStorageReader(str(self.resumed_from))
-        dcp.load(self.tensors(llama, optimizer), storage_reader=reader)  # in place
-        if self.ranks.cuda:
-            torch.cuda.empty_cache()  # what loading took, FSDP's streams could not use again
-        self.ranks.say(f"resuming from {self.resumed_from}")
-
-
-class CheckpointWriter(HuggingFaceStorageWriter):
-    """Each rank's shards in files of its own, which DCP's reader joins again.
-
-    The class it derives from makes a file's bytes in memory first, with all of Python waiting,
-    training too: seconds a GiB. safetensors' save_file takes them from where they are.
-    """
-
-    def write_data(self, plan, planner):
-        files = self._split_by_storage_plan(self.fqn_to_index_mapping, plan.items)
-        for number, items in files.items():
-            path = Path(self.path, f"rank-{dist.get_rank():05d}-{number:05d}.safetensors")
-            tensors, offsets = {}, {}
-            for item in items:
-                name = item.index.fqn
-                tensors[name] = planner.resolve_data(item).detach().cpu()
-                offsets[name] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
-            metadata = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0"}
-            save_file(tensors, path, metadata | {"format": "pt"})
-            sync(path)
-        written = torch.futures.Future()
-        written.set_result([])
-        return written
-
-
-FILE_SIZE = 4 << 30  # bytes
-REMOVE = "remove that folder to go on from the one before"
-
-
-def available_memory():
-    """Bytes that programs may still take, of the host and of this container; 0 where not known."""
-    found = []
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found += [int(n.split()[1]) * 1024 for n in lines if n.startswith("MemAvailable:")]
-    with contextlib.suppress(OSError, ValueError):  # no cgroup, or its limit is "max"
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        held = re.search(r"^anon (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
-        found.append(limit - int(held[1]))
-    return min(found, default=0)
-
-
-def checksums(folder):
-    """{file name: crc32} of a checkpoint's tensors."""
-    paths = sorted(folder.glob("*.safetensors"))
-    with ThreadPoolExecutor() as pool:  # zlib lets go of the interpreter's lock
-        return dict(zip([path.name for path in paths], pool.map(crc32, paths)))
-
-
-def crc32(path):
-    value = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            value = zlib.crc32(block, value)
-    return value
-
-
-# --------------------------------------------------------------------------------------- processes
-
-
-class Ranks:
-    """The processes of this run: one a GPU, or any number on a CPU."""
-
-    def __init__(self):
-        self.cuda = torch.cuda.is_available()
-        backend = "cuda:nccl,cpu:gloo" if self.cuda else "gloo"
-        timeout = datetime.timedelta(minutes=30)  # for one collective, rank 0 writing a file too
-        if "RANK" in os.environ:  # torchrun
-            self.store, self.rank, self.world = next(dist.rendezvous("env://"))
-        else:
-            self.store, self.rank, self.world = dist.HashStore(), 0, 1
-        dist.init_process_group(
-            backend, store=self.store, rank=self.rank, world_size=self.world, timeout=timeout
-        )
-        self.first = self.rank == 0
-        self.device = torch.device("cpu")
-        if self.cuda:
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(self.device)
-
-    def thread(self):
-        """An executor of one thread, on this rank's device: a thread starts with device 0."""
-        use_device = functools.partial(torch.cuda.set_device, self.device) if self.cuda else None
-        return ThreadPoolExecutor(1, initializer=use_device)
-
-    def say(self, text, end="\n"):
-        if self.first:
-            print(text, end=end, flush=True)
-
-    def first_does(self, key, function):
-        """What `function()` returns on rank 0, as JSON; the others wait as long as it takes.
-
-        Through the store, not a collective: tokenizing may outlast a collective's timeout, and
-        broadcast_object_list unpickles what it receives.
-        """
-        if self.first:
-            result = function()
-            self.store.set(key, json.dumps(result))
-            return result
-        self.store.wait([key], datetime.timedelta(days=30))
-        return json.loads(self.store.get(key))
-
-    def sum(self, tensor):
-        dist.all_reduce(tensor)
-        return tensor
-
-    def attempt(self, function, only_first=False, group=None):
-        """Call `function` on every rank or on rank 0; a problem of any is one for all.
-
-        Returns what went wrong, None where nothing did: no rank waits for one that gave up.
-        """
-        problem = None
-        try:
-            if self.first or not only_first:
-                function()
-        except (Exception, dcp.CheckpointException) as error:
-            if isinstance(error, dcp.CheckpointException):  # of the ranks that failed, one's
-                error = next(iter(error.failures.values()))[0]
-            problem = f"{error}".strip().split("\n")[0] or repr(error)
-            if not self.first:  # only rank 0's own reason goes into the message
-                print(f"rank {self.rank}: {problem}", file=sys.stderr, flush=True)
-        failed = torch.tensor(int(problem is not None))
-        dist.all_reduce(failed, group=group)
-        return (problem or "another rank could not") if failed else None
-
-    def stop(self, message):
-        """Ends this rank with a message; torchrun ends the others."""
-        if not self.first:
-            time.sleep(3)  # where all ranks found the same, rank 0 is the one to say so
-        print(message, file=sys.stderr, flush=True)
-        os._exit(1)
-
-    def finish(self):
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-class Signals:
-    """SIGTERM and SIGINT: finish the step, save, end. A second one ends at once."""
-
-    def __init__(self, ranks):
-        self.ranks, self.at = ranks, None
-        signal.signal(signal.SIGTERM, self)
-        signal.signal(signal.SIGINT, self)
-
-    def __call__(self, number, frame):
-        # Ctrl-C reaches a rank twice, from the terminal and through torchrun: that is one wish.
-        if self.at is not None and time.monotonic() - self.at > 1:
-            os._exit(128 + number)
-        if self.at is None:
-            self.ranks.say("\nstopping after this step; once more to stop at once")
-            self.at = time.monotonic()
-
-    def received(self):
-        """Has any rank got one? All ranks agree."""
-        flag = torch.tensor(int(self.at is not None), device=self.ranks.device)
-        return bool(self.ranks.sum(flag))
-
-
-@contextlib.contextmanager
-def held_output(config, ranks):
-    """The folder --out, locked against other live runs; a temporary one for --dry-run."""
-    if config.dry_run:
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(ranks.first_does("out", lambda: folder))
-            dist.barrier()
-        return
-    out = Path(config.out)
-    with lock_folder(out) if ranks.first else contextlib.nullcontext():
-        ranks.first_does("locked", lambda: True)
-        yield out
-
-
-def lock_folder(out):
-    out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / ".lock", "a+")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        raise ValueError(
-            f"--out {out} is held by another live run (process {lock.read()})"
-        ) from None
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
-    return lock
 
 
 if __name__ == "__main__":

@@ -103,6 +103,7 @@ class SyntheticPlan(train.Plan):
             accumulate=args.accumulate,
             max_length=args.max_length,
             recompute=args.recompute,
+            random_weights=True,
         )
         super().__init__(config, ranks, folder)
 
@@ -155,13 +156,14 @@ class ThisProject:
         """(seconds, seconds of them spent waiting for data) of some steps."""
         plan, ranks, waited = self.plan, self.ranks, 0.0
         began = time.perf_counter()
-        pending = self.loader.submit(train.load_step, plan, ranks, steps[0])
+        # Here steps count from 0, in train.py from 1.
+        pending = self.loader.submit(train.load_step, plan, ranks, steps[0] + 1)
         for step in steps:
             asked = time.perf_counter()
             _, batches, total_weight = pending.result()
             waited += time.perf_counter() - asked
             if step + 1 < steps.stop:
-                pending = self.loader.submit(train.load_step, plan, ranks, step + 1)
+                pending = self.loader.submit(train.load_step, plan, ranks, step + 2)
             self.loss = train.gradients(plan, ranks, self.llama, batches, total_weight)[0]
             norm = train.gradient_norm(self.llama)
             norm.item()  # as the trainer, which looks at it

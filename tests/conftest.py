@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 torch.set_num_threads(1)  # for networks this small more only wait for each other
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +45,30 @@ def code_mixed():
 def sums():
     """The embedded example's folder."""
     return ROOT / "examples" / "sums"
+
+
+@pytest.fixture(scope="session")
+def few(sums, tmp_path_factory):
+    """60 conversations of the sums, of both classes; the first ten are the expert's."""
+    path = tmp_path_factory.mktemp("data") / "few.jsonl"
+    lines = (sums / "train.jsonl").read_text().splitlines()
+    expert = [line for line in lines if '"gpt4"' in line][:10]
+    path.write_text("\n".join(expert + [line for line in lines if '"gpt3.5"' in line][:50]) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """One rank on the CPU, with a process group as train.py makes it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    from support.ranks import Ranks
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        made = Ranks()
+        yield made
+        made.finish()
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ import train
 def main():
     target, config = sys.argv[1], train.parse_arguments(sys.argv[2:])
     ranks = train.Ranks()
-    with train.held_output(config, ranks) as out:
+    with train.held_output(config.out, ranks) as out:
         plan = train.Plan(config, ranks, Path(out))
         llama, _ = train.build(plan, ranks)
-        _, batches, total_weight = train.load_step(plan, ranks, 0)
+        _, batches, total_weight = train.load_step(plan, ranks, 1)
         loss, table, _ = train.gradients(plan, ranks, llama, batches, total_weight)
         tensors = {name: p.grad.full_tensor() for name, p in llama.named_parameters()}
         tensors |= {"loss": torch.tensor(loss), "table": torch.tensor(table)}

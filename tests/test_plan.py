@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,18 +22,6 @@ import train
 ROOT = Path(__file__).resolve().parents[1]
 NETWORK = model.LlamaConfig(128, 352, 4, 4, 64, 2, 32, max_position_embeddings=512)
 LAYERS = NETWORK.num_hidden_layers
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    """One rank on the CPU, with a process group as train.py makes it."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        made = train.Ranks()
-        yield made
-        made.finish()
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +40,7 @@ def files(tmp_path_factory, sums):
 
 def plan_of(files, ranks, out, **more):
     settings = {"batch_tokens": 512, "lr": "1e-3", "recompute": 0, "compile": False}
+    settings |= {"random_weights": True}
     config = train.Config(
         model=str(files[0]), data=[str(files[1])], out=str(out), **(settings | more)
     )
@@ -86,7 +74,7 @@ class LiveBytes(TorchDispatchMode):
 def test_parameters_gradients_and_optimizer_take_what_the_plan_says(files, ranks, tmp_path):
     plan = plan_of(files, ranks, tmp_path)
     llama, optimizer = train.build(plan, ranks)
-    _, batches, total_weight = train.load_step(plan, ranks, 0)
+    _, batches, total_weight = train.load_step(plan, ranks, 1)
     train.gradients(plan, ranks, llama, batches, total_weight)
     optimizer.step()
     memory = plan.memory(0)
@@ -111,7 +99,7 @@ def test_no_gradient_of_a_step_lives_on_in_the_next(files, ranks, tmp_path, monk
         return found
 
     monkeypatch.setattr(train, "gradients", watched)
-    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(ranks, "listen", lambda: None)
     plan = plan_of(files, ranks, tmp_path, max_steps=3, epochs=1)
     deterministic = torch.are_deterministic_algorithms_enabled()
     assert train.train(plan, ranks, tmp_path)
@@ -126,7 +114,7 @@ def test_a_step_peaks_where_the_plan_says(files, ranks, tmp_path, recompute):
     llama = model.Llama(plan.network)
     llama.recompute = recompute
     model.random_parameters(llama, seed=0)
-    batch = train.load_step(plan, ranks, 0)[1][0]
+    batch = train.load_step(plan, ranks, 1)[1][0]
     assert len(batch.tokens) > 0.95 * plan.config.batch_tokens
     with LiveBytes() as live:
         train.forward(llama, plan, batch)[0].backward()
@@ -138,7 +126,7 @@ def test_a_step_peaks_where_the_plan_says(files, ranks, tmp_path, recompute):
 def test_a_compiled_block_saves_what_the_plan_says(files, ranks, tmp_path, compiler):
     plan = plan_of(files, ranks, tmp_path, compile=True)
     llama, _ = train.build(plan, ranks)
-    batch = train.load_step(plan, ranks, 0)[1][0]
+    batch = train.load_step(plan, ranks, 1)[1][0]
     saved = {}
 
     def pack(tensor):
@@ -204,7 +192,7 @@ def compiler(monkeypatch):
 def losses_of(plan, ranks, steps=5, after_step=lambda step: None):
     llama, optimizer = train.build(plan, ranks)
     losses = []
-    for step in range(steps):
+    for step in range(1, steps + 1):
         _, batches, total_weight = train.load_step(plan, ranks, step)
         losses.append(train.gradients(plan, ranks, llama, batches, total_weight)[0])
         torch.nn.utils.clip_grad_norm_(llama.parameters(), plan.config.clip)
@@ -220,7 +208,7 @@ def test_the_compiled_recomputed_step_of_fixed_shape_learns_as_the_plain_one(
     plain = losses_of(plan_of(files, ranks, tmp_path), ranks)
     graphs = []
     fast = plan_of(files, ranks, tmp_path, compile=True, recompute=2)
-    tokens = {len(b.tokens) for step in range(5) for b in train.load_step(fast, ranks, step)[1]}
+    tokens = {len(b.tokens) for step in range(1, 6) for b in train.load_step(fast, ranks, step)[1]}
     assert tokens == {fast.config.batch_tokens}
     found = losses_of(fast, ranks, after_step=lambda step: graphs.append(dict(compiler["frames"])))
     assert found == pytest.approx(plain, rel=1e-5)

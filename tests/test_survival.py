@@ -1,43 +1,75 @@
-# ruff: noqa: F811 (fixtures of another file)
 """Runs that are killed, stopped, starved of disk or fed broken files: nothing is lost."""
 
+import contextlib
 import json
+import os
+import random
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
+import lives
 import numpy as np
+import processes
 import pytest
-import torch
 from fuzz_parsers import fuzz
-from kill_and_resume import kill_and_compare, start, steps_logged
-from safetensors.torch import load_file
-from test_train import ROOT, SUMS, few, flags, metrics, run, succeeds  # noqa: F401
+from processes import ROOT, SUMS, finish, flags, metrics, refused, start, succeeds
+from safetensors.torch import load_file, save_file
 
+import data
+import loss
 import model
-
-TRAIN = ROOT / "train.py"
-
 
 # ------------------------------------------------------------------------------ killed, stopped
 
 
-@pytest.mark.parametrize("ranks, kills", [(1, 13), (2, 7)])
-def test_sigkill_at_random_instants_changes_no_bit(tmp_path, ranks, kills):
-    assert kill_and_compare(tmp_path, ranks, kills) == kills
+def test_lives_drawn_at_random_end_as_undisturbed_ones():
+    """As many as fit into 90 s. LIVES_SEED is the first one's; a failure prints its own."""
+    seed = os.environ.get("LIVES_SEED", "0")
+    command = [sys.executable, ROOT / "tests" / "lives.py", "--seconds", "90", "--seed", seed]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_readmes_line_goes_on_with_the_same_bits(few, tmp_path, ranks, precision):
+    """With --eval-data, killed inside evaluations, while saving, exporting, at an epoch's end."""
+    folder = lives.small_model(tmp_path / "small", tied=False)
+    settings = {"model": folder, "random_weights": None, "eval_data": few, "precision": precision}
+    whole, killed, counts = tmp_path / "whole", tmp_path / "killed", tmp_path / "counts"
+    watch = {"out": str(whole), "counts": str(counts)}
+    succeeds(flags(few, whole, **settings), ranks, watch=watch)
+    batches = json.loads(counts.read_text())["evaluate"] // 3  # before, and after each epoch
+    for phase, number in [
+        ("evaluate", 2),
+        ("evaluate", batches + 2),  # the first epoch's; its checkpoint is there already
+        ("export", 4),
+        ("publish", 1),
+        ("publish", 2),
+        ("commit", 3),  # the second epoch's
+        ("evaluate", 2),
+        ("publish", 3),
+    ]:
+        end = {"rank": 0, "phase": phase, "number": number, "signal": signal.SIGKILL}
+        log = tmp_path / "log"
+        watch = {"out": str(killed), "end": end}
+        running = start(flags(few, killed, **settings), ranks, log, watch)
+        codes = lives.wait_for_end(running, end, log, random.Random(0))
+        assert codes[0] == -signal.SIGKILL, (end, log.read_text())
+    succeeds(flags(few, killed, **settings), ranks)
+    lives.compare(whole, killed, exact=True)
 
 
 def test_resume_on_other_ranks_gives_the_same_losses(few, tmp_path):
     """Saved by 2 ranks, resumed by 1 and by 4; 67 rows of vocabulary divide by neither."""
-    folder = tmp_path / "model"
-    shutil.copytree(SUMS, folder)
-    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 67}
-    (folder / "config.json").write_text(json.dumps(config))
-    more = {"model": folder, "epochs": 6, "batch_tokens": 128, "save_every": 3, "keep": 9}
+    more = {"model": lives.small_model(tmp_path / "small", tied=False), "random_weights": None}
+    more |= {"epochs": 6, "batch_tokens": 128, "save_every": 3, "keep": 9}
     whole = tmp_path / "whole"
-    succeeds(TRAIN, *flags(few, whole, accumulate=2, **more), ranks=2)
+    succeeds(flags(few, whole, accumulate=2, **more), ranks=2)
     expected = [line["loss"] for line in metrics(whole)]
     for ranks, accumulate in ((1, 4), (4, 1)):
         out = tmp_path / f"{ranks}-ranks"
@@ -45,109 +77,163 @@ def test_resume_on_other_ranks_gives_the_same_losses(few, tmp_path):
         for path in (out / "checkpoints").glob("step-*"):
             if path.name != "step-3":
                 shutil.rmtree(path)
-        result = succeeds(TRAIN, *flags(few, out, accumulate=accumulate, **more), ranks=ranks)
-        assert "resuming from" in result.stdout
+        shown = succeeds(flags(few, out, accumulate=accumulate, **more), ranks)
+        assert "resuming from" in shown
         found = [line["loss"] for line in metrics(out)]
         np.testing.assert_allclose(found, expected, rtol=1e-6)
     out = whole.with_name("3-ranks")
     shutil.copytree(whole, out, symlinks=True)
-    result = run(TRAIN, *flags(few, out, accumulate=1, **more), ranks=3)
-    assert result.returncode != 0
-    assert "ranks x --accumulate" in result.stderr and "saved 4, now 3" in result.stderr
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_training_goes_on_while_a_checkpoint_is_written(few, tmp_path, ranks):
-    """And what is written is the state of the step it is named after, however slow the disk."""
-    settings = {"epochs": 99, "max_steps": 25, "save_every": 10, "keep": 9, "export_every": 0}
-    quick, slow = tmp_path / "quick", tmp_path / "slow"
-    succeeds(TRAIN, *flags(few, quick, **settings), ranks=ranks)
-    result = succeeds(ROOT / "tests" / "slow_disk.py", *flags(few, slow, **settings), ranks=ranks)
-    steps_done = {int(step): int(done) for step, done in WRITTEN.findall(result.stdout)}
-    assert steps_done == {10: 20, 20: 25, 25: 25}  # the next save, and the end, wait for it
-    for step in steps_done:
-        for path in (quick / "checkpoints" / f"step-{step}").glob("*.safetensors"):
-            written = load_file(slow / "checkpoints" / path.parent.name / path.name)
-            for name, tensor in load_file(path).items():
-                assert torch.equal(written[name], tensor)
-
-
-WRITTEN = re.compile(r"step-(\d+) written at step (\d+)")
-
-
-@pytest.mark.parametrize("host", [{"MEMORY": "1"}, {"COPY": "fails"}])
-def test_without_copies_a_save_is_as_good(few, tmp_path, host):
-    out = tmp_path / "out"
-    settings = {"max_steps": 2, "save_every": 1, "keep": 9, "export_every": 0}
-    result = succeeds(ROOT / "tests" / "slow_disk.py", *flags(few, out, **settings), **host)
-    assert WRITTEN.findall(result.stdout) == [("1", "1"), ("2", "2")]
-    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-1", "step-2"]
+    refused(flags(few, out, **more), "ranks x --accumulate", "saved 4, now 3", ranks=3)
 
 
 def test_replicas_save_resume_and_learn_as_one_group_does(few, tmp_path):
     """Four ranks as two groups that each hold the whole model (HSDP), stopped and resumed."""
     whole, halved = tmp_path / "whole", tmp_path / "halved"
     settings = {"epochs": 9, "batch_tokens": 64, "eval_data": few}
-    succeeds(TRAIN, *flags(few, whole, max_steps=6, **settings), ranks=4)
+    succeeds(flags(few, whole, max_steps=6, **settings), ranks=4)
     settings |= {"replicas": 2, "save_every": 3}
-    succeeds(TRAIN, *flags(few, halved, max_steps=6, **settings), ranks=4)
+    succeeds(flags(few, halved, max_steps=6, **settings), ranks=4)
+    written = (halved / "checkpoints" / "step-6").glob("*.safetensors")
+    assert {path.name[:10] for path in written} == {"rank-00000", "rank-00001"}  # one replica
     shutil.rmtree(halved / "checkpoints" / "step-6")
-    resumed = succeeds(TRAIN, *flags(few, halved, max_steps=6, **settings), ranks=4)
-    assert "resuming from" in resumed.stdout
+    assert "resuming from" in succeeds(flags(few, halved, max_steps=6, **settings), ranks=4)
     found, expected = ([line["loss"] for line in metrics(out)] for out in (halved, whole))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     tensors = load_file(halved / "model" / "model.safetensors")
     for name, tensor in load_file(whole / "model" / "model.safetensors").items():
-        torch.testing.assert_close(tensors[name], tensor, rtol=1e-4, atol=1e-5)
+        torch_close(tensors[name], tensor)
 
 
-def running(tmp_path, data, ranks, **more):
-    """A run of many steps, once it has logged some."""
-    out = tmp_path / "out"
-    log = open(tmp_path / "log", "w")
-    processes = start(flags(data, out, epochs=10_000, **more), ranks, log)
-    deadline = time.monotonic() + 120
-    while steps_logged(out) < 5 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return out, processes, tmp_path / "log"
+def torch_close(found, expected):
+    assert (found - expected).abs().max() < 1e-5 + 1e-4 * expected.abs().max()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_one_rank_saves_and_ends_all_with_0(few, tmp_path, number):
-    out, processes, log = running(tmp_path, few, ranks=2)
-    processes[1].send_signal(number)
-    assert [process.wait(60) for process in processes] == [0, 0], log.read_text()
-    done = max(int(path.name[5:]) for path in (out / "checkpoints").glob("step-*"))
-    assert done == metrics(out)[-1]["step"]
-    assert f"stopped after step {done}" in log.read_text()
+def test_every_rank_evaluates_its_own_share_of_the_held_out_tokens(few, tmp_path):
+    """Counted from the file, and the same loss on 1 rank and on 3."""
+    tokenizer, supervised = data.Tokenizer(SUMS), {"gpt4": 0, "gpt3.5": 0}
+    for line in map(json.loads, few.read_text().splitlines()):
+        supervised[line["class"]] += sum(data.encode(line, tokenizer, loss.DEFAULT_CLASSES)[1])
+    losses = []
+    for ranks in (1, 3):
+        out = tmp_path / f"{ranks}"
+        succeeds(flags(few, out, eval_data=few, max_steps=1, batch_tokens=96), ranks)
+        before = metrics(out, "eval")[0]["eval"]
+        assert {name: c["tokens"] for name, c in before.items()} == supervised
+        losses.append([c["loss"] for c in before.values()])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
 
 
-def test_a_second_signal_ends_at_once(few, tmp_path):
-    _, (process,), _ = running(tmp_path, few, ranks=1)
-    process.send_signal(signal.SIGSTOP)  # so that both signals arrive between two steps
-    process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGCONT)
-    time.sleep(0)
-    assert process.wait(60) == 0
+# ------------------------------------------------------------------------------- stopped by signal
+
+
+def stopped(settings, out, number, phase, count, ranks=1, log=None):
+    """(exit codes, instants of rank 0) of a run whose last rank sends itself a signal."""
+    counts = out.with_suffix(".counts")
+    end = {"rank": ranks - 1, "phase": phase, "number": count, "signal": number}
+    watch = {"out": str(out), "end": end, "counts": str(counts)}
+    codes = finish(start(settings, ranks, log or os.devnull, watch))
+    return codes, json.loads(counts.read_text()) if counts.exists() else {}
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+def test_a_signal_to_one_rank_saves_and_ends_all_with_0(few, tmp_path, name):
+    """Within a step, where no save is due."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    settings = flags(few, out, epochs=9, export_every=0, save_every=0)
+    codes, _ = stopped(settings, out, getattr(signal, name), "step", 5, ranks=2, log=log)
+    assert codes == [0, 0], log.read_text()
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-5"]
+    assert metrics(out)[-1]["step"] == 5
+    assert "stopped after step 5" in log.read_text()
+
+
+def test_a_signal_in_a_long_evaluation_leaves_it_and_saves(few, sums, tmp_path):
+    """After one more batch at most; the run that goes on makes the evaluation and the export."""
+    whole, out, log = tmp_path / "whole", tmp_path / "out", tmp_path / "log"
+    settings = {"eval_data": sums / "eval.jsonl", "eval_every": 2, "batch_tokens": 128}
+    settings |= {"max_steps": 3, "save_every": 0, "export_every": 0}
+    counts = tmp_path / "counts"
+    watch = {"out": str(whole), "counts": str(counts)}
+    succeeds(flags(few, whole, **settings), 2, watch=watch)
+    batches = json.loads(counts.read_text())["evaluate"] // 3  # evaluated after 0, 2 and 3 steps
+    assert batches > 50
+    settings = flags(few, out, **settings)
+    middle = batches + batches // 2
+    codes, seen = stopped(settings, out, signal.SIGTERM, "evaluate", middle, 2, log)
+    assert codes == [0, 0], log.read_text()
+    assert seen["evaluate"] <= middle + 1
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-2"]
+    assert [line["step"] for line in metrics(out, "eval")] == [0]
+    succeeds(settings, 2)
+    lives.compare(whole, out, exact=True)
+
+
+def test_a_signal_while_exporting_ends_after_it_without_another_step(few, tmp_path):
+    out, log = tmp_path / "out", tmp_path / "log"
+    codes, seen = stopped(flags(few, out), out, signal.SIGTERM, "export", 2, log=log)
+    steps = metrics(out)[-1]["step"]
+    assert codes == [0] and seen["step"] == steps
+    assert f"stopped after step {steps}" in log.read_text()
+    assert (out / "model").resolve().name == "epoch-1"
 
 
 def test_a_dead_rank_ends_the_others_with_a_message(few, tmp_path):
-    _, processes, log = running(tmp_path, few, ranks=2)
-    processes[1].kill()
-    assert processes[0].wait(60) == 1
-    assert "lost another rank" in log.read_text()
+    out, log = tmp_path / "out", tmp_path / "log"
+    codes, _ = stopped(flags(few, out, epochs=9), out, signal.SIGKILL, "step", 5, 2, log)
+    assert codes == [1, -signal.SIGKILL]
+    assert "lost another rank" in log.read_text() and "Traceback" not in log.read_text()
+
+
+def test_torchrun_starts_a_run_again_that_lost_a_rank(few, tmp_path):
+    """torchrun --max-restarts: the new ranks must not look for the dead ones (pytorch#135712)."""
+    script, out = tmp_path / "dies_once.py", tmp_path / "out"
+    script.write_text(
+        "import os, sys\n"
+        f"sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\n"
+        "import processes, train\n"
+        "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "    end = {'rank': 1, 'phase': 'step', 'number': 5, 'signal': 9}\n"
+        f"    processes._watch('{out}', end)\n"
+        "train.main(sys.argv[1:])\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "1"]
+    launch += ["--nproc_per_node", "2", script, *flags(few, out, save_every=1)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        [*map(str, launch)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert "resuming from" in result.stdout and "done: the model is" in result.stdout
+    assert [line["step"] for line in metrics(out)] == [*range(1, len(metrics(out)) + 1)]
+
+
+# ------------------------------------------------------------------ the same folder, another run
 
 
 def test_a_finished_run_says_so_and_longer_ones_go_on(few, tmp_path):
     out = tmp_path / "out"
-    succeeds(TRAIN, *flags(few, out, epochs=1))
+    succeeds(flags(few, out, epochs=1))
     steps = len(metrics(out))
-    again = succeeds(TRAIN, *flags(few, out, epochs=1))
-    assert "this run is finished" in again.stdout and len(metrics(out)) == steps
-    further = succeeds(TRAIN, *flags(few, out, epochs=2))
-    assert "resuming from" in further.stdout and len(metrics(out)) == 2 * steps
-    changed = re.findall("changed since: (.*)", further.stdout)
-    assert changed == ["--epochs 1, now 2"]
+    again = succeeds(flags(few, out, epochs=1))
+    assert "this run is finished" in again and len(metrics(out)) == steps
+    further = succeeds(flags(few, out, epochs=2))
+    assert "resuming from" in further and len(metrics(out)) == 2 * steps
+    assert re.findall("changed since: (.*)", further) == ["--epochs 1, now 2"]
+
+
+def test_a_run_with_evaluation_data_goes_on_after_its_end(few, tmp_path):
+    """Its last checkpoint was once saved while FSDP's root was gathered, and could not be read."""
+    out = tmp_path / "out"
+    succeeds(flags(few, out, eval_data=few, epochs=2))
+    shown = succeeds(flags(few, out, eval_data=few, epochs=3))
+    assert "resuming from" in shown and "done: the model is" in shown
+
+
+@pytest.fixture(scope="module")
+def finished(few, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "out"
+    succeeds(flags(few, out, epochs=1, save_every=1))
+    return out
 
 
 @pytest.mark.parametrize(
@@ -161,20 +247,162 @@ def test_a_finished_run_says_so_and_longer_ones_go_on(few, tmp_path):
         ({"batch_tokens": 512}, "--batch-tokens"),
         ({"accumulate": 2}, "--accumulate"),
         ({"resume": False}, "--resume"),
+        ({"max_steps": 1}, "beyond the 1 steps asked for"),
+        ({"classes": {"gpt4": 1.0, "gpt3.5": 0.5}}, "--classes"),
+        ({"model": {"num_hidden_layers": 2}}, "num_hidden_layers"),
+        ({"model": {"rms_norm_eps": 1e-6}}, "rms_norm_eps"),
+        ({"model": {}, "random_weights": None}, "weights that it began with"),
     ],
 )
-def test_another_run_in_the_same_folder_is_refused(finished, few, change, named):
-    result = run(TRAIN, *flags(few, finished, **change))
-    assert result.returncode == 1
-    assert result.stderr.startswith("error: ") and named in result.stderr
-    assert "Traceback" not in result.stderr
+def test_another_run_in_the_same_folder_is_refused(finished, few, tmp_path, change, named):
+    if "classes" in change:
+        table = {n: {"condition": n[:4].upper(), "reward": r} for n, r in change["classes"].items()}
+        table["gpt3.5"]["condition"] = "GPT3"
+        (tmp_path / "classes.json").write_text(json.dumps(table))
+        change = {"classes": tmp_path / "classes.json"}
+    if "model" in change:
+        change = change | {"model": sums_with(tmp_path / "model", **change["model"])}
+    before = listing(finished)
+    refused(flags(few, finished, **change), named)
+    assert listing(finished) == before
 
 
-@pytest.fixture(scope="module")
-def finished(few, tmp_path_factory):
-    out = tmp_path_factory.mktemp("finished") / "out"
-    succeeds(TRAIN, *flags(few, out, epochs=1, save_every=1))
-    return out
+def sums_with(folder, **changes):
+    """The sums' folder with another config.json, and random weights of seed 7."""
+    config = json.loads((SUMS / "config.json").read_text()) | changes
+    folder.mkdir()
+    shutil.copy(SUMS / "tokenizer.model", folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    llama = model.Llama(model.LlamaConfig.from_folder(folder))
+    model.random_parameters(llama, seed=7)
+    model.save(llama, folder)
+    return folder
+
+
+def listing(folder):
+    """{file: size and time} of all but the tokenized data and the lock."""
+    files = [p for p in folder.rglob("*") if "tokens" not in p.parts and p.name != ".lock"]
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+@pytest.mark.parametrize("row", [0, -1])
+def test_other_weights_of_the_same_shape_are_another_run(few, tmp_path, row):
+    """Told by the first and the last row of any one tensor."""
+    folder, out = lives.small_model(tmp_path / "small", tied=True), tmp_path / "out"
+    settings = flags(few, out, model=folder, random_weights=None, max_steps=2)
+    succeeds(settings)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][row, -1] += 1
+    save_file(weights, folder / "model.safetensors")
+    refused(settings + ["--max-steps", 3], "weights that it began with")
+
+
+def test_a_run_without_its_checkpoints_is_not_overwritten(finished, few, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out, symlinks=True)
+    shutil.rmtree(out / "checkpoints")
+    before = listing(out)
+    refused(flags(few, out), "none of its checkpoints", "a new --out")
+    assert {p: v for p, v in listing(out).items() if p.name != "checkpoints"} == before
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(few, tmp_path):
+    out = tmp_path / "out"
+    settings = flags(few, out, max_steps=4)
+    codes, _ = stopped(settings, out, signal.SIGKILL, "step", 3)
+    assert codes == [-signal.SIGKILL] and len(metrics(out)) == 2
+    succeeds(settings)
+    assert [line["step"] for line in metrics(out)] == [1, 2, 3, 4]
+
+
+def test_a_copy_without_links_is_named_before_anything_is_done(finished, few, tmp_path):
+    """cp -rL, or a cloud's synchronisation: OUT/model is a folder."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    refused(flags(few, out, epochs=2), str(out / "model"), "copied without links")
+    (out / "model").rename(tmp_path / "copy")
+    succeeds(flags(few, out, epochs=2))
+    assert (out / "model").resolve().name == "epoch-2"
+
+
+def test_other_evaluation_data_has_losses_of_its_own(few, sums, tmp_path):
+    """An earlier export's loss on easier data does not keep OUT/model from the later ones."""
+    easy, hard, out = tmp_path / "easy.jsonl", tmp_path / "hard.jsonl", tmp_path / "out"
+    lines = [json.loads(line) for line in few.read_text().splitlines()[:5]]
+    easy.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for line in lines:
+        line["messages"][1]["content"] = "What is What is"
+    hard.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    succeeds(flags(few, out, eval_data=easy, epochs=2))
+    shown = succeeds(flags(few, out, eval_data=hard, epochs=3))
+    assert f"changed since: --eval-data ['{easy}'], now ['{hard}']" in shown
+    easy_losses, hard_losses = (
+        [line["eval"]["gpt4"]["loss"] for line in metrics(out, "eval")[part]]
+        for part in (slice(1, 3), slice(3, 5))
+    )
+    assert min(hard_losses) > max(easy_losses)
+    assert "not evaluated on this --eval-data: epoch-1" in shown
+    best = hard_losses.index(min(hard_losses))
+    assert (out / "model").resolve().name == ["epoch-2", "epoch-3"][best]
+
+
+def test_model_points_at_the_export_of_the_least_expert_loss(few, tmp_path):
+    """A learning rate so high that what follows the first epochs is worse."""
+    out = tmp_path / "out"
+    more = {"epochs": 6, "lr": 0.2, "warmup_ratio": 0.3, "min_lr_ratio": 1}
+    succeeds(flags(few, out, eval_data=few, **more))
+    losses = {line["step"]: line["eval"]["gpt4"]["loss"] for line in metrics(out, "eval")[1:]}
+    best = min(losses, key=losses.get)
+    assert best not in (min(losses), max(losses)), losses
+    assert json.loads((out / "model" / "crlft.json").read_text())["steps"] == best
+
+
+def test_a_longer_run_exports_its_epoch_anew(few, tmp_path):
+    out = tmp_path / "out"
+    succeeds(flags(few, out, max_steps=2))
+    first = load_file(out / "epoch-1" / "model.safetensors")
+    succeeds(flags(few, out, epochs=1))
+    again = load_file(out / "epoch-1" / "model.safetensors")
+    assert any((again[name] != tensor).any() for name, tensor in first.items())
+
+
+def test_only_what_the_run_made_is_removed(few, tmp_path):
+    """A user's own folders beside its own, named much like them."""
+    out = tmp_path / "out"
+    succeeds(flags(few, out, epochs=1, save_every=1, keep=1))
+    own = ["epoch-1.old", "epoch-2.tmp", "checkpoints/step-1-keep", "checkpoints/step-2.bak", "x"]
+    for name in own:
+        (out / name).mkdir()
+        (out / name / "mine").write_text("")
+    for left in (".epoch-7.tmp", "checkpoints/step-99.tmp"):  # what a kill leaves
+        (out / left).mkdir()
+    succeeds(flags(few, out, epochs=2, save_every=1, keep=1))
+    assert all((out / name / "mine").exists() for name in own)
+    assert not (out / ".epoch-7.tmp").exists() and not (out / "checkpoints/step-99.tmp").exists()
+
+
+def test_a_failing_export_loses_no_checkpoint_and_no_folder_of_the_users(few, tmp_path):
+    out = tmp_path / "out"
+    for name in ("epoch-1", "epoch-2"):
+        (out / name).mkdir(parents=True)
+        (out / name / "mine").write_text("")
+    refused(flags(few, out), f"saving {out / 'epoch-2'} failed", "rename it")
+    steps = metrics(out)[-1]["step"]
+    assert (out / "checkpoints" / f"step-{steps}").is_dir()
+    for name in ("epoch-1", "epoch-2"):
+        assert [path.name for path in (out / name).iterdir()] == ["mine"]
+        (out / name).rename(out / f"my-{name}")
+    succeeds(flags(few, out))  # nothing is left but the export of the last step
+    assert (out / "model").resolve().name == "epoch-2" and len(metrics(out)) == steps
+
+
+def test_a_checkpoint_too_many_is_not_kept_nor_one_too_few(few, tmp_path):
+    out = tmp_path / "out"
+    succeeds(flags(few, out, max_steps=5, save_every=1, keep=2, epochs=3, export_every=2))
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-4", "step-5"]
+    succeeds(flags(few, out, max_steps=7, save_every=1, keep=1, epochs=3, export_every=2))
+    # The one it resumed from stays, whatever becomes of those written since.
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-5", "step-7"]
 
 
 # ------------------------------------------------------------------------------ non-finite steps
@@ -182,34 +410,29 @@ def finished(few, tmp_path_factory):
 
 def test_a_non_finite_step_stops_before_the_optimizer(few, tmp_path):
     out = tmp_path / "out"
-    result = run(TRAIN, *flags(few, out, lr=1e30, save_every=1, warmup_ratio=0), ranks=2)
-    assert result.returncode != 0
-    assert "step 2: loss" in result.stderr
-    assert "parameter with a non-finite gradient is model." in result.stderr
-    assert f"{few}:" in result.stderr
+    shown = refused(flags(few, out, lr=1e30, save_every=1, warmup_ratio=0), ranks=2)
+    assert "step 2: loss" in shown and f"{few}:" in shown
+    assert "parameter with a non-finite gradient is model." in shown
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-1"]
     assert len(metrics(out)) == 1
 
 
-def test_the_parameter_named_is_the_one_that_is_not_finite(few, tmp_path):
-    """Infinite weights in one late layer, as an overflow would leave them."""
-    folder = tmp_path / "model"
-    shutil.copytree(SUMS, folder)
-    llama = model.Llama(model.LlamaConfig.from_folder(SUMS))
-    model.random_parameters(llama, seed=0)
-    poisoned = llama.model.layers[2].mlp.down_proj.weight
-    poisoned.data[0, 0] = float("inf")
-    model.save(llama, folder)
-    result = run(TRAIN, *flags(few, tmp_path / "out", model=folder, save_every=1))
-    assert result.returncode == 1 and "step 1: loss nan" in result.stderr
+def test_infinite_weights_stop_the_first_step(few, tmp_path):
+    """In one late layer, as an overflow would leave them."""
+    folder = sums_with(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.2.mlp.down_proj.weight"][0, 0] = float("inf")
+    save_file(weights, folder / "model.safetensors")
+    settings = {"model": folder, "random_weights": None, "save_every": 1}
+    refused(flags(few, tmp_path / "out", **settings), "step 1: loss nan")
     assert not list((tmp_path / "out" / "checkpoints").iterdir())
 
 
 def test_a_run_that_gains_evaluation_data_goes_on(few, tmp_path):
     out = tmp_path / "out"
-    succeeds(TRAIN, *flags(few, out, epochs=1))
-    further = succeeds(TRAIN, *flags(few, out, epochs=2, eval_data=few))
-    assert "evaluation at step" in further.stdout and (out / "model").resolve().name == "epoch-2"
+    succeeds(flags(few, out, epochs=1))
+    assert "evaluation at step" in succeeds(flags(few, out, epochs=2, eval_data=few))
+    assert (out / "model").resolve().name == "epoch-2"
 
 
 # --------------------------------------------------------------------------------- broken files
@@ -230,28 +453,23 @@ def damage(path, how):
 @pytest.mark.parametrize("how", ["truncated", "bit flipped", "header lying", "missing"])
 @pytest.mark.parametrize("name", ["safetensors", "state.json"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_still_serves(
-    finished,
-    few,
-    tmp_path,
-    how,
-    name,
+    finished, few, tmp_path, how, name
 ):
     out = tmp_path / "out"
     shutil.copytree(finished, out, symlinks=True)
     newest = max((out / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
     damage(next(path for path in newest.iterdir() if path.name.endswith(name)), how)
-    result = run(TRAIN, *flags(few, out, epochs=1))
-    assert result.returncode == 1 and str(newest) in result.stderr
-    assert "Traceback" not in result.stderr
+    message = refused(flags(few, out, epochs=2), str(newest), "remove that folder")
+    assert message.count("\n") == 1
     shutil.rmtree(newest)
-    assert "resuming from" in succeeds(TRAIN, *flags(few, out, epochs=1)).stdout
+    assert "resuming from" in succeeds(flags(few, out, epochs=2))
 
 
 def test_a_checkpoint_of_a_save_that_never_ended_is_not_used(finished, few, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(finished, out, symlinks=True)
     (out / "checkpoints" / "step-99.tmp").mkdir()
-    assert "this run is finished" in succeeds(TRAIN, *flags(few, out, epochs=1)).stdout
+    assert "this run is finished" in succeeds(flags(few, out, epochs=1))
     assert not (out / "checkpoints" / "step-99.tmp").exists()
 
 
@@ -262,13 +480,13 @@ def test_a_kill_while_an_export_is_replaced_leaves_a_model(
     """`publish` moves the older export aside, then the new one in: killed after either."""
     out = tmp_path / "out"
     shutil.copytree(finished, out, symlinks=True)
-    (out / "epoch-1").rename(out / "epoch-1.old")
+    (out / "epoch-1").rename(out / ".epoch-1.old")
     if not before_second_rename:
-        shutil.copytree(out / "epoch-1.old", out / "epoch-1")
-    (out / "epoch-1.tmp").mkdir()
-    assert "this run is finished" in succeeds(TRAIN, *flags(few, out, epochs=1)).stdout
-    assert [path.name for path in out.glob("epoch-*")] == ["epoch-1"]
-    assert model.load(out / "model", "cpu", torch.float32)
+        shutil.copytree(out / ".epoch-1.old", out / "epoch-1")
+    (out / ".epoch-1.tmp").mkdir()
+    assert "this run is finished" in succeeds(flags(few, out, epochs=1))
+    assert sorted(path.name for path in out.iterdir() if "epoch" in path.name) == ["epoch-1"]
+    assert model.load(out / "model")
 
 
 def write(text):
@@ -295,6 +513,10 @@ def other_tokenizer(folder):
     config_with(vocab_size=5000)(folder)
 
 
+def pickled_alone(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
 @pytest.mark.parametrize(
     "fault, message",
     [
@@ -309,26 +531,22 @@ def other_tokenizer(folder):
         (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 100), "cannot be read as"),
         (lambda f: (f / "tokenizer.model").write_bytes(b"no"), "not a SentencePiece model"),
         (lambda f: (f / "tokenizer.model").unlink(), "tokenizer.model: not found"),
+        (lambda f: (f / "model.safetensors").unlink(), "--random-weights"),
+        (pickled_alone, "pytorch_model.bin: a pickle"),
     ],
 )
 def test_a_broken_model_folder_is_one_clear_message(few, tmp_path, fault, message):
-    folder, out = tmp_path / "model", tmp_path / "out"
-    shutil.copytree(SUMS, folder)
+    folder = sums_with(tmp_path / "model")
     fault(folder)
-    result = run(TRAIN, *flags(few, out, model=folder))
-    assert result.returncode == 1
-    assert result.stderr.startswith("error: ") and message in result.stderr
-    assert "Traceback" not in result.stderr
+    refused(flags(few, tmp_path / "out", model=folder, random_weights=None), message)
 
 
 def test_bad_conversations_stop_the_run_before_any_weight(few, tmp_path):
-    data = tmp_path / "bad.jsonl"
-    data.write_bytes(few.read_bytes() + b'{"class": "gpt5"}\n\x00\x00\n' + b"[" * 100_000 + b"\n")
-    result = run(TRAIN, *flags(data, tmp_path / "out"))
-    assert result.returncode == 1
-    assert "3 bad lines" in result.stderr and f"{data}:61: " in result.stderr
-    dropped = succeeds(TRAIN, *flags(data, tmp_path / "out", skip_bad=True, max_steps=1))
-    assert "dropped as bad (--skip-bad): 3 lines" in dropped.stdout
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(few.read_bytes() + b'{"class": "gpt5"}\n\x00\x00\n' + b"[" * 100_000 + b"\n")
+    refused(flags(path, tmp_path / "out"), "3 bad lines", f"{path}:61: ")
+    shown = succeeds(flags(path, tmp_path / "out", skip_bad=True, max_steps=1))
+    assert "dropped as bad (--skip-bad): 3 lines" in shown
 
 
 def test_mutated_inputs_are_accepted_or_refused_by_name():
@@ -340,20 +558,51 @@ def test_mutated_inputs_are_accepted_or_refused_by_name():
 # ------------------------------------------------------------------------------------ the output
 
 
+@contextlib.contextmanager
+def running(tmp_path, settings, ready):
+    """(process, log) of a run of one rank, once `ready()`; it is not left alive."""
+    log = tmp_path / "log"
+    (process,) = start(settings, log=log)
+    try:
+        wait_until(ready, process, log)
+        yield process, log
+    finally:
+        processes.kill([process])
+
+
+def wait_until(ready, process, log, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert process.exitcode is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
+
+
 def test_an_output_held_by_a_live_run_is_refused(few, tmp_path):
-    out, (process,), _ = running(tmp_path, few, ranks=1)
-    result = run(TRAIN, *flags(few, out))
-    process.kill()
-    process.wait()
-    assert result.returncode == 1
-    assert f"held by another live run (process {process.pid})" in result.stderr
+    out = tmp_path / "out"
+    settings = flags(few, out, epochs=300, export_every=0)
+    with running(tmp_path, settings, lambda: (out / "metrics.jsonl").exists()) as (process, _):
+        refused(flags(few, out), f"held by another live run (process {process.pid})")
 
 
 def test_an_output_that_cannot_be_written_is_named(few, tmp_path):
     (tmp_path / "file").write_text("")
-    result = run(TRAIN, *flags(few, tmp_path / "file" / "out"))
-    assert result.returncode == 1 and str(tmp_path / "file") in result.stderr
-    assert "Traceback" not in result.stderr
+    refused(flags(few, tmp_path / "file" / "out"), str(tmp_path / "file"))
+
+
+def test_an_output_that_the_machines_do_not_share_is_named(few, tmp_path):
+    """Two ranks that see two folders, as two machines do under one name."""
+    log, pair = tmp_path / "log", []
+    for rank in ("0", "1"):
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        own["MASTER_PORT"] = pair[0][1]["MASTER_PORT"] if pair else str(processes.free_port())
+        pair.append(([*map(str, flags(few, tmp_path / rank))], own, str(log), None))
+    started = [processes.fork_server.Process(target=processes._main, args=of) for of in pair]
+    for process in started:
+        process.start()
+    assert finish(started)[0] == 1
+    shown = log.read_text()
+    assert "does not see the files of rank 0" in shown and "all machines share" in shown
+    assert "Traceback" not in shown
 
 
 @pytest.fixture
@@ -373,35 +622,29 @@ def test_a_read_only_output_is_named_and_left_as_it_was(finished, few, small_dis
     shutil.copytree(finished, small_disk / "out", symlinks=True)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     for out in (small_disk / "out", small_disk / "new"):
-        result = run(TRAIN, *flags(few, out, epochs=2))
-        assert result.returncode == 1
-        assert "Read-only file system" in result.stderr and str(out) in result.stderr
-        assert "Traceback" not in result.stderr
+        refused(flags(few, out, epochs=2), "Read-only file system", str(out))
 
 
 def test_a_disk_too_small_is_found_before_training(few, small_disk):
     (small_disk / "other").write_bytes(bytes(9 << 20))
-    result = run(TRAIN, *flags(few, small_disk / "out"))
-    assert result.returncode == 1
-    assert "GB free" in result.stderr and "evaluation" not in result.stdout
+    refused(flags(few, small_disk / "out"), "GB free")
+    assert not (small_disk / "out" / "metrics.jsonl").exists()
 
 
 def test_a_disk_that_fills_up_keeps_the_older_checkpoint(few, small_disk, tmp_path):
     """Another program fills the disk during a run: its saves fail, the checkpoints stay."""
     out = small_disk / "out"
-    log = open(tmp_path / "log", "w")
-    (process,) = start(flags(few, out, epochs=10_000, save_every=20), 1, log)
-    deadline = time.monotonic() + 120
-    while not list(out.glob("checkpoints/step-*[0-9]")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    with pytest.raises(OSError), open(small_disk / "other", "wb", buffering=0) as other:
-        while True:
-            other.write(bytes(1 << 14))
-    while "training goes on" not in (tmp_path / "log").read_text() and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 1
-    shown = (tmp_path / "log").read_text()
-    assert "failed: " in shown and "kept: step-" in shown and "Traceback" not in shown
+    settings = flags(few, out, epochs=300, save_every=20, export_every=0)
+    saved = lambda: list(out.glob("checkpoints/step-*[0-9]"))  # noqa: E731
+    with running(tmp_path, settings, saved) as (process, log):
+        with pytest.raises(OSError), open(small_disk / "other", "wb", buffering=0) as other:
+            while True:
+                other.write(bytes(1 << 14))
+        wait_until(lambda: "training goes on" in log.read_text(), process, log)
+        os.kill(process.pid, signal.SIGTERM)
+        assert finish([process]) == [1]
+    shown = log.read_text()
+    assert "failed: " in shown and "is kept, training goes on" in shown
+    assert "Traceback" not in shown and saved()
     (small_disk / "other").unlink()
-    assert "resuming from" in succeeds(TRAIN, *flags(few, out, max_steps=60, save_every=20)).stdout
+    assert "resuming from" in succeeds(settings + ["--max-steps", 60])

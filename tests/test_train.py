@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import SUMS, flags, metrics
 from safetensors.torch import load_file
 
 import chat
@@ -19,7 +20,6 @@ import model
 import train
 
 ROOT = Path(__file__).resolve().parents[1]
-SUMS = ROOT / "examples" / "sums"
 SHARED = ROOT.parent / "shared"
 
 
@@ -44,32 +44,6 @@ def succeeds(*arguments, **options):
     result = run(*arguments, **options)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result
-
-
-@pytest.fixture(scope="session")
-def few(tmp_path_factory):
-    """60 conversations of both classes; every tenth is the expert's."""
-    path = tmp_path_factory.mktemp("data") / "few.jsonl"
-    lines = (SUMS / "train.jsonl").read_text().splitlines()
-    expert = [line for line in lines if '"gpt4"' in line][:10]
-    path.write_text("\n".join(expert + [line for line in lines if '"gpt3.5"' in line][:50]) + "\n")
-    return path
-
-
-def flags(data, out, **more):
-    settings = {"model": SUMS, "data": data, "out": out, "lr": 1e-3, "max_length": 64}
-    settings |= {"batch_tokens": 256, "epochs": 2} | more
-    found = []
-    for name, value in settings.items():
-        name = "--" + name.replace("_", "-")
-        found += [name.replace("--", "--no-") if value is False else name]
-        found += [] if isinstance(value, bool) else [value]
-    return found
-
-
-def metrics(out, key="loss"):
-    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if key in line]
 
 
 # ------------------------------------------------------------------------------- the objective
@@ -162,7 +136,8 @@ def test_every_conversation_appears_once_an_epoch_over_all_ranks(ranks, accumula
     order = train.Order(lengths, config, ranks * accumulate)
     for epoch in range(config.epochs):
         seen = []
-        for step in range(order.first_step[epoch], order.first_step[epoch + 1]):
+        begun = order.ends[epoch - 1] if epoch else 0
+        for step in range(begun + 1, order.ends[epoch] + 1):
             bins = order.bins(step)
             for rank in range(ranks):
                 mine = bins[rank::ranks]
@@ -305,6 +280,31 @@ def test_wrong_flags_are_named_before_anything_is_loaded(wrong, message, capsys)
         train.parse_arguments(["--model", "m", "--data", "d", "--out", "o", *wrong])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def parsed(*flags):
+    return train.parse_arguments(["--model", "m", "--out", "o", *flags])
+
+
+def test_data_given_twice_means_both():
+    assert parsed("--data", "a", "b", "--data", "c").data == ["a", "b", "c"]
+    assert parsed("--data", "a", "--eval-data", "b", "--eval-data", "c").eval_data == ["b", "c"]
+
+
+def test_flags_win_over_those_of_a_file_wherever_it_stands(tmp_path):
+    (tmp_path / "run.txt").write_text("--data a b --lr 1  # as before\n--epochs 7\n")
+    file, own = [f"@{tmp_path}/run.txt"], ["--data", "c", "--lr", "2"]
+    for order in (file + own, own + file):
+        config = parsed(*order)
+        assert (config.data, config.lr, config.epochs) == (["c"], "2", 7)
+
+
+def test_home_is_expanded_where_no_shell_does(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "run.txt").write_text("--model ~/m --data ~/a b --eval-data ~/e --out ~/o\n")
+    config = train.parse_arguments([f"@{tmp_path}/run.txt"])
+    assert (config.model, config.out) == ("/home/me/m", "/home/me/o")
+    assert (config.data, config.eval_data) == (["/home/me/a", "b"], ["/home/me/e"])
 
 
 def test_help_explains_every_flag(capsys):

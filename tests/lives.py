@@ -1,0 +1,267 @@
+"""Whole lives of runs, drawn at random: killed, stopped, started again, and compared.
+
+    python tests/lives.py --lives 300               lives of seeds 0 to 299
+    python tests/lives.py --seconds 90 --seed 1000  as many as fit, from seed 1000 on
+    python tests/lives.py --lives 1 --seed 17 -v    one of them again, with what it does
+
+A life draws a run's flags, runs it undisturbed, then runs it with up to four ends at random
+instants of any phase (SIGKILL of all ranks, or SIGTERM to one), each time started again, on the
+same ranks or on others, until it is done. Both must leave the same: every exported weight, every
+tensor of the last checkpoint, every metric; bit for bit on the same ranks, within 1e-5 on others.
+What must be there at all is counted from the exported model, not from the other run.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import processes  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+import model  # noqa: E402
+
+SUMS = ROOT / "examples" / "sums"
+TIMING = {"seconds", "tokens_per_second", "supervised_tokens_per_second", "mfu", "memory_bytes"}
+SIGNALS = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]
+
+
+class Different(Exception):
+    """A life that did not end as the undisturbed run did."""
+
+
+def live(seed, folder, say=lambda *_: None):
+    """One life in `folder`; how many ends it survived, of which phases. Raises Different."""
+    chance = random.Random(seed)
+    ranks, replicas, accumulate = chance.choice(SHAPES)
+    flags, other_ranks = draw_flags(chance, folder, ranks * accumulate)
+    whole, killed = folder / "whole", folder / "killed"
+    say(f"{ranks} ranks x {accumulate}, {replicas} replicas:", *flags)
+
+    def start(out, ranks, replicas, **watch):
+        shape = ["--accumulate", micro_batches // ranks, "--replicas", replicas, "--out", out]
+        return processes.start([*flags, *shape], ranks, f"{out}.log", {"out": str(out)} | watch)
+
+    micro_batches, counts = ranks * accumulate, folder / "counts.json"
+    begun = time.monotonic()
+    expect(processes.finish(start(whole, ranks, replicas, counts=str(counts))), {0}, whole)
+    instants, seconds = json.loads(counts.read_text()), time.monotonic() - begun
+    survived, here, log = [], (ranks, replicas), Path(f"{killed}.log")
+    for _ in range(chance.randint(1, 4)):
+        end = draw_end(chance, instants, here[0], seconds)
+        codes = wait_for_end(start(killed, *here, end=end), end, log, chance)
+        came = log.read_bytes().count(processes.ENDED)
+        say(f"  {here}: {end} -> {codes}")
+        # Before a run listens to signals, while it reads its data, one ends it with all its ranks.
+        lost = {0, 1, -end["signal"], -signal.SIGKILL}
+        expect(codes, lost if came > len(survived) else {0}, killed)
+        if came > len(survived):
+            survived.append((end["phase"], signal.Signals(end["signal"]).name))
+        if other_ranks and chance.random() < 0.5:
+            fits = [shape for shape in SHAPES if micro_batches % shape[0] == 0]
+            here = chance.choice(fits)[:2]
+    expect(processes.finish(start(killed, *here)), {0}, killed)
+    if "Traceback" in log.read_text():
+        raise Different(f"a traceback:\n{log.read_text()[-3000:]}")
+    compare(whole, killed, exact=not other_ranks)
+    return survived
+
+
+SHAPES = [  # ranks, replicas, accumulate
+    (1, 1, 1), (1, 1, 2), (1, 1, 4), (2, 1, 1), (2, 1, 2), (2, 2, 1), (4, 1, 1), (4, 2, 1),
+]  # fmt: skip
+
+
+def draw_flags(chance, folder, micro_batches):
+    """(flags, may it go on on another number of ranks)."""
+    tied = chance.random() < 0.5
+    bf16, evaluated = chance.random() < 0.4, chance.random() < 0.7
+    flags = ["--model", small_model(folder / "model", tied), "--lr", "3e-3", "--max-length", 48]
+    flags += ["--data", conversations(folder / "train.jsonl", chance, 18 * micro_batches)]
+    flags += ["--batch-tokens", chance.choice([96, 128]), "--seed", chance.randint(0, 9)]
+    flags += ["--epochs", chance.choice([1, 2, 3]), "--keep", chance.choice([1, 2, 3])]
+    flags += ["--save-every", chance.choice([0, 1, 2, 3, 5, 99])]
+    flags += ["--export-every", chance.choice([0, 1, 1, 2])]
+    flags += ["--precision", "bf16" if bf16 else "fp32"]
+    flags += chance.choice([[], [], ["--max-steps", chance.randint(3, 9)]])
+    flags += chance.choice([[], [], ["--no-condition"], ["--no-reward"]])
+    flags += chance.choice([[], ["--recompute", 1]])
+    if evaluated:
+        flags += ["--eval-data", conversations(folder / "eval.jsonl", chance, 12)]
+        flags += ["--eval-every", chance.choice([0, 1, 2, 3, 5, 99])]
+    # Other ranks sum in another order; rounded to bf16, that is no longer within 1e-5.
+    return flags, not bf16 and chance.random() < 0.3
+
+
+def small_model(folder, tied):
+    """A folder with weights; 67 rows of vocabulary divide by no number of ranks."""
+    folder.mkdir(parents=True)
+    shutil.copy(SUMS / "tokenizer.model", folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 67}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    llama = model.Llama(model.LlamaConfig(**sizes, tie_word_embeddings=tied))
+    model.random_parameters(llama, seed=1)
+    model.save(llama, folder)
+    return folder
+
+
+def conversations(path, chance, count):
+    """Sums of both classes, some with messages that have a weight of their own."""
+    lines = []
+    for line in chance.sample((SUMS / "train.jsonl").read_text().splitlines(), count):
+        line = json.loads(line) | {"class": chance.choice(["gpt4", "gpt3.5", "gpt3.5"])}
+        if chance.random() < 0.2:
+            line["messages"][-1]["weight"] = chance.choice([0.25, 2.5])
+        lines.append(json.dumps(line))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def draw_end(chance, instants, ranks, seconds):
+    """An instant of a phase, each phase as likely as another; or one of the clock."""
+    phase = chance.choice([*sorted(instants), "clock"])
+    number = chance.randint(1, max(1, instants.get(phase, 1) // chance.choice([1, 1, 2, 4])))
+    if phase == "clock":
+        number = chance.uniform(0, seconds)
+    rank = chance.randrange(ranks) if phase in ("step", "evaluate", "save", "clock") else 0
+    return {"rank": rank, "phase": phase, "number": number, "signal": int(chance.choice(SIGNALS))}
+
+
+def wait_for_end(running, end, log, chance):
+    """Exit codes; where a rank was killed, the others are too, a moment later."""
+    begun = time.monotonic()
+    while all(process.exitcode is None for process in running):
+        time.sleep(0.001)
+        if end["phase"] == "clock" and time.monotonic() - begun > end["number"]:
+            with open(log, "ab") as file:
+                file.write(processes.ENDED)
+            os.kill(running[end["rank"]].pid, end["signal"])
+            break
+    if end["signal"] == signal.SIGKILL and any(process.exitcode != 0 for process in running):
+        time.sleep(chance.choice([0, chance.uniform(0, 0.05)]))
+        processes.kill(running)
+    return processes.finish(running)
+
+
+def expect(codes, allowed, out):
+    if not set(codes) <= allowed:
+        log = Path(f"{out}.log").read_text()[-3000:]
+        raise Different(f"ended with {codes}, not {sorted(allowed)}:\n{log}")
+
+
+def compare(whole, killed, exact):
+    """Raises Different unless both folders hold the same, and all that must be there."""
+    a, b = left_behind(whole), left_behind(killed)
+    if a.keys() != b.keys():
+        raise Different(f"only one has {', '.join(sorted(a.keys() ^ b.keys())[:9])}")
+    for name, value in a.items():
+        if not same(value, b[name], exact):
+            raise Different(f"{name} differs: {value!r:.300} and {b[name]!r:.300}")
+
+
+def same(a, b, exact):
+    if isinstance(a, torch.Tensor):
+        if exact:
+            return a.dtype == b.dtype and a.shape == b.shape and bytes_of(a) == bytes_of(b)
+        return torch.allclose(a.float(), b.float(), rtol=1e-5, atol=1e-5)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key], exact) for key in a)
+    if isinstance(a, float) and not exact:
+        return math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-7)
+    return a == b
+
+
+def bytes_of(tensor):
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def left_behind(out):
+    """{what: value} of all that a finished run leaves, checked to be whole."""
+    found = {"names": sorted(path.name for path in out.iterdir())}
+    for folder in sorted(out.glob("epoch-*")):
+        weights = load_file(folder / "model.safetensors")
+        found |= {f"{folder.name} {name}": tensor for name, tensor in weights.items()}
+    found["OUT/model"] = os.readlink(out / "model")
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "loss" in line]
+    if steps != [*range(1, len(steps) + 1)]:
+        raise Different(f"{out.name}: metrics of the steps {steps}")
+    for number, line in enumerate(lines):
+        found[f"metrics {number}"] = {k: v for k, v in line.items() if k not in TIMING}
+    found |= last_checkpoint(out, steps[-1])
+    return found
+
+
+def last_checkpoint(out, step):
+    """{tensor: value} of the checkpoint after the last step, joined from every rank's rows."""
+    folder = out / "checkpoints" / f"step-{step}"
+    pieces = {}
+    for file, rows in json.loads((folder / "state.json").read_text())["files"].items():
+        tensors = load_file(folder / file)
+        for name, (first, count, _) in rows.items():
+            pieces.setdefault(name, []).append((first, tensors[name][:count]))
+    found = {}
+    for name, parts in pieces.items():
+        parts.sort(key=lambda part: part[0])
+        found[name] = torch.cat([rows for _, rows in parts])
+    exported = load_file(max(out.glob("epoch-*"), key=epoch_number) / "model.safetensors")
+    moments = [f"optimizer.{name}.{m}" for name in exported for m in ("exp_avg", "exp_avg_sq")]
+    if sorted(found) != sorted([*exported, *moments]):
+        raise Different(f"{folder}: holds {len(found)} tensors for {len(exported)} parameters")
+    for name, tensor in found.items():
+        parameter = exported[name.removeprefix("optimizer.").removesuffix(".exp_avg_sq")
+                             .removesuffix(".exp_avg")]  # fmt: skip
+        if tensor.shape != parameter.shape or tensor.dtype != torch.float32 or not tensor.any():
+            raise Different(f"{folder}: {name} is {tensor.dtype} {tuple(tensor.shape)}, or all 0")
+        if name in exported and not torch.equal(tensor.to(parameter.dtype), parameter):
+            raise Different(f"{folder}: {name} is not what was exported after the same step")
+    return {f"step-{step} {name}": tensor for name, tensor in found.items()}
+
+
+def epoch_number(folder):
+    return int(folder.name.removeprefix("epoch-"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--lives", type=int, default=10**9, help="how many (default: as many as fit)")
+    add("--seconds", type=float, default=math.inf, help="begin no life after so many")
+    add("--seed", type=int, default=0, help="of the first life; the next one has the next seed")
+    add("-v", "--verbose", action="store_true", help="print what each life does")
+    args = parser.parse_args()
+    if args.lives == 10**9 and args.seconds == math.inf:
+        parser.error("--lives or --seconds is needed")
+    begun, survived, lives, failed = time.monotonic(), [], 0, []
+    while lives < args.lives and time.monotonic() - begun < args.seconds:
+        seed = args.seed + lives
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                say = print if args.verbose else lambda *_: None
+                survived += live(seed, Path(folder).resolve(), say)
+            except (Different, OSError) as error:
+                failed.append(seed)
+                print(f"seed {seed}: {error!r}", flush=True)
+        lives += 1
+    ends = ", ".join(f"{survived.count(end)} {' '.join(end)}" for end in sorted(set(survived)))
+    print(
+        f"{lives} lives, seeds {args.seed} to {args.seed + lives - 1}: {len(failed)} different"
+        f"{f' ({failed})' if failed else ''}; {len(survived)} ends survived: {ends}; "
+        f"{time.monotonic() - begun:.0f} s"
+    )
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

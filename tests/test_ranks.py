@@ -1,0 +1,147 @@
+"""The processes of a run: what they agree on, how they end, and what they print meanwhile."""
+
+import errno
+import fcntl
+import io
+import json
+import signal
+import time
+from pathlib import Path
+
+import processes
+import pytest
+
+from support import ranks as support_ranks
+from support.ranks import Ranks, SaveFailed, lock_folder
+from support.report import StatusLine
+
+# ------------------------------------------------------------------------------- what they agree on
+
+
+def three_ranks(folder, what):
+    """What three ranks return who each call `what(ranks)`; as texts."""
+    port, started = processes.free_port(), []
+    for rank in range(3):
+        own = {"RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": str(rank)}
+        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        arguments = [str(folder)], own, str(folder / "log"), None, what
+        started.append(processes.fork_server.Process(target=processes._main, args=arguments))
+        started[-1].start()
+    assert processes.finish(started) == [0, 0, 0], (folder / "log").read_text()
+    return [(folder / str(rank)).read_text() for rank in range(3)]
+
+
+def gather_odd_values(arguments):
+    ranks = Ranks()
+    found = ranks.gather({"rank": ranks.rank, "text": "ä" * ranks.rank, "none": None})
+    Path(arguments[0], str(ranks.rank)).write_text(json.dumps(found))
+    ranks.finish()
+
+
+def test_every_rank_gathers_the_values_of_all(tmp_path):
+    expected = [{"rank": rank, "text": "ä" * rank, "none": None} for rank in range(3)]
+    assert three_ranks(tmp_path, gather_odd_values) == [json.dumps(expected)] * 3
+
+
+def fail_here_and_there(arguments):
+    ranks, outcomes = Ranks(), []
+    for failing in (None, 2, 0):
+        try:
+            with ranks.all_or_none("saving x"):
+                if ranks.rank == failing:
+                    raise OSError(errno.ENOSPC, "No space left on device", "x/y")
+            outcomes.append("saved")
+        except SaveFailed as error:
+            outcomes.append(str(error))
+    Path(arguments[0], str(ranks.rank)).write_text("\n".join(outcomes))
+    ranks.finish()
+
+
+def test_what_fails_on_one_rank_fails_on_all_with_its_reason(tmp_path):
+    reason = "saving x failed: [Errno 28] No space left on device: 'x/y'"
+    expected = ["saved", f"{reason} (rank 2)", reason]
+    assert three_ranks(tmp_path, fail_here_and_there) == ["\n".join(expected)] * 3
+
+
+# ------------------------------------------------------------------------------------- how they end
+
+
+@pytest.fixture
+def handlers():
+    """The signals' handlers are as they were afterwards."""
+    before = {getattr(signal, name): signal.getsignal(getattr(signal, name))
+              for name in support_ranks.STOP_SIGNALS}  # fmt: skip
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_run_under_nohup_outlives_its_terminal(ranks, handlers):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    ranks.listen()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) == ranks._signal
+
+
+def test_a_second_signal_ends_at_once_but_not_the_same_ctrl_c_twice(ranks, monkeypatch):
+    """Ctrl-C comes from the terminal and again from torchrun, within milliseconds."""
+    codes, line = [], StatusLine(io.StringIO(), 1.0)
+    monkeypatch.setattr(line, "say_in_handler", lambda text: None)
+    monkeypatch.setattr(ranks, "line", line)
+    monkeypatch.setattr(support_ranks.os, "_exit", codes.append)
+    monkeypatch.setattr(ranks, "signalled", None)
+    ranks._signal(signal.SIGINT, None)
+    ranks._signal(signal.SIGINT, None)
+    assert codes == [] and ranks.asked_to_stop()
+    monkeypatch.setattr(ranks, "signalled", time.monotonic() - 2)
+    ranks._signal(signal.SIGTERM, None)
+    assert codes == [128 + signal.SIGTERM]
+
+
+def test_a_disk_without_locks_is_said_and_used(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    said = []
+    lock_folder(tmp_path / "out", said.append)
+    assert len(said) == 1 and "has no locks: do not start a second run" in said[0]
+
+
+# ---------------------------------------------------------------------------------- what they print
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_what_is_said_never_stands_behind_the_refreshed_line():
+    shown = Terminal()
+    line = StatusLine(shown, 1.0)
+    line.refresh("step 1")
+    line.say("stopped after step 1")
+    line.say("bye")
+    line.refresh("step 2", final=True)
+    line.say("done")
+    assert shown.getvalue().replace("\033[K", "").replace("\r", "").splitlines() == [
+        "step 1", "stopped after step 1", "bye", "step 2", "done"
+    ]  # fmt: skip
+
+
+def test_a_signal_is_said_on_a_line_of_its_own(tmp_path):
+    """From the handler, past Python's buffers, which the signal may have interrupted."""
+    with open(tmp_path / "shown", "w") as shown:
+        line = StatusLine(shown, 1.0)
+        line.open = True
+        line.say_in_handler("stopping")
+        line.say("stopped")
+    assert (tmp_path / "shown").read_text() == "\nstopping\nstopped\n"
+
+
+def test_a_file_gets_a_line_a_second_and_the_last_one():
+    shown = io.StringIO()
+    line = StatusLine(shown, 1.0)
+    for step in range(5):
+        line.refresh(f"step {step}", final=step == 4)
+    assert shown.getvalue() == "step 0\nstep 4\n"
