@@ -282,7 +282,8 @@ def evaluate_and_export(plan, ranks, llama, log, out, step, due):
     if export_due:
         with save_may_fail(ranks, unless=step == plan.order.total):
             export(plan, ranks, llama, out, step, log.expert_losses())
-    return not (any(due) and ranks.asked_to_stop())
+    # After the last step nothing is left to be stopped.
+    return step == plan.order.total or not (any(due) and ranks.asked_to_stop())
 
 
 def not_yet_there(plan, log, out, step):
