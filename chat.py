@@ -22,6 +22,8 @@ import torch.nn.functional as F
 import data
 import loss
 import model
+from support.dataset import lines
+from support.formats import numbered, parse_json, parse_message
 
 BATCH = 16  # conversations answered at a time by --batch
 
@@ -191,14 +193,14 @@ def answer_file(chat, source, target, options):
 def read_prompts(chat, path):
     """(line, messages) of each conversation; ValueError names the line that is not one."""
     context = chat.llama.config.max_position_embeddings
-    for number, (raw, _) in enumerate(data.lines(path), start=1):
+    for number, (raw, _) in enumerate(lines(path), start=1):
         try:
-            line = data.parse_json(raw)
+            line = parse_json(raw)
             if line is None:
                 continue
             if "messages" not in line:
                 raise ValueError("no 'messages'")
-            messages = [data.parse_message(i, m) for i, m in data.numbered(line, "messages")]
+            messages = [parse_message(i, m) for i, m in numbered(line, "messages")]
             if not messages or messages[-1].role != "user":
                 raise ValueError("the last message must be the user's")
             if (length := len(chat.prompt(messages))) > context:

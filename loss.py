@@ -31,6 +31,7 @@ class SourceClass:
     reward: float  # r_c of Eq. (3)
 
 
+BETA = 1 / math.log(10)  # rewards 1 and 0 then weigh 1 and 0.1, as in OpenChat's own runs
 DEFAULT_CLASSES = {"gpt4": SourceClass("GPT4", 1.0), "gpt3.5": SourceClass("GPT3", 0.0)}
 
 

@@ -11,11 +11,12 @@ all panels, a run its line style.
 
 import argparse
 import itertools
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
+
+from support.files import read_metrics
 
 STYLES = ("-", "--", ":", "-.")
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
@@ -24,13 +25,7 @@ COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:
 def read(run):
     """(steps, evaluations) of a run's folder: the lines of its metrics.jsonl, each a dict."""
     path = Path(run) / "metrics.jsonl"
-    lines = []
-    for number, text in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            print(f"{path}:{number}: not JSON, left out with what follows", file=sys.stderr)
-            break  # a live run's last line may be half written
+    lines = read_metrics(path)
     steps = [line for line in lines if "eval" not in line]
     if not steps:
         raise ValueError(f"{path}: no step is logged yet")

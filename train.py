@@ -10,8 +10,8 @@ The whole method, with where each part lives:
     L = Σ w_t · CE_t / Σ w_t over all tokens of all ranks and micro-batches   gradients, below
     no reference model, no value model, no sampling: pi_c of Eq. (4) is the data itself
 
-Read down: flags, main, the loop, one step, evaluation; then what they use: the plan of a run, the
-sharded network, log, exports and checkpoints, and the processes that run all this.
+Read down: flags, main, the loop, the sharded network, one step, evaluation; then the schedule, the
+order of the data, and the plan of a run. What a run needs and the method does not is in support/.
 Shapes: T tokens of a micro-batch, N supervised rows, C classes, D hidden, V vocabulary.
 """
 
@@ -20,7 +20,6 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import json
 import math
 import os
 import re
@@ -41,10 +40,18 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import data
-import loss
 import model
+from loss import (
+    BETA,
+    DEFAULT_CLASSES,
+    class_weights,
+    linear_weighted_cross_entropy,
+    read_classes,
+)
+from support import memory, report
 from support.checkpoint import Checkpoints, export, is_exported
 from support.ranks import Ranks, SaveFailed, held_output, is_lost_rank
+from support.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent
 EXAMPLE = ROOT / "examples" / "sums"
@@ -58,7 +65,7 @@ class Config:
     data: list = ()  # training conversations, one or more JSONL files
     eval_data: list = ()  # held-out conversations, one or more JSONL files
     classes: str = ""  # JSON {class: {"condition", "reward"}}; without it gpt4 1.0, gpt3.5 0.0
-    beta: float = 0.4343  # w = exp((reward - best reward) / beta); 1/ln 10 gives 1.0 and 0.1
+    beta: float = BETA  # w = exp((reward - best reward) / beta); 1/ln 10 gives 1.0 and 0.1
     condition: bool = True  # put the class into the prompt (off: the paper's "w/o condition")
     reward: bool = True  # weigh by class (off: the paper's "w/o reward", every w = 1)
     out: str = ""  # folder for metrics, checkpoints and exported models
@@ -198,10 +205,10 @@ def main(arguments=None):
 def run(config, ranks):
     """Plan and train; True where the run is done, False where it was stopped before."""
     with held_output(None if config.dry_run else config.out, ranks) as out:
-        plan = Plan(config, ranks, out)
-        ranks.say("\n".join(plan.describe()))
+        plan = make_plan(config, ranks, out)
+        ranks.say("\n".join(report.header(plan)))
         if config.dry_run:
-            ranks.say("\n".join(plan.preview()))
+            ranks.say("\n".join(report.first_bin(plan)))
             return False
         return train(plan, ranks, out)
 
@@ -211,52 +218,49 @@ def run(config, ranks):
 
 def train(plan, ranks, out):
     """True where the run is done, False where it was stopped before. Steps count from 1."""
-    config, order = plan.config, plan.order
+    config, total = plan.config, plan.order.total
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may vary
     torch.use_deterministic_algorithms(config.deterministic or not ranks.cuda)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads what it fills
     checkpoints = Checkpoints(plan, ranks, out)
-    start = checkpoints.resume()  # so many steps are done
-    log = Log(plan, ranks, out, start)
-    due = ranks.first_does("due", lambda: not_yet_there(plan, log, out, start))
-    if start == order.total and not any(due):
-        ranks.say(f"this run is finished: {start} steps are done; the model is {out / 'model'}")
+    step = checkpoints.resume()  # so many steps are done
+    log = report.Log(plan, ranks, out, step)
+    due = ranks.first_does("due", lambda: not_yet_there(plan, log, out, step))
+    if step == total and not any(due):
+        ranks.say(f"this run is finished: {step} steps are done; the model is {out / 'model'}")
         return True
     ranks.listen()
-    llama, optimizer = build(plan, ranks, start == 0)
-    if start:
+    llama, optimizer = build(plan, ranks, with_weights=step == 0)
+    if step:
         checkpoints.load(llama, optimizer)
-    step, stopped = start, not evaluate_and_export(plan, ranks, llama, log, out, start, due)
+    stopped = not evaluate_and_export(plan, ranks, llama, log, out, step, due)
 
     with ranks.thread() as loader:  # makes the next step's batches during this one
         batches_of = functools.partial(loader.submit, load_step, plan, ranks)
-        pending = batches_of(step + 1) if step < order.total else None
-        while step < order.total and not stopped:
+        pending = batches_of(step + 1) if step < total else None
+        while step < total and not stopped:
             began = time.perf_counter()
             step += 1
             bins, batches, total_weight = pending.result()
-            if step < order.total:
+            if step < total:
                 pending = batches_of(step + 1)
-            value, table, losses = gradients(plan, ranks, llama, batches, total_weight)
-            # The norm first, the clipping once it is known to be finite: clip_grad_norm_ would
-            # turn every gradient into NaN, and hide which parameter was the first.
-            total_norm = gradient_norm(llama)
-            grad_norm = total_norm.item()
-            if not math.isfinite(value) or not math.isfinite(grad_norm):
-                where = f"step {step}: loss {value}, gradient norm {grad_norm}"
-                raise ValueError(where + not_finite(plan, ranks, llama, bins, losses))
-            torch.nn.utils.clip_grads_with_norm_(llama.parameters(), config.clip, total_norm)
-            lr = learning_rate(step, order.total, plan.lr, config)
+            loss, table, losses = gradients(plan, ranks, llama, batches, total_weight)
+            grad_norm = torch.nn.utils.clip_grad_norm_(llama.parameters(), config.clip)
+            grad_norm = grad_norm.full_tensor().item()
+            if not math.isfinite(loss) or not math.isfinite(grad_norm):
+                where = f"step {step}: loss {loss}, gradient norm {grad_norm}"
+                raise ValueError(where + not_finite(plan, ranks, bins, losses))
+            lr = learning_rate(step, total, plan.lr, config)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
             stopped = ranks.asked_to_stop()  # here a GPU is waited for: the step's time is all in
-            log.step(step, bins, value, lr, grad_norm, table, time.perf_counter() - began)
+            log.step(step, bins, loss, lr, grad_norm, table, time.perf_counter() - began)
 
-            # The checkpoint before the evaluation and the export: what fails there loses nothing.
+            # Once in a while: a checkpoint, and then what may fail without losing anything.
             if plan.saves(step) and not stopped:
-                with save_may_fail(ranks, unless=step == order.total):
+                with save_may_fail(ranks, unless=step == total):
                     checkpoints.save(llama, optimizer, step)
             due = plan.due(step)
             stopped = stopped or not evaluate_and_export(plan, ranks, llama, log, out, step, due)
@@ -264,8 +268,7 @@ def train(plan, ranks, out):
         checkpoints.save(llama, optimizer, step)
         ranks.say(f"stopped after step {step}, as asked; the same command goes on from here")
         return False
-    where = f"{out / 'model'} ({os.readlink(out / 'model')})"
-    ranks.say(f"done: the model is {where}, the metrics {out / 'metrics.jsonl'}")
+    ranks.say(f"done: the model is {out / 'model'}, the metrics {out / 'metrics.jsonl'}")
     shell = shlex.quote(str(out)), shlex.quote(str(out / "model"))
     ranks.say("  curves:  python plot.py {}\n  chat:    python chat.py {}".format(*shell))
     return True
@@ -280,6 +283,8 @@ def evaluate_and_export(plan, ranks, llama, log, out, step, due):
             return False
         log.evaluation(step, table)
     if export_due:
+        if ranks.asked_to_stop():  # it may take long, and the checkpoint is there
+            return False
         with save_may_fail(ranks, unless=step == plan.order.total):
             export(plan, ranks, llama, out, step, log.expert_losses())
     # After the last step nothing is left to be stopped.
@@ -302,340 +307,6 @@ def save_may_fail(ranks, unless):
         if unless:
             raise
         ranks.say(f"warning: {error}; what was saved before is kept, training goes on")
-
-
-def load_step(plan, ranks, step):
-    """All bins of a step, this rank's batches of them, and Σ w over all of the step's tokens.
-
-    Every rank knows every bin, so the normaliser of the loss needs no communication.
-    """
-    bins, device = plan.order.bins(step), ranks.device
-    total_weight = sum(plan.dataset.total_weight(b, plan.class_weights) for b in bins)
-    mine = bins[ranks.rank :: ranks.world]
-    batches = [data.collate(plan.dataset, b, plan.class_weights, plan.shape) for b in mine]
-    if ranks.cuda:
-        batches = [
-            data.Batch(*(x.pin_memory().to(device, non_blocking=True) for x in b)) for b in batches
-        ]
-    return bins, batches, total_weight or 1.0
-
-
-def objective(batch, classes):
-    """C-RLFT on one micro-batch: what Llama.forward calls with hidden (N, D) and the head (V, D).
-
-    Returns the numerator of L, Σ w·CE, to be differentiated, and for the log a (4, classes)
-    float64 table: tokens, Σ CE, correct tokens, Σ w.
-    """
-
-    def weighted_loss(hidden, lm_head):
-        total, correct, losses = loss.linear_weighted_cross_entropy(
-            hidden, lm_head, batch.targets, batch.weights, per_token=True
-        )
-        per_token = torch.stack(
-            [torch.ones_like(losses), losses / batch.weights, correct.float(), batch.weights]
-        )
-        table = torch.zeros(4, classes, dtype=torch.float64, device=hidden.device)
-        return total, table.index_add(1, batch.classes, per_token.double())
-
-    return weighted_loss
-
-
-def forward(llama, plan, batch):
-    return llama(
-        batch.tokens, batch.positions, batch.cu_seqlens,
-        objective(batch, len(plan.classes)), batch.rows, plan.max_length,
-    )  # fmt: skip
-
-
-def gradients(plan, ranks, llama, batches, total_weight):
-    """Forward and backward over this rank's micro-batches of one step.
-
-    L = Σ w·CE / Σ w over the tokens of all ranks and micro-batches: Eq. (6), normalised. Returns
-    L, `objective`'s table over all ranks, and this rank's Σ w·CE of each micro-batch.
-    """
-    losses, table = [], 0
-    for batch in batches:
-        total, sums = forward(llama, plan, batch)
-        # This micro-batch's part of L; x ranks, as FSDP takes the mean of their gradients.
-        (total * (ranks.world / total_weight)).backward()
-        losses.append(total.detach().double())
-        table = table + sums
-    losses = torch.stack(losses)
-    summed = ranks.sum(torch.cat([losses.sum()[None], table.flatten()])).tolist()
-    return summed[0] / total_weight, np.array(summed[1:]).reshape(4, -1), losses
-
-
-def gradient_norm(llama):
-    """Of all ranks' gradients. (No list of them outlives this: zero_grad is to free them.)"""
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in llama.parameters()])
-    return norm.full_tensor()
-
-
-def not_finite(plan, ranks, llama, bins, losses):
-    """What to say of a step with NaN or inf; every rank comes here, before the optimizer."""
-    names = [name for name, _ in llama.named_parameters()]
-    grads = [model.local_tensor(parameter.grad) for parameter in llama.parameters()]
-    bad = [index for index, grad in enumerate(grads) if not grad.isfinite().all()]
-    first = torch.tensor(min(bad, default=len(names)), device=ranks.device)
-    dist.all_reduce(first, op=dist.ReduceOp.MIN)
-    gathered = torch.zeros(ranks.world, len(losses), dtype=torch.float64, device=ranks.device)
-    gathered[ranks.rank] = losses
-    ranks.sum(gathered)
-    suspects = (~gathered.T.flatten().isfinite()).nonzero()[:, 0].tolist() or range(len(bins))
-    conversations = [c for b in suspects for c in bins[b]]
-    where = "\n  ".join(plan.dataset.where(c) for c in conversations[:20])
-    more = f"\n  ... and {len(conversations) - 20} more" if len(conversations) > 20 else ""
-    parameter = names[first] if first < len(names) else "none"
-    return (
-        f"; the first parameter with a non-finite gradient is {parameter}. The weights were not "
-        "changed, the last checkpoint is untouched. Try a lower --lr, or look at the conversations "
-        f"of this batch:\n  {where}{more}"
-    )
-
-
-@torch.no_grad()
-def evaluate(plan, ranks, llama):
-    """(4, classes) table of the held-out conversations, as `objective`'s.
-
-    None where a signal to stop came: it is asked for at every batch.
-    """
-    lengths, stopped = plan.eval_dataset.lengths, False
-    table = torch.zeros(4, len(plan.classes), dtype=torch.float64, device=ranks.device)
-    llama.eval()
-    for bins in data.pack(lengths, plan.config.batch_tokens, ranks.world, 0, 0):
-        if stopped := ranks.asked_to_stop():
-            break
-        batch = data.collate(plan.eval_dataset, bins[ranks.rank], plan.class_weights, plan.shape)
-        batch = data.Batch(*(x.to(ranks.device) for x in batch))
-        table += forward(llama, plan, batch)[1]
-    llama.train()
-    # A forward without a backward leaves FSDP's root gathered: embedding, norm and head would be
-    # other tensors than those that AdamW has (pytorch#131965).
-    llama.reshard()
-    return None if stopped else ranks.sum(table).cpu().numpy()
-
-
-# -------------------------------------------------------------------------------------------- plan
-
-
-class Plan:
-    """Everything decided before a weight is read; whatever is wrong with the input raises here."""
-
-    def __init__(self, config, ranks, out):
-        self.config = config
-        self.world = config.plan_ranks or ranks.world
-        cuda = ranks.cuda or config.plan_memory > 0  # a GPU is planned for, here or not
-        self.bf16 = (config.precision or ("bf16" if cuda else "fp32")) == "bf16"
-        # Only varlen_attn has fixed shapes; elsewhere each batch would be compiled anew.
-        fixed_shapes = cuda and self.bf16
-        self.compile = fixed_shapes if config.compile is None else config.compile
-        _require(self.world % config.replicas == 0, "replicas", f"a divisor of {self.world} ranks")
-        self.classes = loss.read_classes(config.classes) if config.classes else loss.DEFAULT_CLASSES
-        weights = loss.class_weights(self.classes, config.beta)
-        self.class_weights = np.array(list(weights.values())) if config.reward else None
-        self.tokenizer = data.Tokenizer(config.model)
-        self.network, self.new_rows = self._network()
-        self.base = ranks.first_does("base", self._base)
-        positions = self.network.max_position_embeddings
-        self.max_length = config.max_length or min(4096, config.batch_tokens, positions)
-        _require(self.max_length <= positions, "max_length", f"within the model's {positions}")
-        self.dataset = self._dataset("data", ranks, out)
-        self.eval_dataset = self._dataset("eval_data", ranks, out) if config.eval_data else None
-        self.eval_name = self.eval_dataset.folder.name if config.eval_data else None
-        self.order = Order(self.dataset.lengths, config, self.world * config.accumulate)
-        self.shape = self._fixed_shape() if self.compile else None
-        self.lr = float(config.lr) if config.lr != "auto" else self._auto_lr()
-        self.recompute = min(config.recompute, self.network.num_hidden_layers)
-        if self.recompute < 0:
-            self.recompute = self._blocks_to_recompute()
-
-    def _network(self):
-        """The network to train, and how many rows its vocabulary gains over the checkpoint's."""
-        config = model.LlamaConfig.from_folder(self.config.model)
-        self.tokenizer.check_vocabulary(config.vocab_size)
-        rows = max(config.vocab_size, self.tokenizer.vocab_size)
-        tokens = {"bos_token_id": self.tokenizer.bos, "eos_token_id": self.tokenizer.eot}
-        network = dataclasses.replace(config, vocab_size=rows, **tokens)
-        self.pretrained = not self.config.random_weights and model.has_weights(self.config.model)
-        if not (self.pretrained or self.config.random_weights or self.config.dry_run):
-            raise ValueError(
-                f"{self.config.model}: no *.safetensors there to begin with; --random-weights "
-                "begins with random ones"
-            )
-        if self.pretrained:
-            model.check_weights(self.config.model, network, rows - config.vocab_size)
-        return network, rows - config.vocab_size
-
-    def _base(self):
-        """What tells the weights that the run begins with from others."""
-        if self.pretrained:
-            return model.fingerprint(self.config.model)
-        return f"random, seed {self.config.seed}"
-
-    def _dataset(self, field, ranks, out):
-        config, paths = self.config, getattr(self.config, field)
-        prepare = functools.partial(
-            data.prepare, paths, self.tokenizer, self.classes, out / "tokens",
-            max_length=self.max_length, condition=config.condition, skip_bad=config.skip_bad,
-            report=data.Progress(f"tokenizing --{field.replace('_', '-')}"),
-        )  # fmt: skip
-        name = ranks.first_does(field, lambda: prepare().folder.name)
-        return data.Dataset(out / "tokens" / name, paths)
-
-    def _fixed_shape(self):
-        """(tokens, offsets, longest) for collate, with room for twice the fullest bin."""
-        tokens, longest = self.config.batch_tokens, self.max_length
-        steps = self.order.pack(0)
-        if self.eval_dataset:
-            steps = steps + data.pack(self.eval_dataset.lengths, tokens, self.world, 0, 0)
-        most = max(len(b) for step in steps for b in step) + tokens // longest
-        return tokens, 2 ** math.ceil(math.log2(2 * most + 2)), longest
-
-    def _auto_lr(self):
-        """OpenChat's rule: 3e-4 (Mistral a sixth) · sqrt(supervised tokens a step / 4e6)."""
-        base = 3e-4 / 6 if self.network.model_type == "mistral" else 3e-4
-        share = self.dataset.total_weight(slice(None), None) / int(self.dataset.lengths.sum())
-        tokens = self.config.batch_tokens * self.world * self.config.accumulate * share
-        return base * math.sqrt(tokens / 4e6)
-
-    def memory(self, recompute):
-        """Bytes a rank at the peak, by part. Estimates; activations for a block as it is saved."""
-        network, config = self.network, self.config
-        parameters = network.parameter_count()
-        shards = self.world // config.replicas
-        size = 2 if self.bf16 else 4
-        d, f, t = network.hidden_size, network.intermediate_size, config.batch_tokens
-        q = network.num_attention_heads * network.head_dim
-        kv = network.num_key_value_heads * network.head_dim
-        # Saved for backward, a token: norms' and projections' inputs, q, k, v, attention, MLP;
-        # not compiled, also what the norms and the MLP's SiLU make on the way.
-        block = size * (4 * d + 2 * q + 2 * kv + 3 * f + (0 if self.compile else 2 * d + f))
-        matrices = 1 if network.tie_word_embeddings else 2  # embedding and head
-        embedding = network.vocab_size * d
-        per_block = (parameters - matrices * embedding) // network.num_hidden_layers
-        # Backward reaches the recomputed blocks last: the others' room is free again by then.
-        stored = max(network.num_hidden_layers - recompute, 1) * block + recompute * size * d
-        return {
-            "parameters": 4 * parameters // shards,
-            "gradients": 4 * parameters // shards,
-            "AdamW": 8 * parameters // shards,
-            "gathered blocks": size * (matrices * embedding + 2 * per_block) + 4 * per_block,
-            "activations": t * (stored + size * (6 * d + 3 * f)),  # 3 f: one MLP's gradients
-            "loss workspace": min(1 << 30, size * t * network.vocab_size) + 4 * embedding,
-        }
-
-    def memory_of_rank(self):
-        if self.config.plan_memory:
-            return int(self.config.plan_memory * 2**30)
-        if torch.cuda.is_available():
-            return torch.cuda.get_device_properties(0).total_memory
-        return 0  # a CPU: not limited here
-
-    def _blocks_to_recompute(self):
-        """The fewest blocks with which the estimate stays within 90 % of the memory."""
-        available = 0.9 * self.memory_of_rank()
-        layers = self.network.num_hidden_layers
-        if not available:
-            return 0
-        fits = (n for n in range(layers + 1) if sum(self.memory(n).values()) <= available)
-        return next(fits, layers)
-
-    def due(self, step):
-        """(evaluation, export): what is to be made after `step` steps; 0 is before the first."""
-        every, order = self.config.eval_every, self.order
-        export_due = step == order.total or order.ends_epoch(step, self.config.export_every)
-        evaluation_due = step == 0 or export_due or (every and step % every == 0)
-        return bool(self.eval_dataset and evaluation_due), export_due
-
-    def saves(self, step):
-        """Is a checkpoint due after `step` steps?"""
-        every = self.config.save_every
-        return self.due(step)[1] or bool(every and step % every == 0)
-
-    def describe(self):
-        """The header: model, data, schedule, memory."""
-        config, network, order = self.config, self.network, self.order
-        start = "pretrained weights" if self.pretrained else "random weights"
-        if not (self.pretrained or config.random_weights):  # a dry run, which needs none
-            start = "no safetensors there yet, which training needs, or --random-weights"
-        mode = {(True, True): "C-RLFT", (False, True): "C-RLFT without condition",
-                (True, False): "C-RLFT without reward", (False, False): "plain SFT"}  # fmt: skip
-        memory = self.memory(self.recompute)
-        parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
-        total, available = sum(memory.values()), self.memory_of_rank()
-        fits = ""
-        if available:
-            fits = f", {'fits' if total <= available else 'DOES NOT FIT'} {available / 2**30:.1f}"
-        compute = "bf16 over float32 weights" if self.bf16 else "fp32"
-        out = [
-            f"{mode[config.condition, config.reward]}: {config.model}, {start}",
-            f"model      {network.model_type}, {network.parameter_count():,} parameters, "
-            f"{network.num_hidden_layers} blocks of {network.hidden_size}, {compute}",
-        ]
-        if self.tokenizer.eot_is_new:
-            out.append(f"           {data.END_OF_TURN} added as token {self.tokenizer.eot}")
-        if self.tokenizer.collapses_spaces:
-            out.append(data.SPACES_COLLAPSE)
-        if self.eval_dataset and self.eval_dataset.folder == self.dataset.folder:
-            out.append("warning: --eval-data is --data; what is held out should be other data")
-        out += ["", *data.summary(self.dataset, self.classes, self.class_weights), ""]
-        found, names = np.unique(self.dataset.index["source_class"]), list(self.classes)
-        if len(names) > 1 and len(found) == 1:
-            out.append(
-                "one class only: a weight acts relative to other classes, so here it does nothing"
-            )
-        if (expert := loss.expert_class(self.classes)) not in [names[i] for i in found]:
-            out.append(
-                f"warning: no conversation of the expert class {expert}, under whose condition "
-                "chat.py will ask"
-            )
-        return out + [
-            f"schedule   {order.total:,} steps, {len(order.ends)} epochs begun, "
-            f"{self.world} ranks x {config.accumulate} x {config.batch_tokens:,} tokens a step, "
-            f"conversations up to {self.max_length:,} tokens",
-            f"optimizer  AdamW, peak learning rate {self.lr:.3g}"
-            + (" (OpenChat's rule)" if config.lr == "auto" else ""),
-            f"memory     about {total / 2**30:.2f} GiB a rank{fits}: {parts}; "
-            f"{self.recompute} of {network.num_hidden_layers} blocks recomputed",
-            "",
-        ]
-
-    def preview(self):
-        """The conversations of the first step's first bin, as the model reads them."""
-        conversations = self.order.bins(1)[0]
-        out = [f"step 1, rank 0: {len(conversations)} conversations, the first of them:"]
-        for conversation in conversations[:4]:
-            out += data.preview(self.dataset, conversation, self.tokenizer, self.classes,
-                                self.class_weights, sys.stdout.isatty())  # fmt: skip
-        return out
-
-
-class Order:
-    """Which conversations make up a step: a function of (lengths, seed, epoch) alone."""
-
-    def __init__(self, lengths, config, bins_per_step):
-        self.pack = functools.lru_cache(maxsize=1)(  # pack(epoch): all its steps
-            functools.partial(data.pack, lengths, config.batch_tokens, bins_per_step, config.seed)
-        )
-        self.ends = []  # the last step of each epoch
-        for epoch in range(config.epochs):
-            begun = self.ends[-1] if self.ends else 0
-            if not config.max_steps or begun < config.max_steps:
-                self.ends.append(begun + len(self.pack(epoch)))
-        self.total = min(config.max_steps or math.inf, self.ends[-1])
-
-    def epoch_of(self, step):
-        """The epoch of a step; both count from 1."""
-        return bisect_left(self.ends, step) + 1
-
-    def ends_epoch(self, step, every):
-        """Is `step` the last of every `every`-th epoch?"""
-        return bool(every) and step in self.ends and self.epoch_of(step) % every == 0
-
-    def bins(self, step):
-        epoch = self.epoch_of(step) - 1
-        begun = self.ends[epoch - 1] if epoch else 0
-        return self.pack(epoch)[step - begun - 1]
 
 
 # ----------------------------------------------------------------------------------------- network
@@ -667,7 +338,7 @@ def build(plan, ranks, with_weights=True):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(llama, mesh=mesh, mp_policy=policy)
     llama.to_empty(device=ranks.device)
-    if with_weights and plan.pretrained:  # not where a checkpoint is to be loaded
+    if with_weights and plan.base:  # not where a checkpoint is to be loaded
         new_token = plan.tokenizer.eot if plan.tokenizer.eot_is_new else None
         model.fill_parameters(llama, config.model, plan.new_rows, new_token)
     elif with_weights:
@@ -677,6 +348,114 @@ def build(plan, ranks, with_weights=True):
         eps=config.adam_eps, weight_decay=config.weight_decay, fused=True,
     )  # fmt: skip
     return llama, optimizer
+
+
+# ----------------------------------------------------------------------------------------- one step
+
+
+def load_step(plan, ranks, step):
+    """All bins of a step, this rank's batches of them, and Σ w over all of the step's tokens.
+
+    Every rank knows every bin, so the normaliser of the loss needs no communication.
+    """
+    bins, device = plan.order.bins(step), ranks.device
+    total_weight = sum(plan.dataset.total_weight(b, plan.class_weights) for b in bins)
+    mine = bins[ranks.rank :: ranks.world]  # as not_finite takes it
+    batches = [data.collate(plan.dataset, b, plan.class_weights, plan.shape) for b in mine]
+    if ranks.cuda:
+        batches = [
+            data.Batch(*(x.pin_memory().to(device, non_blocking=True) for x in b)) for b in batches
+        ]
+    return bins, batches, total_weight or 1.0  # of a step without a weight, all is 0
+
+
+def objective(batch, classes):
+    """C-RLFT on one micro-batch: what Llama.forward calls with hidden (N, D) and the head (V, D).
+
+    Returns the numerator of L, Σ w·CE, to be differentiated, and for the log a float64 table
+    (4, C), its rows report.TABLE: tokens, their Σ CE, how many were the likeliest, their Σ w.
+    """
+
+    def weighted_loss(hidden, lm_head):
+        total, correct, losses = linear_weighted_cross_entropy(
+            hidden, lm_head, batch.targets, batch.weights, per_token=True
+        )
+        unweighted = losses / batch.weights  # no row of a batch has weight 0
+        per_token = torch.stack(
+            [torch.ones_like(losses), unweighted, correct.float(), batch.weights]
+        )
+        table = torch.zeros(4, classes, dtype=torch.float64, device=hidden.device)
+        return total, table.index_add(1, batch.classes, per_token.double())
+
+    return weighted_loss
+
+
+def forward(llama, plan, batch):
+    return llama(
+        batch.tokens, batch.positions, batch.cu_seqlens,
+        objective(batch, len(plan.classes)), batch.rows, plan.max_length,
+    )  # fmt: skip
+
+
+def gradients(plan, ranks, llama, batches, total_weight):
+    """Forward and backward over this rank's micro-batches of one step.
+
+    Returns L, `objective`'s table over all ranks, and this rank's Σ w·CE of each micro-batch.
+    """
+    losses, table = [], 0
+    for batch in batches:
+        weighted_sum, sums = forward(llama, plan, batch)
+        # Eq. (6), normalised: L = Σ w·CE / Σ w over the tokens of all ranks and micro-batches.
+        # This micro-batch's part of L; x ranks, as FSDP takes the mean of their gradients.
+        (weighted_sum * (ranks.world / total_weight)).backward()
+        losses.append(weighted_sum.detach().double())
+        table = table + sums
+    losses = torch.stack(losses)
+    summed = ranks.sum(torch.cat([losses.sum()[None], table.flatten()])).tolist()
+    return summed[0] / total_weight, np.array(summed[1:]).reshape(4, -1), losses
+
+
+def not_finite(plan, ranks, bins, losses):
+    """What to say of a step with NaN or inf; every rank comes here, before the optimizer."""
+    of_rank = torch.zeros(ranks.world, len(losses), dtype=torch.float64, device=ranks.device)
+    of_rank[ranks.rank] = losses
+    of_bin = ranks.sum(of_rank).T.flatten()  # bin b is micro-batch b // ranks of rank b % ranks
+    bad = [b for b, loss in enumerate(of_bin.tolist()) if not math.isfinite(loss)]
+    conversations = [c for b in bad or range(len(bins)) for c in bins[b]]
+    where = "\n  ".join(plan.dataset.where(c) for c in conversations[:20])
+    more = f"\n  ... and {len(conversations) - 20} more" if len(conversations) > 20 else ""
+    return (
+        ". The weights were not changed, the last checkpoint is untouched. Try a lower --lr, or "
+        f"look at the conversations of this batch:\n  {where}{more}"
+    )
+
+
+# --------------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def evaluate(plan, ranks, llama):
+    """(4, classes) table of the held-out conversations, as `objective`'s.
+
+    None where a signal to stop came: it is asked for at every batch.
+    """
+    lengths, stopped = plan.eval_dataset.lengths, False
+    table = torch.zeros(4, len(plan.classes), dtype=torch.float64, device=ranks.device)
+    llama.eval()
+    for bins in data.pack(lengths, plan.config.batch_tokens, ranks.world, 0, 0):
+        if stopped := ranks.asked_to_stop():
+            break
+        batch = data.collate(plan.eval_dataset, bins[ranks.rank], plan.class_weights, plan.shape)
+        batch = data.Batch(*(x.to(ranks.device) for x in batch))
+        table += forward(llama, plan, batch)[1]
+    llama.train()
+    # A forward without a backward leaves FSDP's root gathered: embedding, norm and head would be
+    # other tensors than those that AdamW has (pytorch#131965).
+    llama.reshard()
+    return None if stopped else ranks.sum(table).cpu().numpy()
+
+
+# ------------------------------------------------------------------------------- schedule and order
 
 
 def learning_rate(step, total, peak, config):
@@ -689,138 +468,177 @@ def learning_rate(step, total, peak, config):
     return peak * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
 
 
-# --------------------------------------------------------------------------------------------- log
+class Order:
+    """Which conversations make up a step: a function of (lengths, seed, epoch) alone."""
 
-
-class Log:
-    """metrics.jsonl, a line a step, and the lines on the terminal."""
-
-    def __init__(self, plan, ranks, out, start):
-        self.plan, self.ranks, self.start = plan, ranks, start
-        self.began = time.perf_counter()
-        self.evaluations = {}  # {step: by_class}, on rank 0, of this evaluation data
-        name = torch.cuda.get_device_name() if ranks.cuda else ""
-        self.peak = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
-        if ranks.first:
-            path = out / "metrics.jsonl"
-            keep = [line for line in read_lines(path) if start and line["step"] <= start]
-            for line in keep:
-                if "eval" in line and line.get("eval_data") == plan.eval_name:
-                    self.evaluations[line["step"]] = line["eval"]
-            temporary = out / ".metrics.tmp"
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in keep))
-            temporary.replace(path)
-            self.file, self.unwritten = open(path, "ab", buffering=0), b""
-
-    def step(self, step, bins, value, lr, norm, table, seconds):
-        if not self.ranks.first:
-            return
-        plan, lengths = self.plan, self.plan.dataset.lengths
-        conversations = np.concatenate(bins).astype(np.int64)
-        tokens = int(lengths[conversations].sum())
-        squares = float((lengths[conversations].astype(np.float64) ** 2).sum())
-        flops = training_flops(plan.network, tokens, squares) / seconds / self.ranks.world
-        line = {
-            "step": step,
-            "epoch": plan.order.epoch_of(step),
-            "loss": value,
-            "lr": lr,
-            "grad_norm": norm,
-            "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-            "supervised_tokens_per_second": sum(table[0]) / seconds,
-            "mfu": flops / self.peak if self.peak and plan.bf16 else None,
-            "memory_bytes": peak_memory(self.ranks),
-            "classes": by_class(plan, table),
-        }
-        self.write(line)
-        left = plan.order.total - step
-        left *= (time.perf_counter() - self.began) / (step - self.start)
-        classes = "  ".join(
-            f"{name} {c['loss']:.3f} {c['accuracy']:4.0%}"
-            for name, c in line["classes"].items()
-            if c["tokens"]
+    def __init__(self, lengths, config, bins_per_step):
+        self.pack = functools.lru_cache(maxsize=1)(  # pack(epoch): all its steps
+            functools.partial(data.pack, lengths, config.batch_tokens, bins_per_step, config.seed)
         )
-        speed = f"{line['tokens_per_second']:,.0f} tok/s"
-        if line["mfu"]:
-            speed += f" {line['mfu']:.0%} mfu"
-        self.ranks.line.refresh(
-            f"step {step}/{plan.order.total}  loss {value:.4f}  {classes}  lr {lr:.2e}  "
-            f"norm {norm:.2f}  {speed}  {data.clock(left)} left",
-            final=step == plan.order.total,
+        self.ends = []  # the last step of each epoch
+        for epoch in range(config.epochs):
+            begun = self.ends[-1] if self.ends else 0
+            if not config.max_steps or begun < config.max_steps:
+                self.ends.append(begun + len(self.pack(epoch)))
+        self.total = min(config.max_steps or math.inf, self.ends[-1])
+
+    def epoch_of(self, step):
+        """The epoch of a step; both count from 1."""
+        return bisect_left(self.ends, step) + 1
+
+    def ends_epoch(self, step, every):
+        """Is `step` the last of every `every`-th epoch?"""
+        return bool(every) and step in self.ends and self.epoch_of(step) % every == 0
+
+    def bins(self, step):
+        epoch = self.epoch_of(step) - 1
+        begun = self.ends[epoch - 1] if epoch else 0
+        return self.pack(epoch)[step - begun - 1]
+
+
+# -------------------------------------------------------------------------------------------- plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything decided before a weight is read."""
+
+    config: Config
+    world: int  # ranks
+    bf16: bool
+    compile: bool
+    classes: dict  # {name: SourceClass}
+    class_weights: np.ndarray | None  # (C,), None without reward: every w is 1
+    tokenizer: Tokenizer
+    network: model.LlamaConfig
+    new_rows: int  # that the vocabulary gains over the checkpoint's
+    base: str | None  # what tells the weights of --model from others; None: random ones
+    max_length: int
+    dataset: data.Dataset
+    eval_dataset: data.Dataset | None
+    order: Order
+    shape: tuple | None  # (tokens, offsets, longest) of every batch, where it is compiled
+    lr: float
+    recompute: int  # blocks
+    memory: dict  # {part: bytes a rank}
+    available: int  # bytes a rank has; 0: not limited here
+
+    @property
+    def eval_name(self):
+        return self.eval_dataset.folder.name if self.eval_dataset else None
+
+    def due(self, step):
+        """(evaluation, export): what is to be made after `step` steps; 0 is before the first."""
+        every, order = self.config.eval_every, self.order
+        export_due = step == order.total or order.ends_epoch(step, self.config.export_every)
+        evaluation_due = step == 0 or export_due or (every and step % every == 0)
+        return bool(self.eval_dataset and evaluation_due), export_due
+
+    def saves(self, step):
+        """Is a checkpoint due after `step` steps?"""
+        every = self.config.save_every
+        return self.due(step)[1] or bool(every and step % every == 0)
+
+
+def make_plan(config, ranks, out):
+    """The Plan of a run; whatever is wrong with the input raises here. Tokenizes the data."""
+    world = config.plan_ranks or ranks.world
+    _require(world % config.replicas == 0, "replicas", f"a divisor of {world} ranks")
+    cuda = ranks.cuda or config.plan_memory > 0  # a GPU is planned for, here or not
+    bf16 = (config.precision or ("bf16" if cuda else "fp32")) == "bf16"
+    # Only varlen_attn has fixed shapes; elsewhere each batch would be compiled anew.
+    compile = cuda and bf16 if config.compile is None else config.compile
+
+    classes = read_classes(config.classes) if config.classes else DEFAULT_CLASSES
+    weights = np.array(list(class_weights(classes, config.beta).values()))
+    weights = weights if config.reward else None
+
+    tokenizer = Tokenizer(config.model)
+    network, new_rows = network_to_train(config.model, tokenizer)
+    pretrained = has_weights(config)
+    if pretrained:
+        model.check_weights(config.model, network, new_rows)
+    base = identity_of_weights(config, ranks) if pretrained else None
+    positions = network.max_position_embeddings
+    max_length = config.max_length or min(4096, config.batch_tokens, positions)
+    _require(max_length <= positions, "max_length", f"within the model's {positions}")
+
+    def tokenized(field):
+        prepare = functools.partial(
+            data.prepare, getattr(config, field), tokenizer, classes, out / "tokens",
+            max_length=max_length, condition=config.condition, skip_bad=config.skip_bad,
+            progress=report.Progress(f"tokenizing --{field.replace('_', '-')}"),
+        )  # fmt: skip
+        name = ranks.first_does(field, lambda: prepare().folder.name)
+        return data.Dataset(out / "tokens" / name, getattr(config, field))
+
+    dataset = tokenized("data")
+    eval_dataset = tokenized("eval_data") if config.eval_data else None
+    order = Order(dataset.lengths, config, world * config.accumulate)
+
+    share = dataset.total_weight(slice(None), None) / int(dataset.lengths.sum())
+    supervised = config.batch_tokens * world * config.accumulate * share  # tokens a step
+
+    size = memory.Size(world // config.replicas, config.batch_tokens, bf16, compile)
+    available = memory.of_a_rank(config.plan_memory)
+    recompute = min(config.recompute, network.num_hidden_layers)
+    if recompute < 0:
+        recompute = memory.blocks_to_recompute(network, size, available)
+    return Plan(
+        config, world, bf16, compile, classes, weights, tokenizer, network, new_rows, base,
+        max_length, dataset, eval_dataset, order,
+        shape=fixed_shape(order, eval_dataset, world, config, max_length) if compile else None,
+        lr=auto_lr(network.model_type, supervised) if config.lr == "auto" else float(config.lr),
+        recompute=recompute,
+        memory=memory.estimate(network, size, recompute),
+        available=available,
+    )  # fmt: skip
+
+
+def network_to_train(folder, tokenizer):
+    """(LlamaConfig, rows that its vocabulary gains over the checkpoint's)."""
+    config = model.LlamaConfig.from_folder(folder)
+    tokenizer.check_vocabulary(config.vocab_size)
+    rows = max(config.vocab_size, tokenizer.vocab_size)
+    tokens = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eot}
+    network = dataclasses.replace(config, vocab_size=rows, **tokens)
+    return network, rows - config.vocab_size
+
+
+def has_weights(config):
+    """Does the run begin with the folder's weights? ValueError where it has none to begin with."""
+    if config.random_weights:
+        return False
+    found = model.has_weights(config.model)
+    if not found and not config.dry_run:  # which needs none
+        raise ValueError(
+            f"{config.model}: no *.safetensors there to begin with; --random-weights begins with "
+            "random ones"
         )
-
-    def write(self, line):
-        """Append a line; on a full disk it waits for the next, and training goes on."""
-        self.unwritten += json.dumps(line).encode() + b"\n"
-        try:
-            self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
-        except OSError as error:
-            self.ranks.say(f"warning: {self.file.name}: {error.strerror}; kept for later")
-
-    def evaluation(self, step, table):
-        if not self.ranks.first:
-            return
-        classes = self.evaluations[step] = by_class(self.plan, table)
-        self.write({"step": step, "eval": classes, "eval_data": self.plan.eval_name})
-        shown = "  ".join(
-            f"{name} loss {c['loss']:.4f}, {c['accuracy']:.1%} of tokens right"
-            for name, c in classes.items()
-            if c["tokens"]
-        )
-        self.ranks.say(f"evaluation at step {step}: {shown}")
-
-    def expert_losses(self):
-        """{step: the best-rewarded class's held-out loss} of the evaluations on this data."""
-        expert = loss.expert_class(self.plan.classes)
-        return {step: classes[expert]["loss"] for step, classes in self.evaluations.items()}
+    return found
 
 
-def by_class(plan, table):
-    """Per class: unweighted loss and accuracy over its supervised tokens, share of the weight."""
-    all_weight = sum(table[3]) or 1.0
-    return {
-        name: {
-            "tokens": int(tokens),
-            "loss": total / tokens if tokens else None,
-            "accuracy": correct / tokens if tokens else None,
-            "weight_share": weight / all_weight,
-        }
-        for name, tokens, total, correct, weight in zip(plan.classes, *table, strict=True)
-    }
+def identity_of_weights(config, ranks):
+    """What tells them from others; ValueError where the machines of a run have different ones."""
+    first_of_machine = int(os.environ.get("LOCAL_RANK", 0)) == 0 and not config.dry_run
+    found = set(ranks.gather(model.fingerprint(config.model) if first_of_machine else ""))
+    if len(found - {""}) > 1:
+        raise ValueError(f"--model {config.model}: not every machine has the same weights there")
+    return max(found) or "not read"
 
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, SXM
+def fixed_shape(order, eval_dataset, world, config, longest):
+    """(tokens, offsets, longest) for data.collate, with room for twice the fullest bin."""
+    tokens, steps = config.batch_tokens, order.pack(0)
+    if eval_dataset:
+        steps = steps + data.pack(eval_dataset.lengths, tokens, world, 0, 0)
+    most = max(len(b) for step in steps for b in step) + tokens // longest
+    return tokens, 2 ** math.ceil(math.log2(2 * most + 2)), longest
 
 
-def training_flops(network, tokens, sum_of_squares):
-    """6 · parameters (embeddings not counted) · tokens, plus causal attention by Σ length²."""
-    matrices = network.parameter_count() - network.vocab_size * network.hidden_size * (
-        not network.tie_word_embeddings
-    )
-    width = network.num_attention_heads * network.head_dim
-    return 6 * matrices * tokens + 6 * network.num_hidden_layers * width * sum_of_squares
-
-
-def peak_memory(ranks):
-    if ranks.cuda:
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def read_lines(path):
-    """The whole lines of a metrics.jsonl; a last one cut by a kill is left out."""
-    lines = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text().splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break
-    return lines
+def auto_lr(model_type, supervised_tokens):
+    """OpenChat's rule: 3e-4 (Mistral a sixth) · sqrt(supervised tokens a step / 4e6)."""
+    return (3e-4 / 6 if model_type == "mistral" else 3e-4) * math.sqrt(supervised_tokens / 4e6)
 
 
 if __name__ == "__main__":

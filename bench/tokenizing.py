@@ -36,6 +36,8 @@ import sentencepiece
 
 import data
 import loss
+from support import report
+from support.dataset import ARRAYS, BLOCK, process_count
 
 
 def main():
@@ -89,10 +91,10 @@ def speeds(args, file, megabytes):
     print(f"\nprepare / encode alone, median of {args.rounds}: {statistics.median(shares):.1%}")
 
 
-def prepare(args, file, out, report=None):
+def prepare(args, file, out, progress=None):
     tokenizer = data.Tokenizer(args.model)
     return data.prepare(
-        [file], tokenizer, loss.DEFAULT_CLASSES, out, max_length=args.max_length, report=report
+        [file], tokenizer, loss.DEFAULT_CLASSES, out, max_length=args.max_length, progress=progress
     )
 
 
@@ -105,7 +107,7 @@ def encode_alone(args, file, out):
         for line in lines:
             texts += [message["content"] for message in json.loads(line)["messages"]]
             size += len(line)
-            if size >= data.BLOCK:
+            if size >= BLOCK:
                 seconds += encode_block(pieces, texts)
                 texts, size = [], 0
     return seconds + encode_block(pieces, texts)
@@ -136,7 +138,7 @@ def memory(args, file, large, folder):
 
 def peak_of(args, file, out):
     began = time.perf_counter()
-    dataset = prepare(args, file, out, data.Progress("tokenizing"))
+    dataset = prepare(args, file, out, report.Progress("tokenizing"))
     return len(dataset), time.perf_counter() - began, peak_megabytes()
 
 
@@ -146,7 +148,7 @@ def peak_megabytes():
         resource.getrusage(who).ru_maxrss / 1024
         for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
-    return own + data.process_count() * children
+    return own + process_count() * children
 
 
 def resumed(args, file, folder):
@@ -169,11 +171,11 @@ def resumed(args, file, folder):
     whole = prepare(args, file, folder / "whole")
     equal = all(
         digest(dataset.folder / f"{name}.bin") == digest(whole.folder / f"{name}.bin")
-        for name in data.ARRAYS
+        for name in ARRAYS
     )
     print(
         f"\nkilled after {total / 2e6:.0f} of {total / 1e6:.0f} MB (exit {child.exitcode}) and "
-        f"started again: went on at {max(0, first[0] - data.BLOCK) / 1e6:.0f} MB, "
+        f"started again: went on at {max(0, first[0] - BLOCK) / 1e6:.0f} MB, "
         f"{seconds:.1f} s more, arrays "
         f"{'equal to' if equal else 'DIFFERENT FROM'} those of an undisturbed run"
     )

@@ -9,7 +9,7 @@ around its model, "Liger" that loop with Liger's patch, which knows no weights.
 
 Each provider is a process of its own; rounds take turns on a CPU, and on a GPU, which may not hold
 two of them, follow each other. Tokens are the conversations' own: no padding counts.
-TFLOP/s as train.training_flops counts, without recomputation; MFU is their share of 989.
+TFLOP/s as report.training_flops counts, without recomputation; MFU is their share of 989.
 The parts are shares of one profiled step: time on the GPU there, else on the CPU.
 """
 
@@ -40,6 +40,7 @@ import data
 import model
 import train
 from bench.packing import like_sharegpt
+from support import dataset, report
 
 # hidden, intermediate, blocks, heads, vocabulary, key-value heads, head_dim
 LARGE = {"max_position_embeddings": 4096}
@@ -89,51 +90,43 @@ def installed():
 # ------------------------------------------------------------------------------------ workload
 
 
-class SyntheticPlan(train.Plan):
-    """train.py's plan of a run, over a generated data set and a named geometry."""
-
-    def __init__(self, args, ranks, folder):
-        self.args = args
-        config = train.Config(
-            model=str(ROOT / "examples" / "sums"),  # for its tokenizer alone, which is not used
-            data=["generated"],
-            out=str(folder),
-            epochs=1,
-            batch_tokens=args.batch_tokens,
-            accumulate=args.accumulate,
-            max_length=args.max_length,
-            recompute=args.recompute,
-            random_weights=True,
-        )
-        super().__init__(config, ranks, folder)
-
-    def _network(self):
-        self.pretrained = False
-        return GEOMETRIES[self.args.geometry], 0
-
-    def _dataset(self, field, ranks, folder):
-        steps = WARMUP + self.args.rounds * self.args.steps + 2
-        tokens = steps * self.args.accumulate * self.args.batch_tokens
-        lengths = like_sharegpt(tokens // 16)
-        lengths = (lengths * self.args.max_length // 4096).clip(4, self.args.max_length)
-        lengths = lengths[: np.searchsorted(lengths.cumsum(), tokens)]
-        write_dataset(folder, lengths, self.network.vocab_size)
-        return data.Dataset(folder, ["generated"])
+def synthetic_plan(args, ranks, folder):
+    """train.py's plan of a run, but over a generated data set and a named geometry."""
+    network, tokens = GEOMETRIES[args.geometry], folder / "tokens" / "generated"
+    tokens.mkdir(parents=True)
+    count = (WARMUP + args.rounds * args.steps + 2) * args.accumulate * args.batch_tokens
+    lengths = like_sharegpt(count // 16)
+    lengths = (lengths * args.max_length // 4096).clip(4, args.max_length)
+    write_dataset(tokens, lengths[: np.searchsorted(lengths.cumsum(), count)], network.vocab_size)
+    train.network_to_train = lambda *_: (network, 0)
+    data.prepare = lambda *_, **__: SimpleNamespace(folder=tokens)
+    config = train.Config(
+        model=str(ROOT / "examples" / "sums"),  # for its tokenizer alone, which is not used
+        data=["generated"],
+        out=str(folder),
+        epochs=1,
+        batch_tokens=args.batch_tokens,
+        accumulate=args.accumulate,
+        max_length=args.max_length,
+        recompute=args.recompute,
+        random_weights=True,
+    )
+    return train.make_plan(config, ranks, folder)
 
 
 def write_dataset(folder, lengths, vocab_size):
     """Conversations of random tokens in the arrays of data.prepare."""
     rng = np.random.default_rng(0)
-    index = np.zeros(len(lengths), data.INDEX)
+    index = np.zeros(len(lengths), dataset.INDEX)
     ends = np.cumsum(lengths)
     index["start"], index["length"] = ends - lengths, lengths
     index["supervised"] = (SUPERVISED * lengths).astype(int)
     index["source_class"] = rng.random(len(lengths)) > EXPERTS
     weights = np.zeros(ends[-1])
     for end, supervised in zip(ends, index["supervised"]):
-        weights[end - supervised : end] = data.CLASS_WEIGHT
+        weights[end - supervised : end] = dataset.CLASS_WEIGHT
     arrays = {"tokens": rng.integers(vocab_size, size=ends[-1]), "weights": weights, "index": index}
-    for name, dtype in data.ARRAYS.items():
+    for name, dtype in dataset.ARRAYS.items():
         arrays[name].astype(dtype).tofile(folder / f"{name}.bin")
     (folder / "done.json").write_text(json.dumps({"conversations": len(lengths)}))
 
@@ -146,7 +139,7 @@ class ThisProject:
 
     def __init__(self, args, folder):
         self.ranks = train.Ranks()
-        self.plan = SyntheticPlan(args, self.ranks, folder)
+        self.plan = synthetic_plan(args, self.ranks, folder)
         torch.use_deterministic_algorithms(not self.ranks.cuda)
         torch.utils.deterministic.fill_uninitialized_memory = False
         self.llama, self.optimizer = train.build(self.plan, self.ranks)
@@ -165,9 +158,8 @@ class ThisProject:
             if step + 1 < steps.stop:
                 pending = self.loader.submit(train.load_step, plan, ranks, step + 2)
             self.loss = train.gradients(plan, ranks, self.llama, batches, total_weight)[0]
-            norm = train.gradient_norm(self.llama)
-            norm.item()  # as the trainer, which looks at it
-            torch.nn.utils.clip_grads_with_norm_(self.llama.parameters(), plan.config.clip, norm)
+            norm = torch.nn.utils.clip_grad_norm_(self.llama.parameters(), plan.config.clip)
+            norm.full_tensor().item()  # as the trainer, which looks at it
             self.optimizer.step()
             self.optimizer.zero_grad()
         return seconds_since(began), waited
@@ -182,7 +174,8 @@ class Loop:
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda" if cuda else "cpu")
         ranks = SimpleNamespace(world=1, rank=0, cuda=cuda, device=self.device)
-        self.plan = SyntheticPlan(args, ranks, folder)
+        ranks.first_does = lambda key, function: function()
+        self.plan = synthetic_plan(args, ranks, folder)
         self.model = their_model(self.plan, folder, self.liger).to(self.device).train()
         config = self.plan.config
         self.optimizer = torch.optim.AdamW(
@@ -373,7 +366,7 @@ def serve(pipe, name, args):
         while (number := pipe.recv()) is not None:
             start = WARMUP + number * args.steps
             pipe.send(figures(provider, range(start, start + args.steps)))
-        peak = train.peak_memory(SimpleNamespace(cuda=torch.cuda.is_available()))
+        peak = report.peak_memory(SimpleNamespace(cuda=torch.cuda.is_available()))
         last = WARMUP + args.rounds * args.steps
         parts = profiled(provider, range(last, last + 1))
         pipe.send({"peak": peak, "parts": parts, "first loss": first_loss})
@@ -386,7 +379,7 @@ def figures(provider, steps):
     plan = provider.plan
     conversations = shuffled(plan, steps)
     lengths = plan.dataset.lengths[conversations].astype(float)
-    flops = train.training_flops(plan.network, lengths.sum(), (lengths**2).sum())
+    flops = report.training_flops(plan.network, lengths.sum(), (lengths**2).sum())
     supervised = plan.dataset.total_weight(conversations, None)
     return {
         "tokens/s": lengths.sum() / seconds,

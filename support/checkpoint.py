@@ -9,19 +9,21 @@
 A folder is written under another name, synced, and renamed on one rank once all have written: under
 its own name it is whole. So a kill at any instant costs the steps since the last checkpoint.
 
-Why a resumed run ends with the same bits: a step depends on the weights, AdamW's two moments and
-step count, all kept in float32 as they are; on the number of the step, which decides learning rate
-and conversations (data.pack is a function of lengths, seed and epoch); and on nothing random, as
-nothing is drawn in training. What is due at a step after its checkpoint, the evaluation and the
-export, leaves a record (metrics.jsonl, crlft.json), and is made again where that is missing.
+Why a resumed run ends with the same bits: a step depends on the weights and AdamW's two moments,
+kept in float32 as they are; on the number of the step, which decides learning rate, AdamW's bias
+correction and conversations (data.pack is a function of lengths, seed and epoch); and on nothing
+random, as nothing is drawn in training. The evaluation and the export that are due at a step come
+after its checkpoint; each leaves a record (metrics.jsonl, crlft.json), and is made where it lacks.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import json
+import math
 import os
 import re
 import shutil
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -29,8 +31,9 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 import data
-import loss
 import model
+from loss import expert_class
+from support.files import sync
 from support.ranks import SaveFailed
 
 FILE_SIZE = 4 << 30  # bytes: what a rank on a GPU copies into the host's memory at a time
@@ -47,20 +50,13 @@ class Checkpoints:
     def __init__(self, plan, ranks, out):
         self.plan, self.ranks, self.out = plan, ranks, out
         self.folder = out / "checkpoints"
-        self.resumed_from, self.saved = None, 0  # a folder; the step of the newest checkpoint
+        self.saved = 0  # the step of the newest checkpoint
         with torch.device("meta"):
             parameters = dict(model.Llama(plan.network).named_parameters())
         self.shapes = {name: list(p.shape) for name, p in parameters.items()}
         for moment in MOMENTS:
             self.shapes |= {moment_name(n, moment): list(p.shape) for n, p in parameters.items()}
         self.bytes = 4 * len(MOMENTS + ("weight",)) * plan.network.parameter_count()
-        if ranks.first:
-            self.folder.mkdir(exist_ok=True)
-            clear_leftovers(out)
-            # Kept are the newest, the one resumed from, and the one being written.
-            here = len(self.committed())
-            missing = max(0, plan.config.keep + 1 + bool(here) - here)
-            self._check_space(missing * self.bytes + self.bytes // 3)
 
     def committed(self):
         """[(step, folder)] of whole checkpoints, oldest first."""
@@ -104,34 +100,32 @@ class Checkpoints:
             raise
         self.saved = step
         if self.ranks.first:
-            self._prune()
+            self._settle()
 
     def _commit(self, aside, folder, step, files):
-        plan, metrics = self.plan, self.out / "metrics.jsonl"
-        run = {"recipe": recipe(plan), "config": flags(plan)}
-        state = {"step": step, **run, "files": files}
-        (aside / "state.json").write_text(json.dumps(state))
-        for path in (aside / "state.json", aside, metrics):
+        state = {"step": step, "recipe": recipe(self.plan), "config": flags(self.plan)}
+        (aside / "state.json").write_text(json.dumps(state | {"files": files}))
+        for path in (aside / "state.json", aside, self.out / "metrics.jsonl"):
             sync(path)
         aside.rename(folder)
-        sync(self.folder)
-        self._mark(run)
 
-    def _mark(self, run):
+    def _settle(self):
+        """After the rename, when the checkpoint stands: what may fail without harm."""
+        try:
+            sync(self.folder)
+            self._mark()
+            for _, path in self.committed()[: -self.plan.config.keep]:
+                doomed = path.with_name(path.name + ".tmp")  # a kill here leaves no half folder
+                path.rename(doomed)
+                shutil.rmtree(doomed)
+        except OSError as error:
+            self.ranks.say(f"warning: {error}")
+
+    def _mark(self):
         """Say in OUT that it holds a run, even where its checkpoints are taken away."""
         temporary = self.out / ".run.tmp"
-        model.write_json(temporary, run)
+        model.write_json(temporary, {"recipe": recipe(self.plan), "config": flags(self.plan)})
         temporary.replace(self.out / "run.json")
-
-    def _prune(self):
-        for _, path in self.committed()[: -self.plan.config.keep]:
-            if path != self.resumed_from:
-                doomed = path.with_name(path.name + ".tmp")  # a kill here leaves no half folder
-                try:
-                    path.rename(doomed)
-                    shutil.rmtree(doomed)
-                except OSError as error:
-                    self.ranks.say(f"warning: {path} could not be removed: {error}")
 
     # --- resume
 
@@ -140,21 +134,25 @@ class Checkpoints:
 
         Decided on rank 0 alone: the others might see an older state of the disk.
         """
-        step = self.saved = self.ranks.first_does("resume", self._newest)
-        self.resumed_from = self.folder / f"step-{step}" if step else None
-        return step
+        self.saved = self.ranks.first_does("resume", self._newest)
+        return self.saved
 
     def _newest(self):
+        self.folder.mkdir(exist_ok=True)
         committed, total = self.committed(), self.plan.order.total
-        if not committed:
-            if (self.out / "run.json").exists():
-                raise ValueError(
-                    f"{self.out} holds a run (run.json), but none of its checkpoints, and this "
-                    f"command would start over and overwrite it: put {self.folder}/step-N back, "
-                    "or give a new --out"
-                )
-            return 0
-        step, folder = committed[-1]
+        check_exports(self.out, len(self.plan.order.ends), bool(committed))
+        step = self._resumable(*committed[-1]) if committed else 0
+        clear_leftovers(self.out)
+        if step < total:  # the newest --keep, and the one being written
+            missing = max(0, self.plan.config.keep + 1 - len(committed))
+            self._check_space(missing * self.bytes + self.bytes // 3)
+        if step:
+            with contextlib.suppress(OSError):
+                self._mark()
+        return step
+
+    def _resumable(self, step, folder):
+        total = self.plan.order.total
         if not self.plan.config.resume:
             raise ValueError(
                 f"{self.out} holds a run ({folder.name}): --resume goes on with it, a new --out "
@@ -169,12 +167,11 @@ class Checkpoints:
             )
         for change in changed_flags(state["config"], flags(self.plan)):
             self.ranks.say(f"changed since: {change}")
-        self._mark({key: state[key] for key in ("recipe", "config")})
         return step
 
     def load(self, llama, optimizer):
         """Fill weights and optimizer state from the checkpoint that resume() found."""
-        folder, ranks = self.resumed_from, self.ranks
+        folder, ranks = self.folder / f"step-{self.saved}", self.ranks
         state = read_state(folder)
         for parameter in llama.parameters():  # as AdamW makes it in its first step
             optimizer.state[parameter] = {
@@ -182,7 +179,10 @@ class Checkpoints:
             } | {moment: torch.zeros_like(parameter) for moment in MOMENTS}
         tensors, files = state_tensors(llama, optimizer), state["files"]
         with ranks.all_or_none(f"resuming from {folder}"):
-            check_rows(files, self.shapes)
+            try:
+                check_rows(files, self.shapes)
+            except ValueError as error:
+                raise ValueError(f"{error}; {REMOVE}") from None
             for name in sorted(files)[ranks.rank :: ranks.world]:  # each file is summed once
                 check_sums(folder / name, files[name])
         for name, rows in files.items():
@@ -207,7 +207,7 @@ def state_tensors(llama, optimizer):
     for name, parameter in llama.named_parameters():
         state = optimizer.state.get(parameter, {})  # indexing would make one
         if not isinstance(parameter, DTensor) or any(moment not in state for moment in MOMENTS):
-            raise SaveFailed(f"{name} has no optimizer state: is the network resharded?")
+            raise SaveFailed(f"{name} has no optimizer state, as where FSDP has gathered it")
         found[name] = parameter.detach()
         found |= {moment_name(name, moment): state[moment] for moment in MOMENTS}
     return found
@@ -226,19 +226,13 @@ def write_rows(folder, prefix, tensors):
         rows = {name: mine[name].cpu().contiguous() for name in names}
         save_file(rows, path, metadata={"format": "pt"})
         sync(path)
-        sums = crc32(rows.values())
+        with ThreadPoolExecutor(4) as pool:
+            sums = list(pool.map(model.checksum, rows.values()))
         written[path.name] = {
             name: [model.local_rows(tensors[name])[0], len(rows[name]), value]
             for name, value in zip(names, sums, strict=True)
         }
     return written
-
-
-def crc32(tensors):
-    """CRC-32 of each tensor's bytes."""
-    arrays = [tensor.reshape(-1).view(torch.uint8).numpy() for tensor in tensors]
-    with ThreadPoolExecutor(4) as pool:  # zlib lets go of the interpreter's lock
-        return list(pool.map(zlib.crc32, arrays))
 
 
 def check_rows(files, shapes):
@@ -268,11 +262,13 @@ def check_sums(path, rows):
         with model.open_safetensors(path) as file:
             if set(file.keys()) != set(rows):
                 raise ValueError(f"{path} holds other tensors than state.json says")
-            tensors = [file.get_tensor(name) for name in rows]
+            with ThreadPoolExecutor(4) as pool:
+                tensors = list(pool.map(file.get_tensor, rows))
+                found = zip(map(len, tensors), pool.map(model.checksum, tensors), strict=True)
+                found = dict(zip(rows, found, strict=True))
     except ValueError as error:
         raise ValueError(f"{error}; {REMOVE}") from None
-    found = zip(rows.items(), tensors, crc32(tensors), strict=True)
-    odd = [n for (n, (_, count, known)), t, value in found if (len(t), value) != (count, known)]
+    odd = [name for name, (_, count, known) in rows.items() if found[name] != (count, known)]
     if odd:
         raise ValueError(f"{path} is damaged: {', '.join(odd[:5])}; {REMOVE}")
 
@@ -296,7 +292,7 @@ def recipe(plan):
     values = {
         "data": plan.dataset.folder.name,
         "network": dataclasses.asdict(plan.network),
-        "base": plan.base,
+        "base": plan.base or "random weights",
         "classes": {name: dataclasses.asdict(c) for name, c in plan.classes.items()},
         "beta": config.beta if config.reward else None,
         "seed": config.seed,
@@ -343,9 +339,10 @@ def read_state(folder):
         state = json.loads((folder / "state.json").read_text())
         wanted = {"step": int, "recipe": dict, "config": dict, "files": dict}
         odd = [key for key, kind in wanted.items() if not isinstance(state[key], kind)]
-        if odd or f"step-{state['step']}" != folder.name:
+        rows = [of for files in state["files"].values() for of in files.values()]
+        if odd or f"step-{state['step']}" != folder.name or any(len(of) != 3 for of in rows):
             raise ValueError(f"not what a run writes: {odd or state['step']}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}/state.json: cannot be read: {error!r}; {REMOVE}") from None
     return state
 
@@ -367,7 +364,7 @@ def export(plan, ranks, llama, out, step, losses):
             model.save(llama, aside, torch.bfloat16 if plan.bf16 else torch.float32)
         with ranks.all_or_none(f"saving {folder}"):
             if ranks.first:
-                describe_export(plan, aside, step)
+                describe_export(plan, aside, step, state_digest(out, step))
                 publish(aside, folder, out)
                 chosen, why = best_export(out, step, losses)
                 point_model_at(chosen, out)
@@ -378,15 +375,15 @@ def export(plan, ranks, llama, out, step, losses):
         raise
 
 
-def describe_export(plan, folder, step):
+def describe_export(plan, folder, step, digest):
     """The files beside the weights: tokenizer, generation config, and what the model is."""
-    expert = plan.classes[loss.expert_class(plan.classes)]
+    expert = plan.classes[expert_class(plan.classes)]
     plan.tokenizer.save(folder, expert.condition if plan.config.condition else "")
     tokens = {"bos_token_id": plan.tokenizer.bos, "eos_token_id": plan.tokenizer.eot}
     model.write_json(folder / "generation_config.json", tokens)
     classes = {name: dataclasses.asdict(c) for name, c in plan.classes.items()}
     crlft = {"classes": classes, "conditioned": plan.config.condition, "template": data.TEMPLATE}
-    crlft |= {"steps": step, "config": dataclasses.asdict(plan.config)}
+    crlft |= {"steps": step, "checkpoint": digest, "config": dataclasses.asdict(plan.config)}
     model.write_json(folder / "crlft.json", crlft)
 
 
@@ -397,8 +394,6 @@ def publish(aside, folder, out):
     older = out / f".{folder.name}.old"
     shutil.rmtree(older, ignore_errors=True)
     if folder.exists():
-        if steps_of(folder) is None:
-            raise SaveFailed(f"{folder} is there already, and no export of a run: rename it")
         folder.rename(older)
     aside.rename(folder)
     shutil.rmtree(older, ignore_errors=True)
@@ -417,9 +412,8 @@ def best_export(out, step, losses):
 
     What a run exported beyond `step`, before it went back to an older checkpoint, does not count.
     """
-    exports = {steps_of(path): path.name for path in out.glob("epoch-*")}
-    exports = {steps: name for steps, name in exports.items() if steps and steps <= step}
-    evaluated = [steps for steps in exports if losses.get(steps) is not None]
+    exports = {e["steps"]: name for name, e in read_exports(out).items() if e["steps"] <= step}
+    evaluated = [steps for steps in exports if math.isfinite(losses.get(steps) or math.inf)]
     if not evaluated:
         return exports[max(exports)], "the last"
     best = min(evaluated, key=lambda steps: (losses[steps], -steps))
@@ -429,36 +423,56 @@ def best_export(out, step, losses):
 
 
 def is_exported(plan, out, step, losses):
-    """Is the export of this step there, and was OUT/model set after it?"""
-    if steps_of(out / f"epoch-{plan.order.epoch_of(step)}") != step:
+    """Is the export of this step's checkpoint there, and was OUT/model set after it?"""
+    export, link = read_exports(out).get(f"epoch-{plan.order.epoch_of(step)}"), out / "model"
+    if not export or (export["steps"], export["checkpoint"]) != (step, state_digest(out, step)):
         return False
-    link = out / "model"
     return link.is_symlink() and os.readlink(link) == best_export(out, step, losses)[0]
 
 
-def steps_of(folder):
-    """The steps after which a folder was exported; None where it is no export."""
+def read_exports(out):
+    """{folder name: crlft.json} of the exports in `out`; of a user's copies of them, none."""
+    found = {}
+    for path in out.glob("epoch-*"):
+        if re.fullmatch(r"epoch-\d+", path.name) and (export := read_export(path)):
+            found[path.name] = export
+    return found
+
+
+def read_export(folder):
+    """crlft.json as describe_export writes it; None where there is no such file."""
     try:
-        return json.loads((folder / "crlft.json").read_text())["steps"]
+        export = json.loads((folder / "crlft.json").read_text())
+        return export if isinstance(export["steps"], int) and "checkpoint" in export else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
+def state_digest(out, step):
+    """What tells the checkpoint of a step from another of the same step; None without one."""
+    path = out / "checkpoints" / f"step-{step}" / "state.json"
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else None
+
+
+def check_exports(out, epochs, has_checkpoints):
+    """ValueError where the run would overwrite what is not its own to overwrite."""
+    if not has_checkpoints and ((out / "run.json").exists() or read_exports(out)):
+        raise ValueError(
+            f"{out} holds a run, but none of its checkpoints, and this command would start over "
+            f"and overwrite it: put {out}/checkpoints/step-N back, or give a new --out"
+        )
+    for folder in (out / f"epoch-{epoch}" for epoch in range(1, epochs + 1)):
+        if folder.exists() and not read_export(folder):
+            raise ValueError(f"{folder} is no export of this run, which writes one there: move it")
+
+
 def clear_leftovers(out):
     """What a kill in the midst of a save or of `publish` left: half folders go, whole ones stay."""
-    stale = [p for p in (out / "checkpoints").iterdir() if re.fullmatch(r"step-\d+\.tmp", p.name)]
-    for path in stale + [p for p in out.iterdir() if re.fullmatch(r"\.epoch-\d+\.tmp", p.name)]:
-        shutil.rmtree(path)
-    for older in [p for p in out.iterdir() if re.fullmatch(r"\.epoch-\d+\.old", p.name)]:
-        folder = out / older.stem[1:]
-        if folder.exists():
-            shutil.rmtree(older)
-        else:
-            older.rename(folder)
-
-
-def sync(path):
-    """Have the disk hold a file or folder before going on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    for path in [*(out / "checkpoints").iterdir(), *out.iterdir()]:
+        if re.fullmatch(r"step-\d+\.tmp|\.epoch-\d+\.tmp", path.name) and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif re.fullmatch(r"\.epoch-\d+\.old", path.name):
+            if (out / path.stem[1:]).exists():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.rename(out / path.stem[1:])

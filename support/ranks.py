@@ -37,9 +37,7 @@ class Ranks:
             store, self.rank, self.world = next(dist.rendezvous("env://"))
         else:
             store, self.rank, self.world = dist.HashStore(), 0, 1
-        # Ranks that torchrun started again must not read the dead ones' addresses (pytorch#135712).
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.store = dist.PrefixStore(f"attempt-{attempt}", store)
+        self.store = fresh_store(store, self.rank, self.world)
         timeout = datetime.timedelta(minutes=30)
         dist.init_process_group(
             backend, store=self.store, rank=self.rank, world_size=self.world, timeout=timeout
@@ -111,7 +109,11 @@ class Ranks:
     # --- how they end
 
     def listen(self):
-        """From here on a signal to stop is kept, for `asked_to_stop`; a second one ends at once."""
+        """From here on a signal to stop is kept, for `asked_to_stop`; a second one ends at once.
+
+        Within a second of the first it is the same one: Ctrl-C comes from the terminal and again
+        from torchrun.
+        """
         for name in STOP_SIGNALS:
             number = getattr(signal, name, None)
             # nohup has SIGHUP ignored, and it stays so.
@@ -119,7 +121,6 @@ class Ranks:
                 signal.signal(number, self._signal)
 
     def _signal(self, number, frame):
-        # Ctrl-C reaches a rank twice at once, from the terminal and through torchrun.
         if self.signalled is not None and time.monotonic() - self.signalled > 1:
             os._exit(128 + number)
         if self.signalled is None:
@@ -138,12 +139,40 @@ class Ranks:
             sys.exit(message)
         if not self.first:
             time.sleep(3)  # where all ranks found the same, rank 0 is the one to say so
-        print(message, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            print(message, file=sys.stderr, flush=True)
         os._exit(1)
 
     def finish(self):
         dist.barrier()
         dist.destroy_process_group()
+
+
+def fresh_store(store, rank, world):
+    """`store` under a prefix that only the ranks of this attempt know.
+
+    torchrun keeps its store when it starts ranks again, and they would read what the dead ones
+    wrote, such as their addresses (pytorch#135712). Its count of restarts is another on every
+    machine. So rank 0 draws a prefix, and tells it to who asks with a name just drawn.
+    """
+    if rank:
+        name = secrets.token_hex(8)
+        store.set(f"name of rank {rank}", name)
+        prefix = store.get(f"prefix for {name}").decode()
+        store.set(f"{prefix} reached rank {rank}", "")
+        return dist.PrefixStore(prefix, store)
+    prefix, missing, begun = secrets.token_hex(8), set(range(1, world)), time.monotonic()
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"name of rank {other}"]):  # or still the name of a dead one
+                name = store.get(f"name of rank {other}").decode()
+                store.set(f"prefix for {name}", prefix)
+            if store.check([f"{prefix} reached rank {other}"]):
+                missing.remove(other)
+        if time.monotonic() - begun > 1800:
+            raise RuntimeError(f"timed out waiting for ranks {sorted(missing)}")
+        time.sleep(0.01)
+    return dist.PrefixStore(prefix, store)
 
 
 def is_lost_rank(error):
@@ -176,15 +205,13 @@ def lock_folder(out, say):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
-        raise ValueError(
-            f"--out {out} is held by another live run (process {lock.read()})"
-        ) from None
+        raise ValueError(f"--out {out} is held by another live run ({lock.read()})") from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
             raise
         say(f"note: the disk of {out} has no locks: do not start a second run in this folder")
     lock.truncate(0)
-    lock.write(str(os.getpid()))
+    lock.write(f"process {os.getpid()} on {os.uname().nodename}")
     lock.flush()
     return lock
 

@@ -1,8 +1,20 @@
-"""What a run prints: lines that stay, and below them one line that is refreshed in place."""
+"""What a run tells: its header, the data as the model reads it, progress, metrics.jsonl."""
 
+import contextlib
+import json
 import os
 import shutil
+import sys
 import time
+
+import numpy as np
+import torch
+
+from loss import expert_class
+from support.files import read_metrics, sync
+from support.tokenizer import END_OF_TURN, SPACES_COLLAPSE
+
+# ------------------------------------------------------------------------------------- the terminal
 
 
 class StatusLine:
@@ -23,13 +35,318 @@ class StatusLine:
         if terminal:
             width = shutil.get_terminal_size().columns
             text = f"\r{text[: width - 1]}\033[K"
-        print(text, end="" if self.open else "\n", file=self.stream, flush=True)
+        self._print(text, end="" if self.open else "\n")
 
     def say(self, text):
-        print(("\n" if self.open else "") + text, file=self.stream, flush=True)
+        text = ("\n" if self.open else "") + text
         self.open = False
+        self._print(text, end="\n")
+
+    def _print(self, text, end):
+        try:
+            print(text, end=end, file=self.stream, flush=True)
+        except OSError:  # the terminal is closed, or `tee` is gone: a run does not end with it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def say_in_handler(self, text):
         """From a signal's handler, which may have interrupted a print: past Python's buffers."""
-        os.write(self.stream.fileno(), (("\n" if self.open else "") + text + "\n").encode())
+        text = ("\n" if self.open else "") + text + "\n"
         self.open = False
+        with contextlib.suppress(OSError):
+            os.write(self.stream.fileno(), text.encode())
+
+
+class Progress:
+    """'tokenizing [#####     ]  21%, 12,000 conversations, 3.1 MB/s, 0:42 left', as prepare() goes:
+
+    one line refreshed on a terminal, else one every 30 seconds.
+    """
+
+    def __init__(self, label):
+        self.label, self.started = label, time.time()
+        self.line = StatusLine(sys.stderr, seconds=30)
+
+    def __call__(self, done, total, count):
+        seconds, share = time.time() - self.started, max(done, 1) / max(total, 1)
+        if seconds >= 1:
+            self.line.refresh(
+                f"{self.label} [{'#' * int(24 * share):24}] {share:4.0%}, {count:,} conversations, "
+                f"{done / seconds / 1e6:.1f} MB/s, {clock(seconds / share - seconds)} left",
+                final=done == total,
+            )
+
+
+def clock(seconds):
+    seconds = int(seconds)
+    hours, rest = divmod(seconds, 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
+# -------------------------------------------------------------------------------------- the header
+
+
+def header(plan):
+    """The header: model, data, schedule, memory."""
+    config, network, order = plan.config, plan.network, plan.order
+    start = "pretrained weights" if plan.base else "random weights"
+    if not (plan.base or config.random_weights):  # a dry run, which needs none
+        start = "no safetensors there yet, which training needs, or --random-weights"
+    mode = {(True, True): "C-RLFT", (False, True): "C-RLFT without condition",
+            (True, False): "C-RLFT without reward", (False, False): "plain SFT"}  # fmt: skip
+    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.memory.items())
+    total, available = sum(plan.memory.values()), plan.available
+    fits = ""
+    if available:
+        fits = f", {'fits' if total <= available else 'DOES NOT FIT'} {available / 2**30:.1f}"
+    compute = "bf16 over float32 weights" if plan.bf16 else "fp32"
+    out = [
+        f"{mode[config.condition, config.reward]}: {config.model}, {start}",
+        f"model      {network.model_type}, {network.parameter_count():,} parameters, "
+        f"{network.num_hidden_layers} blocks of {network.hidden_size}, {compute}",
+    ]
+    if plan.tokenizer.eot_is_new:
+        out.append(f"           {END_OF_TURN} added as token {plan.tokenizer.eot}")
+    if plan.tokenizer.collapses_spaces:
+        out.append(SPACES_COLLAPSE)
+    if plan.eval_dataset and plan.eval_dataset.folder == plan.dataset.folder:
+        out.append("warning: --eval-data is --data; what is held out should be other data")
+    out += ["", *summary(plan.dataset, plan.classes, plan.class_weights), ""]
+    found, names = np.unique(plan.dataset.index["source_class"]), list(plan.classes)
+    if len(names) > 1 and len(found) == 1:
+        out.append(
+            "one class only: a weight acts relative to other classes, so here it does nothing"
+        )
+    if (expert := expert_class(plan.classes)) not in [names[i] for i in found]:
+        out.append(
+            f"warning: no conversation of the expert class {expert}, under whose condition "
+            "chat.py will ask"
+        )
+    return out + [
+        f"schedule   {order.total:,} steps, {len(order.ends)} epochs begun, "
+        f"{plan.world} ranks x {config.accumulate} x {config.batch_tokens:,} tokens a step, "
+        f"conversations up to {plan.max_length:,} tokens",
+        f"optimizer  AdamW, peak learning rate {plan.lr:.3g}"
+        + (" (OpenChat's rule)" if config.lr == "auto" else ""),
+        f"memory     about {total / 2**30:.2f} GiB a rank{fits}: {parts}; "
+        f"{plan.recompute} of {network.num_hidden_layers} blocks recomputed",
+        "",
+    ]
+
+
+def first_bin(plan):
+    """The conversations of the first step's first bin, as the model reads them."""
+    conversations = plan.order.bins(1)[0]
+    out = [f"step 1, rank 0: {len(conversations)} conversations, the first of them:"]
+    for conversation in conversations[:4]:
+        out += preview(plan.dataset, conversation, plan.tokenizer, plan.classes,
+                       plan.class_weights, sys.stdout.isatty())  # fmt: skip
+    return out
+
+
+def summary(dataset, classes, class_weights):
+    """Lines of text: by class, conversations, tokens, what is supervised, its weight and share."""
+    index, report = dataset.index, dataset.report
+    total = dataset.total_weight(slice(None), class_weights) or 1.0
+    out = [
+        f"{'class':14} {'condition':14} {'conversations':>13} {'tokens':>12} {'supervised':>12} "
+        f"{'w':>8} {'weight mass':>11}"
+    ]
+    for number, (name, source) in enumerate(classes.items()):
+        of = np.flatnonzero(index["source_class"] == number)
+        mass = dataset.total_weight(of, class_weights) / total
+        supervised = dataset.total_weight(of, None)
+        weight = 1.0 if class_weights is None else class_weights[number]
+        tokens = int(index["length"][of].sum())
+        out.append(
+            f"{name:14} {source.condition:14} {len(of):13,} {tokens:12,} {supervised:12,.0f} "
+            f"{weight:8.4g} {mass:11.1%}"
+        )
+    lengths = dataset.lengths
+    quantiles = ", ".join(f"{q}% {np.percentile(lengths, q):.0f}" for q in (50, 90, 99))
+    out.append(
+        f"tokens a conversation: mean {lengths.mean():.1f}, {quantiles}, longest {lengths.max()}"
+    )
+    if report["cut"]:
+        out.append(
+            f"cut at the maximum length: {report['cut']:,} conversations, "
+            f"{report['tokens_cut']:,} tokens lost"
+        )
+    if report["without_answer"]:
+        out.append(f"dropped, no answer left to learn: {report['without_answer']:,} conversations")
+    if report["bad"]:
+        out.append(
+            f"dropped as bad (--skip-bad): {report['bad']:,} lines, the first "
+            f"{report['problems'][0]}"
+        )
+    return out
+
+
+def preview(dataset, conversation, tokenizer, classes, class_weights, colour):
+    """One conversation as the model reads it: what is learned stands out, with its weight."""
+    weights = dataset.weights_of(conversation, class_weights)
+    name = list(classes)[dataset.index["source_class"][conversation]]
+    out = [f"{dataset.where(conversation)}  class {name}, {len(weights)} tokens"]
+    text, tokens = "", dataset.tokens[dataset.span(conversation)].tolist()
+    bounds = [0, *(np.flatnonzero(np.diff(weights)) + 1).tolist(), len(tokens)]
+    for low, high in zip(bounds, bounds[1:], strict=False):
+        run = visible(tokens[low:high], tokenizer)
+        weight = weights[low]
+        if not weight:
+            text += f"\033[2m{run}\033[0m" if colour else run
+        elif colour:
+            text += (
+                f"\033[{'1;32' if weight == 1 else '33'}m{run}\033[0m\033[7m w={weight:.3g} \033[0m"
+            )
+        else:
+            text += f"⟦{run}⟧w={weight:.3g} "
+    return out + [text.replace(END_OF_TURN, END_OF_TURN + "\n").rstrip("\n"), ""]
+
+
+def visible(tokens, tokenizer):
+    """Text of ids with the special tokens written out."""
+    names = {tokenizer.bos: "<s>", tokenizer.eos: "</s>", tokenizer.eot: END_OF_TURN}
+    text, plain = "", []
+    for token in [*tokens, None]:
+        if token is not None and token not in names:
+            plain.append(token)
+            continue
+        if plain:
+            space = tokenizer.pieces.id_to_piece(plain[0]).startswith("▁")
+            shown = tokenizer.decode(plain)
+            # No escape sequence of a file reaches the terminal.
+            shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in shown)
+            text, plain = text + " " * space + shown, []
+        text += names.get(token, "")
+    return text
+
+
+# ----------------------------------------------------------------------------------------- the log
+
+
+class Log:
+    """metrics.jsonl, a line a step, and the lines on the terminal."""
+
+    def __init__(self, plan, ranks, out, start):
+        self.plan, self.ranks, self.start = plan, ranks, start
+        self.began = time.perf_counter()
+        self.evaluations = {}  # {step: by_class}, on rank 0, of this evaluation data
+        name = torch.cuda.get_device_name() if ranks.cuda else ""
+        self.peak = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+        if ranks.first:
+            path = out / "metrics.jsonl"
+            keep = [line for line in read_metrics(path) if start and line["step"] <= start]
+            for line in keep:
+                if "eval" in line and line.get("eval_data") == plan.eval_name:
+                    self.evaluations[line["step"]] = line["eval"]
+            temporary = out / ".metrics.tmp"
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in keep))
+            sync(temporary)
+            temporary.replace(path)
+            self.file, self.unwritten = open(path, "ab", buffering=0), b""
+
+    def step(self, step, bins, loss, lr, grad_norm, table, seconds):
+        if not self.ranks.first:
+            return
+        plan, lengths = self.plan, self.plan.dataset.lengths
+        conversations = np.concatenate(bins).astype(np.int64)
+        tokens = int(lengths[conversations].sum())
+        squares = float((lengths[conversations].astype(np.float64) ** 2).sum())
+        flops = training_flops(plan.network, tokens, squares) / seconds / self.ranks.world
+        classes = by_class(plan, table)
+        supervised = sum(c["tokens"] for c in classes.values())
+        line = {
+            "step": step,
+            "epoch": plan.order.epoch_of(step),
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "supervised_tokens_per_second": supervised / seconds,
+            "mfu": flops / self.peak if self.peak and plan.bf16 else None,
+            "memory_bytes": peak_memory(self.ranks),
+            "classes": classes,
+        }
+        self.write(line)
+        left = plan.order.total - step
+        left *= (time.perf_counter() - self.began) / (step - self.start)
+        shown = "  ".join(
+            f"{name} {c['loss']:.3f} {c['accuracy']:4.0%}"
+            for name, c in classes.items()
+            if c["tokens"]
+        )
+        speed = f"{line['tokens_per_second']:,.0f} tok/s"
+        if line["mfu"]:
+            speed += f" {line['mfu']:.0%} mfu"
+        self.ranks.line.refresh(
+            f"step {step}/{plan.order.total}  loss {loss:.4f}  {shown}  lr {lr:.2e}  "
+            f"norm {grad_norm:.2f}  {speed}  {clock(left)} left",
+            final=step == plan.order.total,
+        )
+
+    def write(self, line):
+        """Append a line; on a full disk it waits for the next, and training goes on."""
+        self.unwritten += json.dumps(line).encode() + b"\n"
+        try:
+            self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+        except OSError as error:
+            self.ranks.say(f"warning: {self.file.name}: {error.strerror}; kept for later")
+
+    def evaluation(self, step, table):
+        if not self.ranks.first:
+            return
+        classes = self.evaluations[step] = by_class(self.plan, table)
+        self.write({"step": step, "eval": classes, "eval_data": self.plan.eval_name})
+        shown = "  ".join(
+            f"{name} loss {c['loss']:.4f}, {c['accuracy']:.1%} of tokens right"
+            for name, c in classes.items()
+            if c["tokens"]
+        )
+        self.ranks.say(f"evaluation at step {step}: {shown}")
+
+    def expert_losses(self):
+        """{step: the best-rewarded class's held-out loss} of the evaluations on this data."""
+        expert = expert_class(self.plan.classes)
+        return {step: classes[expert]["loss"] for step, classes in self.evaluations.items()}
+
+
+TABLE = "tokens", "loss", "correct", "weight"  # rows of what a step or an evaluation sums up
+
+
+def by_class(plan, table):
+    """Per class: unweighted loss and accuracy over its supervised tokens, share of the weight.
+
+    table (4, C): a column a class, its rows the sums that TABLE names.
+    """
+    sums = [dict(zip(TABLE, column, strict=True)) for column in table.T]
+    all_weight = sum(of["weight"] for of in sums) or 1.0
+    return {
+        name: {
+            "tokens": int(of["tokens"]),
+            "loss": of["loss"] / of["tokens"] if of["tokens"] else None,
+            "accuracy": of["correct"] / of["tokens"] if of["tokens"] else None,
+            "weight_share": of["weight"] / all_weight,
+        }
+        for name, of in zip(plan.classes, sums, strict=True)
+    }
+
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, SXM
+
+
+def training_flops(network, tokens, sum_of_squares):
+    """6 · parameters (embeddings not counted) · tokens, plus causal attention by Σ length²."""
+    matrices = network.parameter_count() - network.vocab_size * network.hidden_size * (
+        not network.tie_word_embeddings
+    )
+    width = network.num_attention_heads * network.head_dim
+    return 6 * matrices * tokens + 6 * network.num_hidden_layers * width * sum_of_squares
+
+
+def peak_memory(ranks):
+    if ranks.cuda:
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -16,7 +16,7 @@ def main():
     target, config = sys.argv[1], train.parse_arguments(sys.argv[2:])
     ranks = train.Ranks()
     with train.held_output(config.out, ranks) as out:
-        plan = train.Plan(config, ranks, Path(out))
+        plan = train.make_plan(config, ranks, Path(out))
         llama, _ = train.build(plan, ranks)
         _, batches, total_weight = train.load_step(plan, ranks, 1)
         loss, table, _ = train.gradients(plan, ranks, llama, batches, total_weight)

@@ -141,7 +141,8 @@ def _watch(out, end=None, counts=None):
 
     An instant is a file operation below `out`, just before it is done, or a forward of the network
     in a step or an evaluation. `end` = {"rank", "phase", "number", "signal"}, said in the log by
-    ENDED; `counts` is a file for {phase: instants} of rank 0.
+    ENDED, and by HEARD where the run listens to signals; `counts` is a file for {phase: instants}
+    of rank 0.
     """
     import torch
 
@@ -152,7 +153,8 @@ def _watch(out, end=None, counts=None):
     def instant(phase):
         seen[phase] = seen.get(phase, 0) + 1
         if end and (rank, phase, seen[phase]) == (end["rank"], end["phase"], end["number"]):
-            os.write(1, ENDED)
+            heard = signal.getsignal(end["signal"]) != signal.SIG_DFL
+            os.write(1, ENDED + (HEARD if heard else b"\n"))
             os.kill(os.getpid(), end["signal"])
 
     def on_file(event, arguments):
@@ -176,5 +178,5 @@ def _watch(out, end=None, counts=None):
         multiprocessing.util.Finalize(None, write, exitpriority=1)
 
 
-ENDED = b"[a signal, as asked for]\n"
+ENDED, HEARD = b"[a signal, as asked for]", b" [heard]\n"
 FILE_EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.symlink", "shutil.rmtree"}

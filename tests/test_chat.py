@@ -14,6 +14,7 @@ import chat
 import data
 import loss
 import model
+from support import report
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = {
@@ -195,7 +196,7 @@ def test_the_expert_condition_is_the_default_and_class_names_another(folder, tal
     assert chat.Chat(folder, "gpt3.5", device="cpu").condition == "GPT3"
     prompt = talker.prompt([user("Hi"), data.Message("assistant", "Ho"), user("Ha")])
     text = "GPT4 User: Hi<|end_of_turn|>GPT4 Assistant: Ho<|end_of_turn|>GPT4 User: Ha"
-    shown = data.visible(prompt, talker.tokenizer)
+    shown = report.visible(prompt, talker.tokenizer)
     assert shown == f"<s> {text}<|end_of_turn|> GPT4 Assistant:".replace("|>GPT4", "|> GPT4")
     with pytest.raises(ValueError, match="--class 'gpt5' is not one of gpt4, gpt3.5"):
         chat.Chat(folder, "gpt5", device="cpu")
@@ -203,7 +204,7 @@ def test_the_expert_condition_is_the_default_and_class_names_another(folder, tal
 
 def test_a_model_trained_without_condition_is_asked_without(stories, tmp_path):
     talker = chat.Chat(export(stories, tmp_path / "bare", conditioned=False), device="cpu")
-    shown = data.visible(talker.prompt([user("Hi")]), talker.tokenizer)
+    shown = report.visible(talker.prompt([user("Hi")]), talker.tokenizer)
     assert shown == "<s> User: Hi<|end_of_turn|> Assistant:"
 
 

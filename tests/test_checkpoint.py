@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 import model
 import train
-from support import checkpoint
+from support import checkpoint, report
 from support.ranks import SaveFailed
 
 
@@ -25,9 +25,9 @@ def started(ranks, few, tmp_path):
         model=str(folder), data=[str(few)], eval_data=[str(few)], out=str(out), batch_tokens=256,
         lr="1e-3",
     )  # fmt: skip
-    plan = train.Plan(config, ranks, out)
+    plan = train.make_plan(config, ranks, out)
     checkpoints = checkpoint.Checkpoints(plan, ranks, out)
-    train.Log(plan, ranks, out, checkpoints.resume())
+    report.Log(plan, ranks, out, checkpoints.resume())
     llama, optimizer = train.build(plan, ranks)
     step(plan, ranks, llama, optimizer, 1)
     return plan, llama, optimizer, checkpoints

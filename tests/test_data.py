@@ -17,11 +17,14 @@ import torch
 
 import data
 import loss
+from support import dataset as dataset_module
+from support import formats, report
+from support import tokenizer as support_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = loss.DEFAULT_CLASSES
 WEIGHTS = np.array(list(loss.class_weights(CLASSES, 0.4343).values()))
-EOT = data.END_OF_TURN
+EOT = support_tokenizer.END_OF_TURN
 
 
 def turns(*contents, roles=("user", "assistant")):
@@ -427,7 +430,7 @@ def test_a_weight_that_is_no_number_of_a_loss_is_refused(weight):
     items = turns("Hi", "Ho")
     items[1]["weight"] = weight
     with pytest.raises(ValueError, match="^message 2: weight must be 0, or a number from"):
-        data.parse_line(json.dumps({"class": "gpt4", "items": items}).encode(), CLASSES)
+        formats.parse_line(json.dumps({"class": "gpt4", "items": items}).encode(), CLASSES)
 
 
 @pytest.mark.parametrize("key", ["role", "class", "condition", "weight", "content", "system"])
@@ -443,7 +446,7 @@ def test_a_value_nested_as_deep_as_json_allows_is_refused(key):
         item = f'{{"role": {role}, "content": {content}, "weight": {weight}}}'
         top = ", ".join(f'"{k}": {fields[k]}' for k in ("class", "condition", "system"))
         with pytest.raises(ValueError):
-            data.parse_line(f'{{{top}, "items": [{item}]}}'.encode(), CLASSES)
+            formats.parse_line(f'{{{top}, "items": [{item}]}}'.encode(), CLASSES)
 
 
 def test_a_line_of_17_mb_is_passed_over(prepare, tmp_path):
@@ -458,17 +461,17 @@ def test_a_line_of_17_mb_is_passed_over(prepare, tmp_path):
 
 
 def test_lines_of_every_length_around_the_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "LONGEST_LINE", 8)
+    monkeypatch.setattr(dataset_module, "LONGEST_LINE", 8)
     for length in range(0, 30):
         for end in (b"", b"\n"):
             path = tmp_path / "x"
             path.write_bytes(b"ab\n" + b"x" * length + end + b"cd\n" * bool(end))
-            found = [raw for raw, _ in data.lines(path)]
+            found = [raw for raw, _ in dataset_module.lines(path)]
             middle = b"x" * length + end
             middle = [] if not middle else [middle if len(middle) < 8 or end and len(middle) == 8
                                             else None]  # fmt: skip
             assert found == [b"ab\n", *middle, *[b"cd\n"] * bool(end)]
-            assert [at for _, at in data.lines(path)][-1] == path.stat().st_size
+            assert [at for _, at in dataset_module.lines(path)][-1] == path.stat().st_size
 
 
 def test_the_first_20_problems_of_all_files_and_their_count(prepare, tmp_path):
@@ -490,7 +493,7 @@ def test_skip_bad_drops_the_bad_lines_alone_and_counts_them(prepare, tmp_path):
     assert dataset.report["bad"] == 3
     assert dataset.report["problems"][1] == f"{path}:3: no assistant turn"
     assert any("dropped as bad (--skip-bad): 3 lines" in text
-               for text in data.summary(dataset, CLASSES, WEIGHTS))  # fmt: skip
+               for text in report.summary(dataset, CLASSES, WEIGHTS))  # fmt: skip
 
 
 def test_bad_data_leaves_no_cache(prepare, tmp_path):
@@ -561,7 +564,7 @@ def test_500_mutated_lines_parse_or_raise_value_error():
     for _ in range(500):
         raw = mutated(rng, json.dumps(rng.choice(lines)))
         try:
-            parsed = data.parse_line(raw, CLASSES)
+            parsed = formats.parse_line(raw, CLASSES)
         except ValueError as error:
             assert str(error) and "\n" not in str(error)
             refused += 1
@@ -597,7 +600,7 @@ def test_only_a_conversation_without_anything_to_learn_is_dropped(prepare, tmp_p
     dataset = prepare(path, max_length=60)
     assert dataset.index["line"].tolist() == [1, 4, 5]
     assert dataset.report["without_answer"] == 2
-    assert "dropped, no answer left to learn: 2 conversations" in data.summary(
+    assert "dropped, no answer left to learn: 2 conversations" in report.summary(
         dataset, CLASSES, WEIGHTS
     )
 
@@ -680,13 +683,13 @@ def kill_after(reports):
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tokenizer, monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "BLOCK", 400)
+    monkeypatch.setattr(dataset_module, "BLOCK", 400)
     good = [[line(f"Hi {n} {f}", "Ho " * (n % 7 + 1)) for n in range(25)] for f in range(3)]
     good[1][4:4] = [b"{", b"", line("Hi", "Ho " * 300), line("Hi")]
     paths = [write(tmp_path / f"{f}.jsonl", *lines) for f, lines in enumerate(good)]
 
-    def prepare(folder, report=None):
-        options = {"max_length": 100, "skip_bad": True, "report": report}
+    def prepare(folder, progress=None):
+        options = {"max_length": 100, "skip_bad": True, "progress": progress}
         return data.prepare(paths, tokenizer, CLASSES, tmp_path / folder, **options)
 
     whole, blocks = prepare("whole"), []
@@ -712,7 +715,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tokenizer, monkeypatc
 def test_several_processes_make_the_same_bytes_and_name_the_same_lines(
     tokenizer, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(data, "BLOCK", 4000)
+    monkeypatch.setattr(dataset_module, "BLOCK", 4000)
     good = [line(f"Hi {n}", "Ho " * (n % 7 + 1)) for n in range(200)]
     path = write(tmp_path / "a.jsonl", *good[:70], b"{", *good[70:], line("Hi"))
 
@@ -725,8 +728,8 @@ def test_several_processes_make_the_same_bytes_and_name_the_same_lines(
         return str(refusal.value)
 
     alone, message = prepare("alone", skip_bad=True), refused("alone")
-    monkeypatch.setattr(data, "MANY", 0)
-    monkeypatch.setattr(data, "process_count", lambda: 2)
+    monkeypatch.setattr(dataset_module, "MANY", 0)
+    monkeypatch.setattr(dataset_module, "process_count", lambda: 2)
     together = prepare("together", skip_bad=True)
     for array in alone.folder.glob("*.bin"):
         assert (together.folder / array.name).read_bytes() == array.read_bytes()
@@ -743,8 +746,8 @@ def test_a_tokenizing_process_that_is_killed_ends_the_run_with_a_message(
     tokenizer, monkeypatch, tmp_path
 ):
     path = write(tmp_path / "a.jsonl", line("Hi", "Ho"))
-    monkeypatch.setattr(data, "MANY", 0)
-    monkeypatch.setattr(data, "process_count", lambda: 2)
+    monkeypatch.setattr(dataset_module, "MANY", 0)
+    monkeypatch.setattr(dataset_module, "process_count", lambda: 2)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="was killed"):
         patch.setattr(data, "Encoder", Dying)
         data.prepare([path], tokenizer, CLASSES, tmp_path / "out", max_length=60)
@@ -863,7 +866,7 @@ def test_the_command_shows_summary_and_what_is_learned(stories, run, tmp_path):
     )
     code, out, err = run(data.main, path, "--model", stories)
     assert code == 0 and not err
-    assert data.SPACES_COLLAPSE in out  # as stories260K's tokenizer does
+    assert support_tokenizer.SPACES_COLLAPSE in out  # as stories260K's tokenizer does
     gpt4 = next(text for text in out.splitlines() if text.startswith("gpt4 "))
     assert gpt4.split()[:3] == ["gpt4", "GPT4", "1"]
     learned = f"GPT4 Assistant:⟦ Ho\nthere{EOT}\n⟧w=1"
@@ -904,7 +907,7 @@ def test_the_command_says_in_one_line_what_is_wrong(flags, message, stories, run
 
 
 def test_ten_times_the_data_takes_no_more_memory(prepare, monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "BLOCK", 30_000)
+    monkeypatch.setattr(dataset_module, "BLOCK", 30_000)
     peaks = []
     for copies in (150, 1500):
         path = write(tmp_path / f"{copies}.jsonl", *[line("Hi " * 100, "Ho " * 400)] * copies)
@@ -916,7 +919,7 @@ def test_ten_times_the_data_takes_no_more_memory(prepare, monkeypatch, tmp_path)
 
 
 def test_progress_is_quiet_for_a_short_file(capsys):
-    progress = data.Progress("tokenizing")
+    progress = report.Progress("tokenizing")
     progress(1, 2, 3)
     assert capsys.readouterr().err == ""
     progress.started = time.time() - 10

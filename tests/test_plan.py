@@ -44,7 +44,7 @@ def plan_of(files, ranks, out, **more):
     config = train.Config(
         model=str(files[0]), data=[str(files[1])], out=str(out), **(settings | more)
     )
-    return train.Plan(config, ranks, out)
+    return train.make_plan(config, ranks, out)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -77,7 +77,7 @@ def test_parameters_gradients_and_optimizer_take_what_the_plan_says(files, ranks
     _, batches, total_weight = train.load_step(plan, ranks, 1)
     train.gradients(plan, ranks, llama, batches, total_weight)
     optimizer.step()
-    memory = plan.memory(0)
+    memory = plan.memory
 
     def held(tensors):
         return sum(model.local_tensor(tensor).nbytes for tensor in tensors)
@@ -118,7 +118,7 @@ def test_a_step_peaks_where_the_plan_says(files, ranks, tmp_path, recompute):
     assert len(batch.tokens) > 0.95 * plan.config.batch_tokens
     with LiveBytes() as live:
         train.forward(llama, plan, batch)[0].backward()
-    memory = plan.memory(recompute)
+    memory = plan.memory
     planned = memory["gradients"] + memory["activations"] + memory["loss workspace"]
     assert 0.8 < planned / live.peak < 1.2
 
@@ -136,7 +136,7 @@ def test_a_compiled_block_saves_what_the_plan_says(files, ranks, tmp_path, compi
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         train.forward(llama, plan, batch)
     parameters = sum(p.nbytes for p in llama.parameters())
-    planned = plan.memory(0)["activations"]
+    planned = plan.memory["activations"]
     assert 0.8 < planned / (sum(saved.values()) - parameters) < 1.5
 
 

@@ -15,9 +15,11 @@ from processes import SUMS, flags, metrics
 from safetensors.torch import load_file
 
 import chat
+import data
 import loss
 import model
 import train
+from support import report
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -78,7 +80,7 @@ def test_ranks_and_accumulation_do_not_change_loss_or_gradient(
 
 def test_gradient_equals_float64_autograd_of_equation_6(one_rank, few):
     """Each conversation alone, unpacked, weighted by its class, in float64 and plain autograd."""
-    tokenizer = train.data.Tokenizer(SUMS)
+    tokenizer = data.Tokenizer(SUMS)
     classes = loss.DEFAULT_CLASSES
     weights = loss.class_weights(classes, 0.4343)
     with torch.device("meta"):
@@ -88,7 +90,7 @@ def test_gradient_equals_float64_autograd_of_equation_6(one_rank, few):
     llama.double()
     total, normaliser = 0.0, 0.0
     for line in map(json.loads, few.read_text().splitlines()):
-        tokens, mask = train.data.encode(line, tokenizer, classes)
+        tokens, mask = data.encode(line, tokenizer, classes)
         tokens, mask = torch.tensor(tokens), torch.tensor(mask)
         positions, offsets = torch.arange(len(tokens)), torch.tensor([0, len(tokens)])
         log_p = llama(tokens, positions, offsets).log_softmax(-1)[:-1]
@@ -156,16 +158,8 @@ def test_learning_rate_warms_up_then_falls_to_its_floor():
 def test_auto_learning_rate_is_openchats_for_its_13b_run():
     """64 x 4096 tokens of which 76.1 % are supervised gave the paper's 6.7e-5."""
 
-    class Known(train.Plan):
-        def __init__(self):
-            self.config = train.Config(model="m", data=["d"], out="o", batch_tokens=64 * 4096)
-            self.world = 1
-            self.network = model.LlamaConfig(8, 8, 1, 1, 8, 1, 8)
-            self.dataset = type("Data", (), {})()
-            self.dataset.lengths = np.array([1000])
-            self.dataset.total_weight = lambda conversations, weights: 761.0
-
-    assert Known()._auto_lr() == pytest.approx(6.7e-5, rel=2e-3)
+    assert train.auto_lr("llama", 64 * 4096 * 0.761) == pytest.approx(6.7e-5, rel=2e-3)
+    assert train.auto_lr("mistral", 4e6) == pytest.approx(3e-4 / 6)
 
 
 # ---------------------------------------------------------------------------------- whole runs
@@ -197,7 +191,7 @@ def test_real_conversations_fine_tune_a_real_llama_on_two_ranks(tmp_path):
     messages = [{"role": "user", "content": "Write a loop."}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     ours = chat.Chat(out / "model", device="cpu")
-    assert ids == ours.prompt([train.data.Message("user", "Write a loop.")])
+    assert ids == ours.prompt([data.Message("user", "Write a loop.")])
     tokens = torch.tensor(ids)
     offsets = torch.tensor([0, len(ids)], dtype=torch.int32)
     with torch.no_grad():
@@ -235,8 +229,8 @@ def test_the_ablations_change_prompt_and_weights(few, tmp_path):
         assert of_class["weight_share"] == pytest.approx(of_class["tokens"] / tokens)
     assert chat.read_classes(out / "model")[1] is False
     talker = chat.Chat(out / "model", device="cpu")
-    shown = talker.prompt([train.data.Message("user", "What is 12 + 3?")])
-    shown = train.data.visible(shown, talker.tokenizer)
+    shown = talker.prompt([data.Message("user", "What is 12 + 3?")])
+    shown = report.visible(shown, talker.tokenizer)
     assert shown == "<s> User: What is 12 + 3?<|end_of_turn|> Assistant:"
     asked = run(ROOT / "chat.py", out / "model", "--class", "gpt4", "--prompt", "What is 1 + 2?")
     assert asked.stderr == "error: --class: this model was trained without conditions\n"

@@ -1,0 +1,61 @@
+"""How much memory a rank's GPU needs at the peak of a step: an estimate, before anything is rented.
+
+Tested against what small networks really hold on a CPU (tests/test_plan.py).
+"""
+
+import dataclasses
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """What of a run the estimate depends on, besides its network."""
+
+    shards: int  # ranks that share one copy of the parameters
+    tokens: int  # of a micro-batch
+    bf16: bool
+    compiled: bool
+
+
+def estimate(network, size, recompute):
+    """{part: bytes a rank} with the activations of `recompute` blocks made again in backward."""
+    parameters, shards, t = network.parameter_count(), size.shards, size.tokens
+    width = 2 if size.bf16 else 4
+    d, f = network.hidden_size, network.intermediate_size
+    q = network.num_attention_heads * network.head_dim
+    kv = network.num_key_value_heads * network.head_dim
+    # Saved for backward, a token: norms' and projections' inputs, q, k, v, attention, MLP;
+    # not compiled, also what the norms and the MLP's SiLU make on the way.
+    block = width * (4 * d + 2 * q + 2 * kv + 3 * f + (0 if size.compiled else 2 * d + f))
+    matrices = 1 if network.tie_word_embeddings else 2  # embedding and head
+    embedding = network.vocab_size * d
+    per_block = (parameters - matrices * embedding) // network.num_hidden_layers
+    # Backward reaches the recomputed blocks last: the others' room is free again by then.
+    stored = max(network.num_hidden_layers - recompute, 1) * block + recompute * width * d
+    return {
+        "parameters": 4 * parameters // shards,
+        "gradients": 4 * parameters // shards,
+        "AdamW": 8 * parameters // shards,
+        "gathered blocks": width * (matrices * embedding + 2 * per_block) + 4 * per_block,
+        "activations": t * (stored + width * (6 * d + 3 * f)),  # 3 f: one MLP's gradients
+        "loss workspace": min(1 << 30, width * t * network.vocab_size) + 4 * embedding,
+    }
+
+
+def of_a_rank(planned_gib):
+    """Bytes of this rank's GPU, or of the planned one; 0 on a CPU, which is not limited here."""
+    if planned_gib:
+        return int(planned_gib * 2**30)
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+
+
+def blocks_to_recompute(network, size, available):
+    """The fewest blocks with which the estimate stays within 90 % of the available bytes."""
+    layers = network.num_hidden_layers
+    if not available:
+        return 0
+    for recompute in range(layers):
+        if sum(estimate(network, size, recompute).values()) <= 0.9 * available:
+            return recompute
+    return layers
