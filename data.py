@@ -183,13 +183,13 @@ def pack(lengths, capacity, bins_per_step, seed, epoch):
 
     A random permutation is cut into windows of about 2,048 conversations (at least a step), so
     that every step is a random sample of the data. Within a window, longest first, a conversation
-    goes where it fills a bin to 99.6 % without making it the dearest, else into the cheapest bin
-    with room; a bin costs Σ len², its attention. The 0.3 % without room join later windows. The
-    last step takes the rest, evenly; only there can a bin be empty.
+    goes where it fills a bin to 99.6 % without making that the most expensive, else into the
+    cheapest bin with room; a bin costs Σ len², its attention. The 0.3 % without room join later
+    windows. The last step takes the rest, evenly; only there can a bin be empty.
 
-    On ShareGPT's lengths (at most 2048), 8 bins of 8192 a step: 99.7 % full, the dearest bin
-    1.02 x the mean, 1M conversations in 2 s (bench/packing.py). A bin of only one or two of the
-    longest conversations cannot be evened: with bins of 4096 the dearest is 1.14 x the mean.
+    On ShareGPT's lengths (at most 2048), 8 bins of 8192 a step: 99.7 % full, the most expensive
+    bin 1.02 x the mean, 1M conversations in 2 s (bench/packing.py). A bin of only one or two of
+    the longest conversations cannot be evened: with bins of 4096 it is 1.14 x the mean.
 
     Raises ValueError at a length outside 1..capacity.
     """
@@ -241,13 +241,13 @@ def choose_bins(lengths, ends, bins, capacity, power, rng):
     rows = np.arange(len(ends))
     gap = np.full((len(ends), bins), capacity, dtype=np.float32)
     cost = np.zeros_like(gap)
-    dearest = (1.03 * (table**power).sum(0, dtype=np.float64) / bins).astype(np.float32)
+    most = (1.03 * (table**power).sum(0, dtype=np.float64) / bins).astype(np.float32)
     # Ties favour low columns: without new names rank 0 would get the longest conversations.
     names = rng.permuted(np.arange(gap.size).reshape(gap.shape), axis=1)
     for length, choice in zip(table, chosen):
         added = length**power
         room = gap - length[:, None]
-        fills = (room <= SPARE * capacity) & (cost <= (dearest - added)[:, None])
+        fills = (room <= SPARE * capacity) & (cost <= (most - added)[:, None])
         score = np.where(fills, -1, cost)
         score[room < 0] = np.inf
         best = score.argmin(1)
@@ -255,7 +255,7 @@ def choose_bins(lengths, ends, bins, capacity, power, rng):
         choice[fits] = names[rows, best][fits]
         gap[rows, best] -= fits * length
         cost[rows, best] += fits * added
-        dearest = np.maximum(dearest, cost[rows, best])
+        most = np.maximum(most, cost[rows, best])
     where = np.empty(len(lengths), dtype=np.int64)
     where[longest_first] = chosen[m, window]
     return where

@@ -62,7 +62,7 @@ def _without_repeats(pairs):
     names = [name for name, _ in pairs]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"{name!r} stands there twice")
+            raise ValueError(f"{name!r} is given twice")
     return dict(pairs)
 
 

@@ -76,7 +76,7 @@ class Config:
     # --- a step: ranks x accumulate micro-batches of batch-tokens each
     batch_tokens: int = 8192  # tokens of a micro-batch on one rank
     accumulate: int = 1  # micro-batches a step on each rank
-    max_length: int = 0  # cut conversations at this many tokens (0: 4096, or less if needed)
+    max_length: int = None  # cut conversations at so many tokens (default: 4096, or less if needed)
     # --- optimizer
     lr: str = "auto"  # peak learning rate; auto: OpenChat's rule from the batch size
     min_lr_ratio: float = 0.1  # the cosine ends at this share of the peak
@@ -93,9 +93,9 @@ class Config:
     export_every: int = 1  # epochs between exported models (0: only the last)
     resume: bool = True  # go on from the newest checkpoint in --out
     # --- the machine
-    precision: str = ""  # compute in bf16 or fp32 over float32 weights (default: bf16 on CUDA)
+    precision: str = None  # compute in bf16 or fp32 over float32 weights (default: bf16 on CUDA)
     compile: bool = None  # torch.compile every block (default: on CUDA)
-    recompute: int = -1  # blocks whose activations are made again in backward (-1: as needed)
+    recompute: int = None  # blocks that make activations again in backward (default: as needed)
     replicas: int = 1  # hybrid sharding: this many groups of ranks each hold the whole model
     deterministic: bool = False  # the same bits in every run; always so on CPU, slower on CUDA
     skip_bad: bool = False  # drop bad lines and count them, instead of stopping
@@ -109,24 +109,26 @@ class Config:
                 raise ValueError(f"--{name} is required (no flag at all runs the embedded example)")
         for name in ("plan_ranks", "plan_memory"):
             _require(self.dry_run or not getattr(self, name), name, "used with --dry-run")
-        whole = {"epochs": 1, "batch_tokens": 2, "accumulate": 1, "keep": 1, "replicas": 1}
-        whole |= dict.fromkeys(("max_steps", "eval_every", "save_every", "export_every", "seed"), 0)
-        whole |= {"plan_ranks": 0, "plan_memory": 0, "recompute": -1}
-        _require(self.seed < 2**32, "seed", "below 2^32")
-        positive = ("beta", "adam_eps", "clip")
-        ratios = ("min_lr_ratio", "warmup_ratio", "adam_beta1", "adam_beta2", "weight_decay")
-        for name, least in whole.items():
-            _require(getattr(self, name) >= least, name, f"at least {least}")
-        for name in positive:
+        for name, least in LEAST.items():
+            _require((getattr(self, name) or 0) >= least, name, f"at least {least}")
+        for name in ("beta", "adam_eps", "clip"):
             _require(getattr(self, name) > 0, name, "above 0")
-        for name in ratios:
+        for name in ("min_lr_ratio", "warmup_ratio", "adam_beta1", "adam_beta2", "weight_decay"):
             _require(0 <= getattr(self, name) <= 1, name, "from 0 to 1")
         for name in ("adam_beta1", "adam_beta2"):
             _require(getattr(self, name) < 1, name, "below 1")
-        _require(self.max_length == 0 or 2 <= self.max_length <= self.batch_tokens, "max_length",
-                 f"from 2 to --batch-tokens {self.batch_tokens}")  # fmt: skip
-        _require(self.precision in ("", "bf16", "fp32"), "precision", "bf16 or fp32")
+        _require(self.seed < 2**32, "seed", "below 2^32")
+        longest = self.max_length is None or 2 <= self.max_length <= self.batch_tokens
+        _require(longest, "max_length", f"from 2 to --batch-tokens {self.batch_tokens}")
+        _require(self.precision in (None, "bf16", "fp32"), "precision", "bf16 or fp32")
         _require(self.lr == "auto" or _is_number(self.lr), "lr", "auto or a number above 0")
+
+
+LEAST = {
+    "epochs": 1, "batch_tokens": 2, "accumulate": 1, "keep": 1, "replicas": 1,
+    "max_steps": 0, "eval_every": 0, "save_every": 0, "export_every": 0, "seed": 0,
+    "recompute": 0, "plan_ranks": 0, "plan_memory": 0,
+}  # fmt: skip
 
 
 def _require(holds, name, what):
@@ -162,7 +164,7 @@ def parse_arguments(arguments):
             options |= {"nargs": "+", "action": "extend", "metavar": "FILE"}
         else:
             options |= {"type": field.type, "metavar": field.type.__name__.upper()}
-            if field.default not in ("", 0, -1):
+            if field.default:
                 options["help"] += f" (default: {field.default})"
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
     files = [argument for argument in arguments if argument.startswith("@")]
@@ -350,7 +352,7 @@ def build(plan, ranks, with_weights=True):
     return llama, optimizer
 
 
-# ----------------------------------------------------------------------------------------- one step
+# ---------------------------------------------------------------------------------------- one step
 
 
 def load_step(plan, ranks, step):
@@ -558,7 +560,6 @@ def make_plan(config, ranks, out):
     pretrained = has_weights(config)
     if pretrained:
         model.check_weights(config.model, network, new_rows)
-    base = identity_of_weights(config, ranks) if pretrained else None
     positions = network.max_position_embeddings
     max_length = config.max_length or min(4096, config.batch_tokens, positions)
     _require(max_length <= positions, "max_length", f"within the model's {positions}")
@@ -581,15 +582,16 @@ def make_plan(config, ranks, out):
 
     size = memory.Size(world // config.replicas, config.batch_tokens, bf16, compile)
     available = memory.of_a_rank(config.plan_memory)
-    recompute = min(config.recompute, network.num_hidden_layers)
-    if recompute < 0:
+    recompute = config.recompute
+    if recompute is None:
         recompute = memory.blocks_to_recompute(network, size, available)
     return Plan(
-        config, world, bf16, compile, classes, weights, tokenizer, network, new_rows, base,
+        config, world, bf16, compile, classes, weights, tokenizer, network, new_rows,
+        identity_of_weights(config, ranks) if pretrained else None,
         max_length, dataset, eval_dataset, order,
         shape=fixed_shape(order, eval_dataset, world, config, max_length) if compile else None,
         lr=auto_lr(network.model_type, supervised) if config.lr == "auto" else float(config.lr),
-        recompute=recompute,
+        recompute=min(recompute, network.num_hidden_layers),
         memory=memory.estimate(network, size, recompute),
         available=available,
     )  # fmt: skip

@@ -62,7 +62,7 @@ def main():
     parser.add_argument("--batch-tokens", type=int, help="8192; 2048 for tiny")
     parser.add_argument("--accumulate", type=int, default=1, help="above 1: this project alone")
     parser.add_argument("--max-length", type=int, help="4096; 512 for tiny")
-    parser.add_argument("--recompute", type=int, default=-1, help="blocks, as train.py's")
+    parser.add_argument("--recompute", type=int, help="blocks, as train.py's")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="of a round")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=installed())

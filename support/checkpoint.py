@@ -467,7 +467,7 @@ def check_exports(out, epochs, has_checkpoints):
 
 
 def clear_leftovers(out):
-    """What a kill in the midst of a save or of `publish` left: half folders go, whole ones stay."""
+    """Remove what a kill left of a save or of `publish`, and finish a rename that it cut short."""
     for path in [*(out / "checkpoints").iterdir(), *out.iterdir()]:
         if re.fullmatch(r"step-\d+\.tmp|\.epoch-\d+\.tmp", path.name) and path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

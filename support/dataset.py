@@ -50,7 +50,8 @@ class BadData(ValueError):
     def __init__(self, problems, count):
         more = "" if count <= len(problems) else f"\n... and {count - len(problems)} more"
         hint = "\nFix them, or pass --skip-bad to drop and count them."
-        super().__init__(f"{count} bad lines:\n" + "\n".join(problems) + more + hint)
+        lines = "1 bad line" if count == 1 else f"{count} bad lines"
+        super().__init__(f"{lines}:\n" + "\n".join(problems) + more + hint)
 
 
 def encode_files(paths, encoder, settings, folder, *, skip_bad=False, progress=None):

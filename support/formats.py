@@ -137,7 +137,7 @@ def _source_class(line, classes):
         for name, source in classes.items():
             if source.condition == condition:
                 return name
-        raise ValueError(f"condition {condition!r:.40} is of no class ({known})")
+        raise ValueError(f"no class has the condition {condition!r:.40} ({known})")
     if not isinstance(name, str):
         raise ValueError(f"'class' must be one of {known}, not {_kind(name)}")
     if name not in classes:

@@ -13,7 +13,7 @@ import sentencepiece
 from model import write_json
 
 END_OF_TURN = "<|end_of_turn|>"
-SPACES_COLLAPSE = "warning: this tokenizer makes one space of several: indentation is lost"
+SPACES_COLLAPSE = "warning: this tokenizer turns several spaces into one: indentation is lost"
 
 
 class Tokenizer:

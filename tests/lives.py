@@ -155,8 +155,10 @@ def wait_for_end(running, end, log, chance):
             with open(log, "ab") as file:
                 file.write(processes.ENDED)
             os.kill(running[end["rank"]].pid, end["signal"])
+            if end["signal"] == signal.SIGKILL:
+                running[end["rank"]].join()
             break
-    if end["signal"] == signal.SIGKILL and any(process.exitcode != 0 for process in running):
+    if end["signal"] == signal.SIGKILL and any(process.exitcode for process in running):
         time.sleep(chance.choice([0, chance.uniform(0, 0.05)]))
         processes.kill(running)
     return processes.finish(running)

@@ -384,8 +384,8 @@ BAD = [
     (line("Hi", "Ho", source_class=["gpt4"]), "'class' must be one of gpt4, gpt3.5, not a list"),
     ({"messages": HI}, "'class' must be one of gpt4, gpt3.5, not null"),
     ({"items": HI}, "'class' must be one of gpt4, gpt3.5, not null"),
-    ({"items": HI, "condition": "GPT9"}, "condition 'GPT9' is of no class (gpt4, gpt3.5)"),
-    ({"items": HI, "condition": ["GPT4"]}, "condition ['GPT4'] is of no class (gpt4, gpt3.5)"),
+    ({"items": HI, "condition": "GPT9"}, "no class has the condition 'GPT9' (gpt4, gpt3.5)"),
+    ({"items": HI, "condition": ["GPT4"]}, "no class has the condition ['GPT4'] (gpt4, gpt3.5)"),
     ({"class": "gpt4", "messages": turns("Hi", "Ho", roles=("user", "bot"))},
      "message 2 has role 'bot', not one of system, user, assistant"),
     ({"class": "gpt4", "messages": [{"content": "Hi"}]}, "message 1 has role None, not one of"),
@@ -420,7 +420,7 @@ def test_a_bad_line_stops_with_its_place_and_what_is_wrong(bad, message, prepare
     with pytest.raises(data.BadData) as refused:
         prepare(path)
     lines = str(refused.value).splitlines()
-    assert lines[0] == "1 bad lines:"
+    assert lines[0] == "1 bad line:"
     assert lines[1].startswith(f"{path}:3: {message}")
     assert lines[2] == "Fix them, or pass --skip-bad to drop and count them."
 
@@ -499,7 +499,7 @@ def test_skip_bad_drops_the_bad_lines_alone_and_counts_them(prepare, tmp_path):
 def test_bad_data_leaves_no_cache(prepare, tmp_path):
     path = write(tmp_path / "a.jsonl", line("A", "B"), b"{")
     for _ in range(2):
-        with pytest.raises(data.BadData, match="1 bad lines"):
+        with pytest.raises(data.BadData, match="1 bad line:"):
             prepare(path)
     assert not list((tmp_path / "tokens").iterdir())
 
@@ -881,7 +881,7 @@ def test_the_command_says_errors_without_a_traceback(stories, tmp_path):
     command = [sys.executable, ROOT / "data.py", path, "--model", stories]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and not done.stdout
-    assert done.stderr.startswith(f"error: 1 bad lines:\n{path}:2: broken JSON")
+    assert done.stderr.startswith(f"error: 1 bad line:\n{path}:2: broken JSON")
     assert "Traceback" not in done.stderr
 
 

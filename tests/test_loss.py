@@ -82,7 +82,7 @@ def test_a_class_that_stands_there_twice_is_not_taken_once(tmp_path):
     path = tmp_path / "classes.json"
     entry = json.dumps(vars(DEFAULT_CLASSES["gpt4"]))
     path.write_text(f'{{"gpt4": {entry}, "gpt4": {entry}}}')
-    with pytest.raises(ValueError, match="classes.json: 'gpt4' stands there twice"):
+    with pytest.raises(ValueError, match="classes.json: 'gpt4' is given twice"):
         read_classes(path)
 
 
