@@ -41,10 +41,8 @@ from support.dataset import BadData as BadData  # "as": a name that others take 
 from support.dataset import Dataset as Dataset
 from support.formats import Conversation, parse_conversation, parse_line
 from support.formats import Message as Message
-from support.tokenizer import SPACES_COLLAPSE
+from support.tokenizer import SPACES_COLLAPSE, TEMPLATE
 from support.tokenizer import Tokenizer as Tokenizer
-
-TEMPLATE = "openchat_v3.2"  # part of the cache key: change it with the layout
 
 # --------------------------------------------------------------------------- one conversation
 

@@ -13,6 +13,7 @@ import sentencepiece
 from model import write_json
 
 END_OF_TURN = "<|end_of_turn|>"
+TEMPLATE = "openchat_v3.2"  # names data.lay_out: data tokenized under another is not taken
 SPACES_COLLAPSE = "warning: this tokenizer turns several spaces into one: indentation is lost"
 
 
