@@ -185,7 +185,12 @@ def main(arguments=None):
     if embedded:
         arguments = [f"@{EXAMPLE / 'flags.txt'}"]
     config = parse_arguments(arguments)
-    ranks = Ranks()
+    try:
+        ranks = Ranks()
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        sys.exit(f"error: not all ranks could be reached: {error}")
     if embedded:
         os.chdir(ROOT)  # its flags name files relative to this one
         ranks.say(f"no flags: the embedded example, as with\n  train.py @{EXAMPLE / 'flags.txt'}\n")
@@ -193,6 +198,7 @@ def main(arguments=None):
         finished = run(config, ranks)
         if embedded and finished and ranks.first:
             subprocess.run([sys.executable, EXAMPLE / "score.py", f"{config.out}/model"])
+        ranks.finish()
     except (ValueError, OSError, SaveFailed) as error:
         ranks.stop(f"error: {error}")
     except KeyboardInterrupt:
@@ -201,7 +207,6 @@ def main(arguments=None):
         if not is_lost_rank(error):
             raise
         ranks.stop(f"error: lost another rank; the same command goes on from here ({error})")
-    ranks.finish()
 
 
 def run(config, ranks):

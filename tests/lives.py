@@ -79,8 +79,9 @@ def live(seed, folder, say=lambda *_: None):
             fits = [shape for shape in SHAPES if micro_batches % shape[0] == 0]
             here, changed = chance.choice(fits)[:2], True
     expect(processes.finish(start(killed, *here)), {0}, killed)
-    if "Traceback" in log.read_text():
-        raise Different(f"a traceback:\n{log.read_text()[-3000:]}")
+    before, traceback, after = log.read_text().partition("Traceback")
+    if traceback:
+        raise Different(f"a traceback:\n{before[-500:]}{traceback}{after[:3000]}")
     compare(whole, killed, exact=not changed)
     return survived
 
@@ -267,6 +268,8 @@ def main():
                 failed.append(seed)
                 print(f"seed {seed}: {error!r}", flush=True)
         lives += 1
+        if lives % 25 == 0:
+            print(f"{lives} lives, {time.monotonic() - begun:.0f} s", flush=True)
     ends = ", ".join(f"{survived.count(end)} {' '.join(end)}" for end in sorted(set(survived)))
     print(
         f"{lives} lives, seeds {args.seed} to {args.seed + lives - 1}: {len(failed)} different"
