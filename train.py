@@ -498,6 +498,7 @@ class Order:
         return bool(every) and step in self.ends and self.epoch_of(step) % every == 0
 
     def bins(self, step):
+        assert 1 <= step <= self.ends[-1]
         epoch = self.epoch_of(step) - 1
         begun = self.ends[epoch - 1] if epoch else 0
         return self.pack(epoch)[step - begun - 1]

@@ -283,7 +283,7 @@ def one(step):
 
 def shuffled(plan, steps):
     """The conversations of some of this project's steps, in random order."""
-    conversations = np.concatenate([b for step in steps for b in plan.order.bins(step)])
+    conversations = np.concatenate([b for step in steps for b in plan.order.bins(step + 1)])
     return np.random.default_rng(0).permutation(conversations.astype(np.int64))
 
 
