@@ -31,6 +31,17 @@ LINES = [
     {"condition": "GPT4", "system": "", "items": [turn | {"weight": 1.0} for turn in TURNS]},
     {"class": "gpt4", "conversations": SHAREGPT},
 ]
+LONG_CONTEXT = {  # what only a Mistral, or a Llama 3, has in its config.json
+    "model_type": "mistral",
+    "sliding_window": 9,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+}
 ODD = [None, True, -1, 0, 1e308, 10**400, float("nan"), "", "\x00", "\ud800", "../x", [], {}, [[]]]
 BYTES = [
     b"",
@@ -48,14 +59,13 @@ BYTES = [
 
 
 def mutated(value, chance):
-    """`value` with some part of it replaced, removed or added."""
+    """`value` with some part of it replaced, removed or renamed."""
     if isinstance(value, dict) and value and chance.random() < 0.8:
         key = chance.choice(list(value))
-        changed = dict(value)
         if chance.random() < 0.2:
-            del changed[key]
-            return changed
-        return changed | {key: mutated(value[key], chance)}
+            rest = {name: part for name, part in value.items() if name != key}
+            return rest | ({"x": value[key]} if chance.random() < 0.5 else {})
+        return value | {key: mutated(value[key], chance)}
     if isinstance(value, list) and value and chance.random() < 0.8:
         index = chance.randrange(len(value))
         return value[:index] + [mutated(value[index], chance)] + value[index + 1 :]
@@ -64,7 +74,7 @@ def mutated(value, chance):
 
 def mutated_bytes(raw, chance):
     at = chance.randrange(len(raw) + 1)
-    return raw[:at] + chance.choice(BYTES) + raw[at + chance.choice([0, 0, 1, 5]) :]
+    return raw[:at] + chance.choice(BYTES) + raw[at + chance.choice([0, 0, 1, 5, 40]) :]
 
 
 def fuzz(count, seed=0):
@@ -88,9 +98,10 @@ def fuzz(count, seed=0):
 
         def read_index(raw):
             (folder / model.INDEX).write_bytes(raw)
-            model.weight_files(folder)
+            assert {path.parent for path in model.weight_files(folder).values()} <= {folder}
 
-        parsers = [(conversations, LINES), (read_config, [config]), (read_index, [index])]
+        configs = [config, config | LONG_CONTEXT]
+        parsers = [(conversations, LINES), (read_config, configs), (read_index, [index])]
         for _ in range(count):
             parser, seeds = chance.choice(parsers)
             value = mutated(chance.choice(seeds), chance)

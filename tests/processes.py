@@ -23,8 +23,11 @@ fork_server = multiprocessing.get_context("forkserver")
 fork_server.set_forkserver_preload(["train"])
 
 
-def start(flags, ranks=1, log=os.devnull, watch=None, **environment):
-    """The processes of a run, a rank each; `watch` as in `_watch`."""
+def start(flags, ranks=1, log=os.devnull, watch=None, main=None, **environment):
+    """The processes of a run, a rank each; `watch` as in `_watch`.
+
+    `main`, a function of a test's module, takes the place of train.main, and what it is given.
+    """
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ |= {  # which the server inherits, when the first process is asked for
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(path)),
@@ -37,7 +40,7 @@ def start(flags, ranks=1, log=os.devnull, watch=None, **environment):
         if ranks > 1:
             own |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
             own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        arguments = [*map(str, flags)], own, str(log), watch
+        arguments = [*map(str, flags)], own, str(log), watch, main
         processes.append(fork_server.Process(target=_main, args=arguments, daemon=True))
         processes[-1].start()
     return processes
@@ -101,6 +104,13 @@ def flags(data, out, **more):
     return found
 
 
+def plan_of(flags, ranks, out):
+    """The plan of a run, made in this process."""
+    import train
+
+    return train.make_plan(train.parse_arguments([*map(str, flags)]), ranks, Path(out))
+
+
 def metrics(out, key="loss"):
     """The lines of a run's metrics.jsonl that have a key: of steps, or "eval" for evaluations."""
     lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
@@ -109,6 +119,8 @@ def metrics(out, key="loss"):
 
 def _main(flags, environment, log, watch, main=None):
     signal.alarm(LONGEST + 60)  # should the one who started it be gone
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else ignored under a shell's "&",
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and this under nohup
     out = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.dup2(out, 1)
     os.dup2(out, 2)

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import small
 import torch
+from small import write
 
 import chat
 import data
@@ -25,24 +27,10 @@ VARIANTS = {
 }
 
 
-def random_llama(context=64, seed=0, **changes):
-    """A small network whose likeliest token depends on all that it sees."""
-    torch.manual_seed(seed)
-    settings = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "vocab_size": 51,
-        "max_position_embeddings": context,
-    }
-    llama = model.Llama(model.LlamaConfig(**settings | changes)).eval()
-    with torch.no_grad():
-        for name, parameter in llama.named_parameters():
-            parameter.uniform_(0.5, 1.5) if "norm" in name else parameter.normal_(0, 0.3)
-    return llama
+def random_llama(context=64, **changes):
+    """A network whose likeliest token depends on all that it sees."""
+    changes |= {"num_hidden_layers": 2, "max_position_embeddings": context}
+    return small.random_llama(std=0.3, **changes).eval()
 
 
 PROMPTS = [[7, 3, 9, 20, 41], [1], [5, 4, 3, 2, 1, 50, 49, 48, 47, 46, 45, 44], [8, 8]]
@@ -157,15 +145,12 @@ def test_sampling_has_the_probabilities_of_temperature_and_top_p():
 # ---------------------------------------------------------------------------- exported folders
 
 
-def export(stories, folder, conditioned=True, context=512):
+def export(stories, folder, conditioned=True):
     """stories260K with an end-of-turn token, as train.py writes a model."""
     tokenizer = data.Tokenizer(stories)
     config = model.LlamaConfig.from_folder(stories)
     config = dataclasses.replace(
-        config,
-        vocab_size=tokenizer.vocab_size,
-        eos_token_id=tokenizer.eot,
-        max_position_embeddings=context,
+        config, vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eot
     )
     llama = model.Llama(config)
     model.fill_parameters(llama, stories, new_rows=1)
@@ -259,13 +244,6 @@ def test_one_prompt_prints_the_answer_alone(folder, talker, run):
     assert ended or "[cut after 30 tokens: --max-new-tokens or the model's context]" in err
 
 
-def batch_file(tmp_path, *lines):
-    path = tmp_path / "in.jsonl"
-    encoded = [x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines]
-    path.write_bytes(b"\n".join(encoded) + b"\n")
-    return path
-
-
 def asked(*texts, **more):
     roles = ("user", "assistant")
     messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
@@ -275,7 +253,10 @@ def asked(*texts, **more):
 def test_a_batch_file_comes_back_with_the_answers_appended(folder, talker, run, tmp_path):
     lines = [asked(f"Story {n} of a ball " * (n % 3 + 1), id=n, note="é\u2028") for n in range(18)]
     lines.append(asked("Hi", "Ho", "Ha", **{"class": "gpt4"}))
-    source, target = batch_file(tmp_path, *lines[:3], b"", *lines[3:]), tmp_path / "out.jsonl"
+    source, target = (
+        write(tmp_path / "in.jsonl", *lines[:3], b"", *lines[3:]),
+        tmp_path / "out.jsonl",
+    )
     code, out, err = run(chat.main, folder, "--batch", source, "--to", target,
                          "--max-new-tokens", "8")  # fmt: skip
     assert (code, out) == (0, "") and "19/19 answered\n19 answers cut: --max-new-tokens" in err
@@ -289,7 +270,7 @@ def test_a_batch_file_comes_back_with_the_answers_appended(folder, talker, run, 
 
 
 def test_a_batch_never_overwrites(folder, run, tmp_path):
-    source, target = batch_file(tmp_path, asked("Hi")), tmp_path / "out.jsonl"
+    source, target = write(tmp_path / "in.jsonl", asked("Hi")), tmp_path / "out.jsonl"
     target.write_text("precious")
     code, _, err = run(chat.main, folder, "--batch", source, "--to", target)
     assert code == 1 and err.startswith("error: ") and "File exists" in err and str(target) in err
@@ -318,30 +299,55 @@ def test_a_batch_never_overwrites(folder, run, tmp_path):
 def test_a_bad_line_of_a_batch_is_named_before_anything_is_written(
     bad, message, folder, run, tmp_path
 ):
-    source, target = batch_file(tmp_path, asked("Hi"), b"", bad), tmp_path / "out.jsonl"
+    source, target = write(tmp_path / "in.jsonl", asked("Hi"), b"", bad), tmp_path / "out.jsonl"
     code, _, err = run(chat.main, folder, "--batch", source, "--to", target)
     assert code == 1 and not target.exists()
     assert err.startswith(f"error: {source}:3: ") and message in err and err.count("\n") == 1
 
 
-def test_a_conversation_at_the_terminal(folder, talker, run, monkeypatch):
-    asked_of_model = []
-    monkeypatch.setattr(chat, "Chat", lambda *_: talker)
+@pytest.fixture
+def asked_of_model(talker, monkeypatch):
+    """[[(role, text) ...]] of what a conversation at the terminal asks; "An answer" to all."""
+    asked = []
 
     def stream(messages, **options):
-        asked_of_model.append([(m.role, m.content) for m in messages])
+        asked.append([(m.role, m.content) for m in messages])
         return iter(["An ", "answer"])
 
+    monkeypatch.setattr(chat, "Chat", lambda *_: talker)
     monkeypatch.setattr(talker, "stream", stream)
+    return asked
+
+
+ANSWER = ("assistant", "An answer")
+
+
+def test_a_conversation_at_the_terminal(folder, run, asked_of_model):
     stdin = "Hi\n\n  \nMore\n/new\nAgain\n/quit\nnever\n"
     code, out, _ = run(chat.main, folder, stdin=stdin)
     assert code == 0 and out.count("An answer\n") == 3
-    answer = ("assistant", "An answer")
     assert asked_of_model == [
         [("user", "Hi")],
-        [("user", "Hi"), answer, ("user", "More")],
+        [("user", "Hi"), ANSWER, ("user", "More")],
         [("user", "Again")],
     ]
+
+
+def test_a_full_context_forgets_a_question_with_its_answer(folder, talker, run, asked_of_model):
+    """Without the question alone the rest would fit, but begin with an answer to nothing."""
+    first, second = ("word " * 70).strip(), ("time " * 250).strip()
+    talk = [user(first), data.Message(*ANSWER), user(second)]
+    assert len(talker.prompt(talk[1:])) < 512 <= len(talker.prompt(talk))
+    code, out, _ = run(chat.main, folder, stdin=f"{first}\n{second}\n")
+    assert code == 0 and out.count("[the context is full: the oldest turn is forgotten]\n") == 1
+    assert asked_of_model == [[("user", first)], [("user", second)]]
+
+
+def test_what_never_fits_is_not_sent_and_the_conversation_goes_on(folder, run, asked_of_model):
+    code, out, _ = run(chat.main, folder, stdin="Hi\n" + "word " * 999 + "\nMore\n")
+    assert code == 0
+    assert out.count("[too long for the model's context of 512 tokens; not sent]\n") == 1
+    assert asked_of_model == [[("user", "Hi")], [("user", "Hi"), ANSWER, ("user", "More")]]
 
 
 def test_what_is_said_of_a_cut_answer_is_no_part_of_the_conversation(folder, run, monkeypatch):
@@ -357,18 +363,6 @@ def test_what_is_said_of_a_cut_answer_is_no_part_of_the_conversation(folder, run
     assert code == 0 and err.count("[cut after 3 tokens") == 2
     assert [m.role for m in prompts[1]] == ["user", "assistant", "user"]
     assert "cut after" not in prompts[1][1].content and prompts[1][1].content in out
-
-
-def test_a_full_context_forgets_the_oldest_turns_and_refuses_what_never_fits(
-    stories, run, tmp_path
-):
-    small = export(stories, tmp_path / "small", context=100)
-    stdin = "Hi\n" + "Once upon a time\n" * 3 + "word " * 100 + "\nHi\n"
-    flags = ["--max-new-tokens", "20"]
-    code, out, _ = run(chat.main, small, *flags, stdin=stdin)
-    assert code == 0
-    assert "[the context is full: the oldest turn is forgotten]" in out
-    assert out.count("[too long for the model's context of 100 tokens; not sent]") == 1
 
 
 def test_ctrl_c_keeps_what_was_said(folder, talker, run, monkeypatch):

@@ -219,3 +219,17 @@ def test_other_weights_have_another_fingerprint_and_a_copy_the_same(tmp_path):
     llama.model.norm.weight.data[-1] += 1e-3
     model.save(llama, tmp_path / "b")
     assert model.fingerprint(tmp_path / "b") != known
+
+
+def test_the_best_export_has_the_least_loss_of_those_up_to_a_step(tmp_path):
+    for number in (1, 2, 3, 4):
+        (tmp_path / f"epoch-{number}").mkdir()
+        text = json.dumps({"steps": 10 * number, "checkpoint": ""})
+        (tmp_path / f"epoch-{number}" / "crlft.json").write_text(text)
+    losses = {0: 0.1, 10: 3.0, 15: 0.2, 20: 1.0, 30: 2.0, 40: 0.5}
+    best = [checkpoint.best_export(tmp_path, step, losses)[0] for step in (10, 20, 30, 40)]
+    assert best == ["epoch-1", "epoch-2", "epoch-2", "epoch-4"]
+    assert checkpoint.best_export(tmp_path, 30, {}) == ("epoch-3", "the last")
+    chosen, why = checkpoint.best_export(tmp_path, 30, {10: 3.0, 20: None})
+    assert chosen == "epoch-1"
+    assert why.endswith("not evaluated on this --eval-data: epoch-2, epoch-3")

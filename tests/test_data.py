@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from small import write
 
 import data
 import loss
@@ -33,13 +34,6 @@ def turns(*contents, roles=("user", "assistant")):
 
 def line(*contents, source_class="gpt4", **more):
     return {"class": source_class, "messages": turns(*contents)} | more
-
-
-def write(path, *lines):
-    """A JSONL file of objects, or of raw bytes as they are."""
-    encoded = [x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines]
-    path.write_bytes(b"\n".join(encoded) + b"\n")
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -528,52 +522,6 @@ def test_crlf_bom_blank_lines_and_a_missing_last_newline_are_fine(prepare, tmp_p
     assert second.index["line"].tolist() == [1, 4, 5, 6]
 
 
-def mutated(rng, text):
-    """A line with a few bytes, characters or JSON values changed."""
-    kind = rng.randrange(4)
-    if kind == 0:
-        raw = bytearray(text.encode())
-        for _ in range(rng.randint(1, 4)):
-            raw[rng.randrange(len(raw))] = rng.randrange(256)
-        return bytes(raw)
-    if kind == 1:
-        low, high = sorted(rng.randrange(len(text)) for _ in range(2))
-        return (text[:low] + text[high:]).encode()
-    if kind == 2:
-        at = rng.randrange(len(text))
-        piece = rng.choice(['"', "{", "]", "\0", "\\ud800", "NaN", "1e999", "\\", ",", "null"])
-        return (text[:at] + piece + text[at:]).encode()
-    values = [None, True, -1, 1e400, 10**309, "", "x", [], {}, [[]], {"role": {}}, "\ud800", 0]
-
-    def change(value):
-        if rng.random() < 0.15:
-            return rng.choice(values)
-        if isinstance(value, dict):
-            return {rng.choice([k, k, k, "x"]): change(v) for k, v in value.items()}
-        return [change(v) for v in value] if isinstance(value, list) else value
-
-    return json.dumps(change(json.loads(text))).encode()
-
-
-def test_500_mutated_lines_parse_or_raise_value_error():
-    rng, kept, refused = random.Random(0), 0, 0
-    sharegpt = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
-    items = [m | {"weight": 0.5} for m in HI]
-    lines = [line("Hi", "Ho"), {"items": items, "condition": "GPT3", "system": "S"},
-             {"class": "gpt4", "conversations": sharegpt}]  # fmt: skip
-    for _ in range(500):
-        raw = mutated(rng, json.dumps(rng.choice(lines)))
-        try:
-            parsed = formats.parse_line(raw, CLASSES)
-        except ValueError as error:
-            assert str(error) and "\n" not in str(error)
-            refused += 1
-        else:
-            assert parsed is None or isinstance(parsed, data.Conversation)
-            kept += 1
-    assert kept > 10 and refused > 300
-
-
 # ------------------------------------------------------------------------- cutting and dropping
 
 
@@ -613,20 +561,21 @@ def test_a_cut_that_takes_the_answer_of_its_own_weight_drops_the_conversation(pr
     assert dataset.index["line"].tolist() == [2] and dataset.report["without_answer"] == 1
 
 
-def test_every_real_conversation_is_kept_as_it_is(prepare, tokenizer, code_mixed, tmp_path):
-    with open(code_mixed, "rb") as file:
-        raw = file.readlines()[::25]
-    path = tmp_path / "some.jsonl"
-    path.write_bytes(b"".join(raw))
-    dataset = prepare(path, max_length=100_000)
-    assert len(dataset) == len(raw) == 250
-    for number, text in enumerate(raw):
-        tokens, supervised = data.encode(json.loads(text), tokenizer, CLASSES)
-        row = dataset.index[number]
+def test_every_conversation_is_stored_as_encode_lays_it_out(few, monkeypatch, tmp_path):
+    """Of two files, in many blocks; with a tokenizer that keeps spaces, those at the edges too."""
+    monkeypatch.setattr(dataset_module, "BLOCK", 1000)
+    ours = data.Tokenizer(train_sentencepiece(tmp_path / "model"))
+    odd = [line(text, text) for text in ODD_TEXTS if text.strip()]
+    plain = [json.loads(text) for text in few.read_text().splitlines()]
+    files = [write(tmp_path / "a.jsonl", *plain, *odd), write(tmp_path / "b.jsonl", *plain)]
+    dataset = data.prepare(files, ours, CLASSES, tmp_path / "tokens", max_length=999)
+    assert dataset.where(len(dataset) - 1) == f"{files[1]}:60"
+    for row, conversation in zip(dataset.index, plain + odd + plain, strict=True):
         span = slice(row["start"], row["start"] + row["length"])
+        tokens, supervised = data.encode(conversation, ours, CLASSES)
         assert dataset.tokens[span].tolist() == tokens
         assert (dataset.weights[span] != 0).tolist() == supervised
-        assert dataset.where(number) == f"{path}:{number + 1}"
+        assert list(CLASSES)[row["source_class"]] == conversation["class"]
 
 
 # ----------------------------------------------------------------------------------- the cache
@@ -666,6 +615,17 @@ def test_whatever_changes_the_arrays_changes_the_key(prepare, tokenizer, sums, t
     folders += [prepare(path, path).folder]
     folders += [prepare(write(path, line("Hi", "Hp"))).folder]
     assert len(set(folders)) == len(folders)
+
+
+def test_an_end_of_turn_with_another_id_is_tokenized_anew(tmp_path):
+    folder = train_sentencepiece(tmp_path / "model")
+    path, ends = write(tmp_path / "a.jsonl", line("1 plus 1", "2")), []
+    for added in ({"<|pad_0|>": 300}, {"<|pad_0|>": 300, EOT: 307}):
+        (folder / "added_tokens.json").write_text(json.dumps(added))
+        ours = data.Tokenizer(folder)
+        dataset = data.prepare([path], ours, CLASSES, tmp_path / "tokens", max_length=99)
+        ends.append(dataset.tokens[-1])
+    assert ends == [301, 307]
 
 
 class Killed(BaseException):
@@ -719,22 +679,18 @@ def test_several_processes_make_the_same_bytes_and_name_the_same_lines(
     good = [line(f"Hi {n}", "Ho " * (n % 7 + 1)) for n in range(200)]
     path = write(tmp_path / "a.jsonl", *good[:70], b"{", *good[70:], line("Hi"))
 
-    def prepare(folder, **more):
-        return data.prepare([path], tokenizer, CLASSES, tmp_path / folder, max_length=60, **more)
+    def prepare(folder):
+        options = {"max_length": 60, "skip_bad": True}
+        return data.prepare([path], tokenizer, CLASSES, tmp_path / folder, **options)
 
-    def refused(folder):
-        with pytest.raises(data.BadData) as refusal:
-            prepare(folder)
-        return str(refusal.value)
-
-    alone, message = prepare("alone", skip_bad=True), refused("alone")
+    alone = prepare("alone")
     monkeypatch.setattr(dataset_module, "MANY", 0)
     monkeypatch.setattr(dataset_module, "process_count", lambda: 2)
-    together = prepare("together", skip_bad=True)
+    together = prepare("together")
     for array in alone.folder.glob("*.bin"):
         assert (together.folder / array.name).read_bytes() == array.read_bytes()
     assert together.report == alone.report and alone.report["bad"] == 2
-    assert refused("together") == message and f"{path}:71: broken JSON" in message
+    assert alone.report["problems"][0].startswith(f"{path}:71: broken JSON")
 
 
 class Dying(data.Encoder):
@@ -746,9 +702,9 @@ def test_a_tokenizing_process_that_is_killed_ends_the_run_with_a_message(
     tokenizer, monkeypatch, tmp_path
 ):
     path = write(tmp_path / "a.jsonl", line("Hi", "Ho"))
-    monkeypatch.setattr(dataset_module, "MANY", 0)
-    monkeypatch.setattr(dataset_module, "process_count", lambda: 2)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="was killed"):
+        patch.setattr(dataset_module, "MANY", 0)
+        patch.setattr(dataset_module, "process_count", lambda: 2)
         patch.setattr(data, "Encoder", Dying)
         data.prepare([path], tokenizer, CLASSES, tmp_path / "out", max_length=60)
     assert len(data.prepare([path], tokenizer, CLASSES, tmp_path / "out", max_length=60)) == 1
@@ -858,6 +814,14 @@ def test_a_class_weight_too_small_for_float32_gives_no_row(mixed):
 
 
 # ------------------------------------------------------------------------------ the command
+
+
+def test_the_summary_shows_each_class_its_weight_and_its_share_of_it(prepare, tmp_path):
+    path = write(tmp_path / "a.jsonl", line("Hi", "Ho"), line("Hi", "Ho", source_class="gpt3.5"))
+    dataset, expected = prepare(path), {"gpt4": ["1", "90.9%"], "gpt3.5": ["0.1", "9.1%"]}
+    for weights, shown in ((WEIGHTS, expected), (None, {name: ["1", "50.0%"] for name in CLASSES})):
+        rows = [text.split() for text in report.summary(dataset, CLASSES, weights)]
+        assert {row[0]: row[-2:] for row in rows if row[0] in CLASSES} == shown
 
 
 def test_the_command_shows_summary_and_what_is_learned(stories, run, tmp_path):

@@ -153,12 +153,12 @@ def test_some_of_these_steps_are_clipped_and_some_are_not(page):
 
 
 def test_the_page_prints_a_line_a_step_and_leaves_a_trained_model(folder, tmp_path):
-    lines = (SUMS / "train.jsonl").read_text().splitlines(True)[:40]
+    lines = (SUMS / "train.jsonl").read_text().splitlines(True)[:20]
     (tmp_path / "data.jsonl").write_text("".join(lines))
     script = sys.executable, ROOT / "examples" / "one_page.py"
     command = [*script, folder, tmp_path / "data.jsonl", tmp_path / "out"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.stdout.count("'grad_norm'") == one_page.EPOCHS * 3, result.stderr  # of 16 each
+    assert result.stdout.count("'grad_norm'") == one_page.EPOCHS * 2, result.stderr  # of 16, and 3
     before, after = (model.load(path).state_dict() for path in (folder, tmp_path / "out"))
     assert all((after[name] != before[name]).any() for name in before)
 

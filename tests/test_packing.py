@@ -42,19 +42,23 @@ DISTRIBUTIONS = {
 }
 
 
-@pytest.mark.parametrize("draw", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS.keys())
-@pytest.mark.parametrize("bins_per_step", [1, 3, 8, 64])
-@pytest.mark.parametrize("count", [0, 1, 10, 63, 600, 2500])
-def test_each_conversation_once_and_no_bin_over_capacity(draw, bins_per_step, count):
+# A step's bins: all numbers for lengths like those of conversations, and two for each extreme.
+BINS = {"chat": [1, 3, 8, 64]} | dict.fromkeys(["uniform", "tiny"], [3, 64])
+BINS |= dict.fromkeys(["all as long as a bin", "just over half a bin"], [3, 8])
+
+
+@pytest.mark.parametrize("name, bins_per_step", [(n, b) for n, bins in BINS.items() for b in bins])
+@pytest.mark.parametrize("count", [0, 1, 10, 600, 2500])
+def test_each_conversation_once_and_no_bin_over_capacity(name, bins_per_step, count):
     for seed, capacity in enumerate([64, 4096]):
-        lengths = draw(np.random.default_rng([count, seed]), count, capacity)
-        for epoch in range(2):
-            steps = pack(lengths, capacity, bins_per_step, seed, epoch)
-            check_complete(steps, lengths, capacity, bins_per_step)
-            if not all(len(b) for step in steps[:-1] for b in step):
-                # Two partial steps only where the rest is too coarse to fit into one.
-                assert all(len(b) for step in steps[:-2] for b in step)
-                assert per_bin(steps[-2:], lengths).sum() <= bins_per_step * capacity
+        rng = np.random.default_rng([count, seed])
+        lengths = DISTRIBUTIONS[name](rng, count, capacity)
+        steps = pack(lengths, capacity, bins_per_step, seed, epoch=1 - seed)
+        check_complete(steps, lengths, capacity, bins_per_step)
+        if not all(len(b) for step in steps[:-1] for b in step):
+            # Two partial steps only where the rest is too coarse to fit into one.
+            assert all(len(b) for step in steps[:-2] for b in step)
+            assert per_bin(steps[-2:], lengths).sum() <= bins_per_step * capacity
 
 
 def test_the_arguments_alone_decide():
@@ -110,22 +114,13 @@ def test_steps_are_samples_of_the_data():
     assert abs(np.corrcoef(np.arange(len(means)), means)[0, 1]) < 4 / np.sqrt(len(means))
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_no_rank_gets_the_long_conversations(ranks):
-    """Rank r of R takes bins r, r + R, ...: as many conversations as the others, within chance."""
-    lengths = generated_lengths(60_000)
-    steps = pack(lengths, 8192, 8, seed=0, epoch=0)
-    conversations = np.array(
-        [[sum(map(len, step[r::ranks])) for r in range(ranks)] for step in steps[:-1]]
-    )
-    longest = np.array(
-        [
-            [max(lengths[b].max() for b in step[r::ranks]) for r in range(ranks)]
-            for step in steps[:-1]
-        ]
-    )
-    assert np.ptp(conversations.mean(0)) < 0.03 * conversations.mean()
-    assert np.ptp(longest.mean(0)) < 0.03 * longest.mean()
+def test_the_longest_conversation_of_a_step_is_any_ranks():
+    """Of eight ranks, in steps so large that each is packed alone, in a window of its own."""
+    lengths = generated_lengths(60_000, longest=100_000)
+    steps = pack(lengths, 500_000, 8, seed=0, epoch=0)[:-1]
+    longest = np.array([[lengths[b].max() for b in step] for step in steps])
+    times = np.bincount(longest.argmax(1), minlength=8)
+    assert len(steps) == 36 and times.max() <= 12
 
 
 @pytest.mark.parametrize("count, capacity, bins_per_step", [(10, 4096, 2), (600, 4096, 8)])
@@ -155,8 +150,8 @@ def test_a_length_that_fits_no_bin_is_named(length):
         pack([4096, 1, length, 0], 4096, 2, seed=0, epoch=0)
 
 
-def test_fast():
+def test_200_000_conversations_are_packed_in_seconds():
     lengths = generated_lengths(200_000)
-    start = time.perf_counter()
+    start = time.process_time()
     pack(lengths, 8192, 8, seed=0, epoch=0)
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 4

@@ -6,12 +6,11 @@ import dataclasses
 import json
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
+import processes
 import pytest
 import torch
+from processes import flags
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,14 +18,13 @@ from torch.utils._pytree import tree_leaves
 import model
 import train
 
-ROOT = Path(__file__).resolve().parents[1]
 NETWORK = model.LlamaConfig(128, 352, 4, 4, 64, 2, 32, max_position_embeddings=512)
 LAYERS = NETWORK.num_hidden_layers
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, sums):
-    """(model folder, data): a small network with the sums' tokenizer, 150 conversations."""
+    """(model folder, data): a small network with the sums' tokenizer, 600 conversations."""
     folder = tmp_path_factory.mktemp("plan")
     model.write_json(folder / "config.json", NETWORK.to_json())
     shutil.copy(sums / "tokenizer.model", folder)
@@ -39,12 +37,9 @@ def files(tmp_path_factory, sums):
 
 
 def plan_of(files, ranks, out, **more):
-    settings = {"batch_tokens": 512, "lr": "1e-3", "recompute": 0, "compile": False}
-    settings |= {"random_weights": True}
-    config = train.Config(
-        model=str(files[0]), data=[str(files[1])], out=str(out), **(settings | more)
-    )
-    return train.make_plan(config, ranks, out)
+    settings = {"model": files[0], "max_length": None, "batch_tokens": 512, "recompute": 0}
+    settings |= {"compile": False} | more
+    return processes.plan_of(flags(files[1], out, **settings), ranks, out)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -154,18 +149,11 @@ def test_the_plan_of_a_real_run_fits_its_gpus(name, llama2, sums, tmp_path):
     network = dataclasses.replace(network, max_position_embeddings=4096)
     model.write_json(tmp_path / "config.json", network.to_json())
     shutil.copy(llama2 / "tokenizer.model", tmp_path)
-    result = subprocess.run(
-        [
-            sys.executable, ROOT / "train.py", "--dry-run", "--model", tmp_path,
-            "--data", sums / "train.jsonl",
-            "--plan-ranks", str(gpus), "--plan-memory", str(gib),
-        ],
-        capture_output=True, text=True, timeout=120,
+    shown = processes.succeeds(
+        ["--dry-run", "--model", tmp_path, "--data", sums / "train.jsonl",
+         "--plan-ranks", gpus, "--plan-memory", gib]
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    (planned, available) = re.search(
-        r"about ([\d.]+) GiB a rank, fits ([\d.]+)", result.stdout
-    ).groups()
+    planned, available = re.search(r"about ([\d.]+) GiB a rank, fits ([\d.]+)", shown).groups()
     state = 16 * (network.parameter_count() + 2 * network.hidden_size) / gpus / 2**30
     assert state < float(planned) < float(available) == gib
 

@@ -1,6 +1,7 @@
 """plot.py: a PNG from any metrics.jsonl that train.py writes, and plain words where it cannot."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -25,24 +26,67 @@ def measures(step):
     return {"tokens": 9, "loss": 1 / (step + 1), "accuracy": 0.5, "weight_share": 0.5}
 
 
-def is_png(path):
-    return path.read_bytes().startswith(b"\x89PNG")
+@pytest.fixture
+def drawn(monkeypatch):
+    """drawn(*arguments) is {panel: [(colour and style, x, y) of each curve]}."""
+    figures, figure = [], pytest.importorskip("matplotlib.figure").Figure
+    save = figure.savefig
+    monkeypatch.setattr(figure, "savefig", lambda f, *to, **how: figures.append(f) or save(f, *to))
+
+    def drawn(*arguments):
+        plot.main([*map(str, arguments)])
+        keys = {title: key for key, title in plot.PANELS.items()}
+        return {keys[axes.get_title()]: [*map(curve, axes.lines)] for axes in figures[-1].axes}
+
+    return drawn
 
 
-def test_one_run_is_drawn_beside_itself(tmp_path):
-    pytest.importorskip("matplotlib")
-    run = write_run(tmp_path / "run", 120)
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write('{"step": 121, "lo')  # a live run's half-written line
-    plot.main([str(run)])
-    assert is_png(run / "curves.png")
+def curve(line):
+    style = line.get_linestyle() if line.get_marker() == "None" else line.get_marker()
+    return f"{line.get_color()} {style}", line.get_xdata().tolist(), line.get_ydata().tolist()
 
 
-def test_runs_of_different_classes_share_a_figure(tmp_path):
-    pytest.importorskip("matplotlib")
+def test_every_panel_shows_its_own_quantity_of_every_class(drawn, tmp_path):
+    def of(loss, accuracy, weight_share):
+        return {"loss": loss, "accuracy": accuracy, "weight_share": weight_share}
+
+    lines = [
+        {"step": 0, "eval": {"a": of(9, 0.1, 0.5), "b": of(8, 0.2, 0.5)}},
+        {"step": 1, "lr": 1, "grad_norm": 2, "tokens_per_second": 3,
+         "classes": {"a": of(7, 0.3, 0.8), "b": of(6, 0.4, 0.2)}},
+        {"step": 2, "lr": 4, "grad_norm": 5, "tokens_per_second": 6,
+         "classes": {"a": of(4, 0.5, 1), "b": of(None, None, 0)}},
+    ]  # fmt: skip
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 3, "lo')  # a live run's half line
+    nothing = pytest.approx(math.nan, nan_ok=True)
+    assert drawn(tmp_path) == {
+        "loss": [
+            ("tab:blue -", [1, 2], [7, 4]), ("tab:blue o", [0], [9]),
+            ("tab:orange -", [1, 2], [6, nothing]), ("tab:orange o", [0], [8]),
+        ],
+        "accuracy": [
+            ("tab:blue -", [1, 2], [0.3, 0.5]), ("tab:blue o", [0], [0.1]),
+            ("tab:orange -", [1, 2], [0.4, nothing]), ("tab:orange o", [0], [0.2]),
+        ],
+        "weight_share": [
+            ("tab:blue -", [1, 2], [0.8, 1]), ("tab:orange -", [1, 2], [0.2, 0])
+        ],
+        "lr": [("black -", [1, 2], [1, 4])],
+        "grad_norm": [("black -", [1, 2], [2, 5])],
+        "tokens_per_second": [("black -", [1, 2], [3, 6])],
+    }  # fmt: skip
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_of_different_classes_share_a_figure(drawn, tmp_path):
     runs = [write_run(tmp_path / "a", 3), write_run(tmp_path / "b", 9, ("human", "model", "web"))]
-    plot.main([*map(str, runs), "--to", str(tmp_path / "both.png")])
-    assert is_png(tmp_path / "both.png")
+    shown = drawn(*runs, "--to", tmp_path / "both.png")["weight_share"]
+    assert [(look, len(x)) for look, x, _ in shown] == [
+        ("tab:blue -", 3), ("tab:orange -", 3),
+        ("tab:blue --", 9), ("tab:orange --", 9), ("tab:green --", 9),
+    ]  # fmt: skip
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_smoothing_is_a_trailing_mean_of_known_values():

@@ -19,15 +19,8 @@ from support.report import StatusLine
 
 
 def three_ranks(folder, what):
-    """What three ranks return who each call `what(ranks)`; as texts."""
-    port, started = processes.free_port(), []
-    for rank in range(3):
-        own = {"RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": str(rank)}
-        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        arguments = [str(folder)], own, str(folder / "log"), None, what
-        started.append(processes.fork_server.Process(target=processes._main, args=arguments))
-        started[-1].start()
-    assert processes.finish(started) == [0, 0, 0], (folder / "log").read_text()
+    """What three ranks write who each call `what([folder])`."""
+    processes.succeeds([folder], 3, main=what)
     return [(folder / str(rank)).read_text() for rank in range(3)]
 
 

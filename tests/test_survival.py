@@ -151,13 +151,15 @@ def test_a_signal_to_one_rank_saves_and_ends_all_with_0(few, tmp_path, name):
 def test_a_signal_in_a_long_evaluation_leaves_it_and_saves(few, sums, tmp_path):
     """After one more batch at most; the run that goes on makes the evaluation and the export."""
     whole, out, log = tmp_path / "whole", tmp_path / "out", tmp_path / "log"
-    settings = {"eval_data": sums / "eval.jsonl", "eval_every": 2, "batch_tokens": 128}
+    held_out = tmp_path / "eval.jsonl"
+    held_out.write_text("".join((sums / "eval.jsonl").read_text().splitlines(True)[:300]))
+    settings = {"eval_data": held_out, "eval_every": 2, "batch_tokens": 128}
     settings |= {"max_steps": 3, "save_every": 0, "export_every": 0}
     counts = tmp_path / "counts"
     watch = {"out": str(whole), "counts": str(counts)}
     succeeds(flags(few, whole, **settings), 2, watch=watch)
     batches = json.loads(counts.read_text())["evaluate"] // 3  # evaluated after 0, 2 and 3 steps
-    assert batches > 50
+    assert batches > 15
     settings = flags(few, out, **settings)
     middle = batches + batches // 2
     codes, seen = stopped(settings, out, signal.SIGTERM, "evaluate", middle, 2, log)
@@ -486,6 +488,12 @@ def test_a_checkpoint_too_many_is_not_kept_nor_one_too_few(few, tmp_path):
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-7"]
 
 
+def test_every_second_epoch_is_exported_and_the_last(few, tmp_path):
+    out = tmp_path / "out"
+    succeeds(flags(few, out, epochs=5, export_every=2, batch_tokens=2048))
+    assert sorted(path.name for path in out.glob("epoch-*")) == ["epoch-2", "epoch-4", "epoch-5"]
+
+
 # ------------------------------------------------------------------------------ non-finite steps
 
 
@@ -506,6 +514,23 @@ def test_infinite_weights_stop_the_first_step(few, tmp_path):
     settings = {"model": folder, "random_weights": None, "save_every": 1}
     refused(flags(few, tmp_path / "out", **settings), "step 1: loss nan")
     assert not list((tmp_path / "out" / "checkpoints").iterdir())
+
+
+def test_the_conversations_that_are_named_are_those_of_the_bin_that_was_not_finite(few, tmp_path):
+    """The third of two bins for each of two ranks; one conversation has a letter e, an infinity."""
+    folder, path = lives.small_model(tmp_path / "small", tied=False), tmp_path / "e.jsonl"
+    tokenizer = data.Tokenizer(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][tokenizer.encode("e")[-1]] = float("inf")
+    save_file(weights, folder / "model.safetensors")
+    lines = few.read_text().splitlines(True)
+    layouts = [data.encode(json.loads(line), tokenizer, loss.DEFAULT_CLASSES) for line in lines]
+    bin_ = data.pack([len(tokens) for tokens, _ in layouts], 128, 4, seed=0, epoch=0)[0][2]
+    lines[bin_[0]] = re.sub(r"\d \+", "e +", lines[bin_[0]])
+    path.write_text("".join(lines))
+    settings = {"model": folder, "random_weights": None, "accumulate": 2, "batch_tokens": 128}
+    shown = refused(flags(path, tmp_path / "out", **settings), "step 1: loss nan", ranks=2)
+    assert {int(n) - 1 for n in re.findall(rf"{path}:(\d+)", shown)} == set(bin_.tolist())
 
 
 def test_a_run_that_gains_evaluation_data_goes_on(few, tmp_path):

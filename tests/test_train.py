@@ -1,4 +1,4 @@
-"""The trainer from outside, as its users run it, on the sums example with few conversations."""
+"""The trainer: its step and network in this process, and whole runs as its users start them."""
 
 import json
 import os
@@ -6,13 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from processes import SUMS, flags, metrics
-from safetensors.torch import load_file
+from processes import ROOT, SUMS, flags, metrics, plan_of, succeeds
+from safetensors.torch import load_file, save_file
 
 import chat
 import data
@@ -20,62 +19,69 @@ import loss
 import model
 import train
 from support import report
-
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
+from support.ranks import Ranks, held_output
 
 
-def run(script, *flags, ranks=0, timeout=300, gpu=False, **environment):
-    """Run a script, under torchrun where `ranks` is given; the finished process.
-
-    On a CPU even where there is a GPU: several ranks need no more of them, and bits are equal.
-    """
-    launch = [sys.executable, str(script)]
-    if ranks:
-        launcher = "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)
-        launch = [sys.executable, "-m", *launcher, str(script)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
-    environment |= {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}
-    command = [*launch, *map(str, flags)]
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
-    )
-
-
-def succeeds(*arguments, **options):
-    result = run(*arguments, **options)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return result
+@pytest.fixture
+def plan(few, ranks, tmp_path):
+    """plan(**flags) is the plan of a run on the sums by one rank."""
+    return lambda **more: plan_of(flags(few, tmp_path, **more), ranks, tmp_path)
 
 
 # ------------------------------------------------------------------------------- the objective
 
 
-@pytest.fixture(scope="session")
-def one_rank(few, tmp_path_factory):
-    return first_step(few, tmp_path_factory.mktemp("one"), ranks=0, batch_tokens=2048)
+def gradients_of_first_step(plan, ranks):
+    """{parameter: its gradient}, and the step's loss and table."""
+    llama, _ = train.build(plan, ranks)
+    _, batches, total_weight = train.load_step(plan, ranks, 1)
+    value, table, _ = train.gradients(plan, ranks, llama, batches, total_weight)
+    found = {name: p.grad.full_tensor() for name, p in llama.named_parameters()}
+    return found | {"loss": torch.tensor(value), "table": torch.tensor(table)}
 
 
-def first_step(data, folder, ranks, **more):
-    file = folder / "gradients.safetensors"
-    out = flags(data, folder / "out", **more)
-    succeeds(ROOT / "tests" / "gradients_of_first_step.py", file, *out, ranks=ranks)
-    return load_file(file)
+def write_gradients(arguments):
+    """Of a run by several ranks, which are processes of their own: what each of them does."""
+    ranks, out = Ranks(), train.parse_arguments(arguments).out
+    with held_output(out, ranks):
+        found = gradients_of_first_step(plan_of(arguments, ranks, out), ranks)
+    if ranks.first:
+        save_file({name: t.contiguous() for name, t in found.items()}, f"{out}/gradients")
+    ranks.finish()
 
 
-@pytest.mark.parametrize(
-    "ranks, accumulate, batch_tokens",
-    [(2, 1, 1024), (0, 4, 512), (2, 2, 512), (3, 1, 768), (2, 32, 64)],
-)
+def gradients_of_ranks(count, file, out, **more):
+    succeeds(flags(file, out, **more), count, main=write_gradients)
+    return load_file(out / "gradients")
+
+
+@pytest.fixture(scope="module")
+def one_rank(few, ranks, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one")
+    return gradients_of_first_step(plan_of(flags(few, out, batch_tokens=2048), ranks, out), ranks)
+
+
+# Rows that 3 ranks do not divide; micro-batches on each of two ranks, and most of them empty.
+@pytest.mark.parametrize("count, accumulate, batch_tokens", [(3, 1, 768), (2, 2, 512), (2, 32, 64)])
 def test_ranks_and_accumulation_do_not_change_loss_or_gradient(
-    one_rank, few, tmp_path, ranks, accumulate, batch_tokens
+    one_rank, few, tmp_path, count, accumulate, batch_tokens
 ):
     shape = {"accumulate": accumulate, "batch_tokens": batch_tokens}
-    other = first_step(few, tmp_path, ranks, **shape)
+    other = gradients_of_ranks(count, few, tmp_path, **shape)
     torch.testing.assert_close(other["table"], one_rank["table"], rtol=1e-6, atol=0)
     for name, gradient in one_rank.items():
         largest = gradient.abs().max().item()
         torch.testing.assert_close(other[name], gradient, rtol=0, atol=1e-6 * max(largest, 1))
+
+
+def test_gradients_of_bf16_ranks_are_added_in_float32(one_rank, few, tmp_path):
+    """Each rank's are bf16 numbers; their sum has more digits, and errs as bf16 does."""
+    found = gradients_of_ranks(2, few, tmp_path, batch_tokens=1024, precision="bf16")
+    for name in found.keys() - {"loss", "table"}:
+        gradient, exact = found[name], one_rank[name]
+        more_digits = gradient.bfloat16().float() != gradient
+        assert more_digits.float().mean() > 0.1, name
+        assert (gradient - exact).norm() < 0.03 * exact.norm(), name
 
 
 def test_gradient_equals_float64_autograd_of_equation_6(one_rank, few):
@@ -83,9 +89,7 @@ def test_gradient_equals_float64_autograd_of_equation_6(one_rank, few):
     tokenizer = data.Tokenizer(SUMS)
     classes = loss.DEFAULT_CLASSES
     weights = loss.class_weights(classes, 0.4343)
-    with torch.device("meta"):
-        llama = model.Llama(model.LlamaConfig.from_folder(SUMS))
-    llama.to_empty(device="cpu")
+    llama = model.Llama(model.LlamaConfig.from_folder(SUMS))
     model.random_parameters(llama, seed=0)
     llama.double()
     total, normaliser = 0.0, 0.0
@@ -105,25 +109,80 @@ def test_gradient_equals_float64_autograd_of_equation_6(one_rank, few):
 
 
 def test_micro_batches_without_supervised_tokens_or_conversations_are_no_nan(few, tmp_path):
-    lines = few.read_text().splitlines()[:1]
-    data = tmp_path / "one.jsonl"
-    data.write_text("\n".join(lines) + "\n")
-    found = first_step(data, tmp_path, ranks=2, accumulate=2, batch_tokens=64)
+    one = tmp_path / "one.jsonl"
+    one.write_text(few.read_text().splitlines(True)[0])
+    found = gradients_of_ranks(2, one, tmp_path / "out", accumulate=2, batch_tokens=64)
     assert all(tensor.isfinite().all() for tensor in found.values())
     assert found["loss"] > 0
 
 
-def test_one_class_alone_trains_the_same_at_any_reward(few, tmp_path):
-    only = tmp_path / "only.jsonl"
-    lines = [line for line in few.read_text().splitlines() if "gpt3.5" in line]
-    only.write_text("\n".join(lines) + "\n")
-    losses = []
-    for beta in (0.4343, 0.2):
-        out = tmp_path / f"beta-{beta}"
-        result = succeeds(ROOT / "train.py", *flags(only, out, beta=beta))
-        assert "one class only" in result.stdout
-        losses.append([line["loss"] for line in metrics(out)])
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+def test_on_a_cpu_every_step_uses_deterministic_algorithms(plan, ranks, tmp_path, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def look(*_):
+        raise Seen(torch.are_deterministic_algorithms_enabled())
+
+    before = torch.are_deterministic_algorithms_enabled()
+    monkeypatch.setattr(train, "gradients", look)
+    monkeypatch.setattr(ranks, "listen", lambda: None)
+    with pytest.raises(Seen) as seen:
+        train.train(plan(max_steps=1), ranks, tmp_path)
+    torch.use_deterministic_algorithms(before)
+    assert seen.value.args == (True,)
+
+
+# ---------------------------------------------------------------------------------- the network
+
+
+def test_the_seed_decides_random_weights_and_the_order_of_the_data(plan, ranks):
+    of_seed_5 = plan(seed=5)
+    llama, _ = train.build(of_seed_5, ranks)
+    expected = model.Llama(of_seed_5.network)
+    model.random_parameters(expected, seed=5)
+    for found, parameter in zip(llama.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(found.full_tensor(), parameter)
+    (bin_,) = data.pack(of_seed_5.dataset.lengths, 256, 1, seed=5, epoch=0)[0]
+    assert of_seed_5.order.bins(1)[0].tolist() == bin_.tolist()
+
+
+def test_a_new_end_of_turn_in_a_padded_vocabulary_starts_as_the_mean(
+    plan, ranks, stories, tmp_path
+):
+    """Token 512 of 520 rows, of which the checkpoint's tokenizer uses 512."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 520}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8}
+    llama, folder = model.Llama(model.LlamaConfig(**sizes, **heads)), tmp_path / "padded"
+    model.random_parameters(llama, seed=0)
+    model.save(llama, folder)
+    shutil.copy(stories / "tokenizer.model", folder)
+    found, _ = train.build(plan(model=folder, random_weights=None), ranks)
+    mean = llama.lm_head.weight[:512].double().mean(0).float()
+    assert torch.equal(found.lm_head.weight.full_tensor()[512], mean)
+
+
+def test_bf16_computes_on_copies_and_leaves_sums_and_the_rotary_table_in_float32(
+    plan, ranks, monkeypatch
+):
+    policies, shard = [], train.fully_shard
+    monkeypatch.setattr(
+        train, "fully_shard", lambda m, **how: policies.append(how["mp_policy"]) or shard(m, **how)
+    )
+    llama, _ = train.build(plan(precision="bf16"), ranks)
+    assert len(policies) == 3 + 1  # the blocks, then the root
+    for policy in policies:
+        assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+        assert not policy.cast_forward_inputs
+    assert {parameter.dtype for parameter in llama.parameters()} == {torch.float32}
+
+
+def test_training_flops_are_those_of_every_matrix_product_of_a_step():
+    """6 a weight and token; attention 2 products of T²/2 scores, in forward and twice backward."""
+    blocks = 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16 + 2 * 8)  # q, k v, o, MLP, norms
+    weights = blocks + 8 + 10 * 8  # the last norm, the head
+    attention = 2 * (3 * 2 * 2 * 8 * (2**2 + 3**2) / 2)  # conversations of 2 and of 3 tokens
+    network = model.LlamaConfig(8, 16, 2, 2, 10, 1, 4)
+    assert report.training_flops(network, 5, 13) == 6 * weights * 5 + attention
 
 
 # --------------------------------------------------------------------------------- the schedule
@@ -148,57 +207,71 @@ def test_every_conversation_appears_once_an_epoch_over_all_ranks(ranks, accumula
         assert sorted(seen) == list(range(500))
 
 
-def test_learning_rate_warms_up_then_falls_to_its_floor():
-    config = train.Config(model="m", data=["d"], out="o", warmup_ratio=0.1, min_lr_ratio=0.2)
-    rates = [train.learning_rate(step, 100, 1.0, config) for step in range(1, 101)]
-    assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 and rates[-1] == pytest.approx(0.2)
-    assert rates[:10] == sorted(rates[:10]) and rates[9:] == sorted(rates[9:], reverse=True)
+def test_learning_rate_rises_in_a_line_and_falls_in_a_cosine_to_its_floor():
+    config = train.Config(model="m", data=["d"], out="o", warmup_ratio=0.15, min_lr_ratio=0.2)
+    rates = [train.learning_rate(step, 10, 3.0, config) for step in range(1, 11)]
+    assert rates[:2] == [1.5, 3.0]  # 0.15 · 10, rounded up
+    assert rates[5] == pytest.approx(3.0 * (0.2 + 1) / 2)  # half of the other eight
+    assert rates[9] == pytest.approx(3.0 * 0.2)
+    assert rates[1:] == sorted(rates[1:], reverse=True)
 
 
-def test_auto_learning_rate_is_openchats_for_its_13b_run():
-    """64 x 4096 tokens of which 76.1 % are supervised gave the paper's 6.7e-5."""
-
-    assert train.auto_lr("llama", 64 * 4096 * 0.761) == pytest.approx(6.7e-5, rel=2e-3)
-    assert train.auto_lr("mistral", 4e6) == pytest.approx(3e-4 / 6)
+@pytest.mark.parametrize("kind, part", [("llama", 1), ("mistral", 6)])
+def test_auto_learning_rate_is_openchats_for_its_13b_run(plan, tmp_path, kind, part):
+    """64 x 4096 tokens of which 76.1 % are supervised gave the paper's 6.7e-5; Mistral a sixth."""
+    shutil.copy(SUMS / "tokenizer.model", tmp_path)
+    config = json.loads((SUMS / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": kind}))
+    auto = plan(model=tmp_path, lr="auto", batch_tokens=64 * 4096)
+    supervised = auto.dataset.total_weight(slice(None), None) / auto.dataset.lengths.sum()
+    expected = 6.7e-5 / part * (supervised / 0.761) ** 0.5
+    assert auto.lr == pytest.approx(expected, rel=2e-3)
 
 
 # ---------------------------------------------------------------------------------- whole runs
 
 
-def test_real_conversations_fine_tune_a_real_llama_on_two_ranks(tmp_path):
-    stories, code = SHARED / "checkpoints" / "stories260K", SHARED / "data"
-    if not stories.exists():
-        pytest.skip(f"{SHARED} is not here")
+def test_real_conversations_fine_tune_a_real_llama_on_two_ranks(stories, code_mixed, run, tmp_path):
     transformers = pytest.importorskip("transformers")
-    out = tmp_path / "run"
-    result = succeeds(
-        ROOT / "train.py", "--model", stories, "--data", code / "code_mixed.train.jsonl",
-        "--eval-data", code / "code_mixed.eval.jsonl", "--out", out, "--max-steps", 300,
-        "--batch-tokens", 1024, "--max-length", 512, "--lr", "2e-3", ranks=2, timeout=900,
-    )  # fmt: skip
-    assert "evaluation at step 0:" in result.stdout
-    assert "evaluation at step 300:" in result.stdout
-    before, after = (line["eval"] for line in metrics(out, "eval"))
-    for name in ("gpt4", "gpt3.5"):
-        assert after[name]["loss"] < 0.5 * before[name]["loss"]
-        steps = [m["classes"][name]["loss"] for m in metrics(out) if m["classes"][name]["tokens"]]
-        assert np.mean(steps[-30:]) < 0.6 * np.mean(steps[:10])
-    answer = succeeds(ROOT / "chat.py", out / "model", "--prompt", "Write a loop.",
-                      "--max-new-tokens", 20).stdout  # fmt: skip
-    assert answer.strip()
+    out, lines = tmp_path / "run", code_mixed.read_text("utf-8").splitlines(True)
+    for name, part in (("train", lines[::10]), ("eval", lines[5::400])):
+        (tmp_path / name).write_text("".join(part), "utf-8")
+    settings = {"model": stories, "random_weights": None, "eval_data": tmp_path / "eval"}
+    settings |= {"max_steps": 20, "batch_tokens": 512, "max_length": 512, "lr": 2e-3}
+    succeeds(flags(tmp_path / "train", out, **settings), ranks=2)
+    before, after = metrics(out, "eval")
+    assert (before["step"], after["step"]) == (0, 20)
+    for name, of_class in after["eval"].items():
+        assert of_class["loss"] < 0.75 * before["eval"][name]["loss"]
+
+    # What is exported is the same model to transformers: ids, logits, where an answer ends.
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out / "model")
     messages = [{"role": "user", "content": "Write a loop."}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     ours = chat.Chat(out / "model", device="cpu")
     assert ids == ours.prompt([data.Message("user", "Write a loop.")])
-    tokens = torch.tensor(ids)
-    offsets = torch.tensor([0, len(ids)], dtype=torch.int32)
+    tokens, offsets = torch.tensor(ids), torch.tensor([0, len(ids)], dtype=torch.int32)
     with torch.no_grad():
         expected = theirs(tokens[None]).logits[0]
         found = ours.llama(tokens, torch.arange(len(ids)), offsets)
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
-    assert theirs.config.eos_token_id == tokenizer.eos_token_id == ours.tokenizer.eot
+    ends = theirs.config, theirs.generation_config, tokenizer
+    assert {end.eos_token_id for end in ends} == {ours.tokenizer.eot}
+    code, answer, _ = run(chat.main, out / "model", "--prompt", "Hi", "--max-new-tokens", 20)
+    assert code == 0 and answer.strip()
+
+
+@pytest.mark.parametrize("condition", [True, False])
+def test_an_export_says_under_which_condition_it_answers_and_where_it_ends(
+    few, tmp_path, condition
+):
+    out, tokenizer = tmp_path / "out", data.Tokenizer(SUMS)
+    succeeds(flags(few, out, condition=condition, max_steps=1))
+    generation = json.loads((out / "model" / "generation_config.json").read_text())
+    template = json.loads((out / "model" / "tokenizer_config.json").read_text())["chat_template"]
+    assert generation["eos_token_id"] == tokenizer.eot != tokenizer.eos
+    assert ('"GPT4"' in template) == condition
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -206,23 +279,29 @@ def test_on_a_gpu_it_compiles_trains_saves_and_goes_on(few, tmp_path):
     out = tmp_path / "out"
     settings = flags(few, out, batch_tokens=512, recompute=2, save_every=2, export_every=0)
     settings += ["--eval-data", few, "--max-steps", 8]
-    succeeds(ROOT / "train.py", *settings, gpu=True)
+
+    def run(script, *arguments):
+        command = [*map(str, (sys.executable, ROOT / script, *arguments))]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+        return result.stdout
+
+    run("train.py", *settings)
     whole = metrics(out)
     assert len(whole) == 8 and whole[-1]["loss"] < whole[0]["loss"]
     for name in ("step-8", "step-6"):
         assert (out / "checkpoints" / name).is_dir()
     shutil.rmtree(out / "checkpoints" / "step-8")
-    assert "resuming" in succeeds(ROOT / "train.py", *settings, gpu=True).stdout
+    assert "resuming" in run("train.py", *settings)
     assert metrics(out)[-1]["loss"] == pytest.approx(whole[-1]["loss"], rel=0.02)
-    assert succeeds(ROOT / "chat.py", out / "model", "--prompt", "12+34=", gpu=True).stdout
+    assert run("chat.py", out / "model", "--prompt", "12+34=")
 
 
-def test_the_ablations_change_prompt_and_weights(few, tmp_path):
+def test_the_ablations_change_prompt_and_weights(few, run, tmp_path):
     out = tmp_path / "sft"
-    result = succeeds(
-        ROOT / "train.py", *flags(few, out, condition=False, reward=False, max_steps=2)
-    )
-    assert "plain SFT" in result.stdout
+    shown = succeeds(flags(few, out, condition=False, reward=False, max_steps=2))
+    assert "plain SFT" in shown
     shares = metrics(out)[0]["classes"]
     tokens = sum(c["tokens"] for c in shares.values())
     for of_class in shares.values():
@@ -232,27 +311,30 @@ def test_the_ablations_change_prompt_and_weights(few, tmp_path):
     shown = talker.prompt([data.Message("user", "What is 12 + 3?")])
     shown = report.visible(shown, talker.tokenizer)
     assert shown == "<s> User: What is 12 + 3?<|end_of_turn|> Assistant:"
-    asked = run(ROOT / "chat.py", out / "model", "--class", "gpt4", "--prompt", "What is 1 + 2?")
-    assert asked.stderr == "error: --class: this model was trained without conditions\n"
+    asked = run(chat.main, out / "model", "--class", "gpt4", "--prompt", "What is 1 + 2?")
+    assert asked == (1, "", "error: --class: this model was trained without conditions\n")
 
 
 def test_data_without_an_expert_or_held_out_twice_is_said(few, tmp_path):
-    lines = [line for line in few.read_text().splitlines(True) if '"gpt3.5"' in line]
     path = tmp_path / "sub.jsonl"
-    path.write_text("".join(lines))
-    dry = [*flags(path, tmp_path / "out"), "--eval-data", path, "--dry-run"]
-    shown = succeeds(ROOT / "train.py", *dry).stdout
+    lines = few.read_text().splitlines(True)
+    path.write_text("".join(line for line in lines if '"gpt3.5"' in line))
+    shown = succeeds(flags(path, tmp_path / "out", eval_data=path, dry_run=True))
+    assert "one class only: a weight acts relative to other classes" in shown
     assert "warning: no conversation of the expert class gpt4" in shown
     assert "warning: --eval-data is --data" in shown
 
 
 def test_a_dry_run_prints_plan_and_batch_and_writes_nothing(few, tmp_path):
-    plan = flags(few, tmp_path / "out", dry_run=True, plan_ranks=8, plan_memory=80)
-    result = succeeds(ROOT / "train.py", *plan)
-    assert "8 ranks x 1 x 256 tokens" in result.stdout
-    assert re.search(r"memory .* fits 80.0", result.stdout)
-    assert "⟦" in result.stdout and "w=0.1" in result.stdout
+    settings = {"dry_run": True, "plan_ranks": 8, "plan_memory": 80}
+    shown = succeeds(flags(few, tmp_path / "out", **settings))
+    assert "8 ranks x 1 x 256 tokens" in shown
+    assert re.search(r"memory .* fits 80.0", shown)
+    assert "⟦" in shown and "w=0.1" in shown
     assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------ the flags
 
 
 @pytest.mark.parametrize(
@@ -301,9 +383,14 @@ def test_home_is_expanded_where_no_shell_does(tmp_path, monkeypatch):
     assert (config.data, config.eval_data) == (["/home/me/a", "b"], ["/home/me/e"])
 
 
-def test_help_explains_every_flag(capsys):
-    with pytest.raises(SystemExit):
-        train.parse_arguments(["--help"])
-    shown = capsys.readouterr().out
-    for field in train.dataclasses.fields(train.Config):
-        assert f"--{field.name.replace('_', '-')}" in shown
+def test_help_explains_every_flag(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")  # no explanation of two lines
+    code, shown, _ = run(train.parse_arguments, "--help")
+    explained = {}
+    for flag in shown.split("\n  --")[1:]:
+        names, explanation = re.split(r"\s\s+", flag, maxsplit=1)
+        explained[re.split(r"\W", names.replace("-", "_"))[0]] = explanation
+    assert code == 0
+    assert explained.keys() == {field.name for field in train.dataclasses.fields(train.Config)}
+    assert explained["clip"] == "largest gradient norm (default: 1.0)"
+    assert explained["seed"] == "order of the data, random weights"
