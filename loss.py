@@ -22,7 +22,11 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.linear_cross_entropy import LinearWeightedCrossEntropy, scaled
+from kernels.linear_cross_entropy import (
+    LinearWeightedCrossEntropy,
+    padded,
+    refuse_second_derivative,
+)
 
 
 @dataclass(frozen=True)
@@ -116,30 +120,29 @@ def weighted_cross_entropy(logits, targets, weights):
     """
     targets, weights = _checked(logits, logits.shape[-1], targets, weights)
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    logits = logits if torch.is_grad_enabled() else logits.detach()
-    return WeightedCrossEntropy.apply(logits, targets, weights, _backend_for(logits))
+    return WeightedCrossEntropy.apply(logits, targets, weights, backend_for(logits))
 
 
-def linear_weighted_cross_entropy(hidden, weight, targets, weights, per_token=False):
-    """Σ_i w_i · CE_i of the logits hidden @ weight.T, which never exist all at once.
+def linear_weighted_cross_entropy(hidden, lm_head, targets, weights, per_token=False):
+    """Σ_i w_i · CE_i of the logits hidden @ lm_head.T, which never exist all at once.
 
-    hidden (N, D), weight (V, D), targets (N,) integer, weights (N,); targets and weights as in
+    hidden (N, D), lm_head (V, D), targets (N,) integer, weights (N,); targets and weights as in
     weighted_cross_entropy. Returns the sum (float32; float64 for float64 input), differentiable
-    once in hidden and weight, and correct (N,) bool: the target is the argmax of its row, and the
+    once in hidden and lm_head, and correct (N,) bool: the target is the argmax of its row, and the
     row has weight. per_token adds the rows' w_i · CE_i (N,), without gradient.
     """
-    hidden, weight = _one_dtype(hidden, weight)
-    targets, weights = _checked(hidden, len(weight), targets, weights)
+    hidden, lm_head = _one_dtype(hidden, lm_head)
+    targets, weights = _checked(hidden, len(lm_head), targets, weights)
     if not torch.is_grad_enabled():  # which a Function's forward cannot see
-        hidden, weight = hidden.detach(), weight.detach()
-    backend = _backend_for(hidden)
+        hidden, lm_head = hidden.detach(), lm_head.detach()
+    backend = backend_for(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        outputs = LinearWeightedCrossEntropy.apply(hidden, weight, targets, weights, backend)
+        outputs = LinearWeightedCrossEntropy.apply(hidden, lm_head, targets, weights, backend)
     return outputs if per_token else outputs[:2]
 
 
-def _one_dtype(hidden, weight):
-    for name, tensor in (("hidden", hidden), ("weight", weight)):
+def _one_dtype(hidden, lm_head):
+    for name, tensor in (("hidden", hidden), ("lm_head", lm_head)):
         if hasattr(tensor, "placements"):
             raise TypeError(
                 f"{name} is a DTensor, whose rows live on many ranks: call the loss inside the "
@@ -148,23 +151,23 @@ def _one_dtype(hidden, weight):
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    if hidden.dtype != weight.dtype or hidden.shape[1] != weight.shape[1]:
+        hidden, lm_head = hidden.to(dtype), lm_head.to(dtype)
+    if hidden.dtype != lm_head.dtype or hidden.shape[1] != lm_head.shape[1]:
         raise ValueError(
-            f"hidden {tuple(hidden.shape)} {hidden.dtype} and weight {tuple(weight.shape)} "
-            f"{weight.dtype} must have one dtype and one hidden size"
+            f"hidden {tuple(hidden.shape)} {hidden.dtype} and lm_head {tuple(lm_head.shape)} "
+            f"{lm_head.dtype} must have one dtype and one hidden size"
         )
-    return hidden, weight
+    return hidden, lm_head
 
 
-def _backend_for(tensor):
-    """What works on the elements of the logits: the Triton kernel, or its plain PyTorch."""
+def backend_for(tensor):
+    """The cross_entropy_rows for logits like `tensor`: the Triton kernel's, or plain PyTorch's."""
     kernel_runs = tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
     if kernel_runs and tensor.dtype != torch.float64:  # the kernel computes in float32
-        import kernels.cross_entropy
+        from kernels.cross_entropy import cross_entropy_rows
 
-        return kernels.cross_entropy
-    return PlainBackend
+        return cross_entropy_rows
+    return plain_cross_entropy_rows
 
 
 def _checked(rows, V, targets, weights):
@@ -188,46 +191,46 @@ def _checked(rows, V, targets, weights):
 
 
 class WeightedCrossEntropy(torch.autograd.Function):
-    """Loss and gradient at once, in the forward; the backward only scales the rows."""
+    """The losses in the forward; the gradient in the backward, which knows each row's scale.
+
+    Reading the logits again costs 2 bytes each in bf16. A gradient made in the forward would have
+    to be read and written once more to be scaled: 4 bytes, and as much room again.
+    """
 
     @staticmethod
-    def forward(ctx, logits, targets, weights, backend):
+    def forward(ctx, logits, targets, weights, cross_entropy_rows):
         losses = torch.empty_like(weights)
         correct = torch.empty_like(weights, dtype=torch.bool)
-        grad = backend.empty_gradient(logits) if ctx.needs_input_grad[0] else None
-        backend.cross_entropy_rows(logits, targets, weights, losses, correct, grad)
-        ctx.backend = backend
-        ctx.save_for_backward(grad, weights)
+        cross_entropy_rows(logits, targets, weights, losses, correct, None)
+        ctx.save_for_backward(logits, targets, weights)
+        ctx.cross_entropy_rows = cross_entropy_rows
         return losses
 
     @staticmethod
     def backward(ctx, grad_losses):
-        grad, weights = ctx.saved_tensors
-        # 1, not the scale it may have: 0 · NaN is NaN, and a row of weight 0 has no gradient.
-        scale = grad_losses.masked_fill(weights == 0, 1)
-        return scaled(grad, scale, ctx.backend), None, None, None
+        refuse_second_derivative()
+        logits, targets, weights = ctx.saved_tensors
+        # 0, not the product: 0 · NaN is NaN, and a row of weight 0 has no gradient.
+        weights = (weights * grad_losses).masked_fill(weights == 0, 0)
+        losses = torch.empty_like(weights)
+        correct = torch.empty_like(weights, dtype=torch.bool)
+        N, V = logits.shape
+        grad = logits.new_empty(N, padded(V))[:, :V]
+        ctx.cross_entropy_rows(logits, targets, weights, losses, correct, grad)
+        return grad, None, None, None
 
 
-class PlainBackend:
-    """The functions of kernels/cross_entropy.py in PyTorch: their reference, and the CPU's path."""
-
-    empty_gradient = staticmethod(torch.empty_like)
-
-    @staticmethod
-    def cross_entropy_rows(logits, targets, weights, losses, correct, grad):
-        live = weights != 0
-        x = logits.to(weights.dtype)  # float32, or float64
-        if not live.all():
-            x = x.masked_fill(~live[:, None], 0)
-            targets = targets.masked_fill(~live, 0)
-        torch.logical_and(live, x.max(dim=1).indices == targets, out=correct)
-        log_p = torch.log_softmax(x, dim=1)
-        torch.mul(weights, -log_p.gather(1, targets[:, None])[:, 0], out=losses)
-        if grad is not None:
-            p = log_p.exp_()
-            p[torch.arange(len(p), device=p.device), targets] -= 1
-            grad.copy_(p.mul_(weights[:, None]))
-
-    @staticmethod
-    def scale_rows(grad, scale):
-        grad.mul_(scale[:, None])
+def plain_cross_entropy_rows(logits, targets, weights, losses, correct, grad):
+    """What kernels/cross_entropy.py does, in PyTorch: its reference, and the CPU's path."""
+    live = weights != 0
+    x = logits.to(weights.dtype)  # float32, or float64
+    if not live.all():
+        x = x.masked_fill(~live[:, None], 0)
+        targets = targets.masked_fill(~live, 0)
+    torch.logical_and(live, x.max(dim=1).indices == targets, out=correct)
+    log_p = torch.log_softmax(x, dim=1)
+    torch.mul(weights, -log_p.gather(1, targets[:, None])[:, 0], out=losses)
+    if grad is not None:
+        p = log_p.exp_()
+        p[torch.arange(len(p), device=p.device), targets] -= 1
+        grad.copy_(p.mul_(weights[:, None]))

@@ -6,6 +6,8 @@ is measured in the same run: for given logits a copy of as many bytes, 4 a bf16 
 weight and 2 of any other; for lm_head and loss together the three matrix products over the rows
 with weight. Providers take turns; "cold" empties the L2 cache before each call. The weights are
 OpenChat's 1 and 0.1, which only this project takes: the others are given plain sums to compute.
+Given logits have padded rows. Their gradient is made in the backward, so that this project moves 6
+bytes a logit; loss and gradient in one launch, as with lm_head, is "the launch alone".
 
 Without a GPU: what the compiler made of the kernels, registers, spills and width of access.
 
@@ -26,8 +28,6 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).parents[1])  # this folder would hide the package `kernels`
 # ruff: noqa: E402
-# ruff: noqa: E402
-# ruff: noqa: E402
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import kernels.cross_entropy as ce
+from kernels.linear_cross_entropy import logits_workspace, padded, row_chunks
 from loss import linear_weighted_cross_entropy, weighted_cross_entropy
 
 LOGITS_SHAPES = [(8192, 32000), (8192, 32002), (8192, 128256)]  # N, V
@@ -48,6 +49,7 @@ LINEAR_SHAPES = [  # N, D, V
     (8192, 2304, 256000),
 ]
 SHARES = [1, 0.5, 0.2]  # of tokens with weight
+TRITON_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 ROUNDS = 20
 
 
@@ -69,19 +71,21 @@ def main():
 def logits_table():
     for N, V in LOGITS_SHAPES:
         for p in SHARES:
-            logits = torch.randn(N, V, device="cuda", dtype=torch.bfloat16).requires_grad_()
+            logits = padded_rows(N, V, "cuda", torch.bfloat16).normal_().requires_grad_()
             targets, weights = targets_and_weights(N, V, p)
             calls = logits_calls(logits, targets, weights)
             read_and_written = (4 * p + 2 * (1 - p)) * N * V
             one = torch.empty(int(read_and_written / 2), device="cuda", dtype=torch.int8)
             calls["the launch alone"] = launch_alone(logits.detach(), targets, weights)
-            calls["the launch alone"] = launch_alone(logits.detach(), targets, weights)
-            calls["the launch alone"] = launch_alone(logits.detach(), targets, weights)
             calls["copy of as many bytes"] = functools.partial(torch.empty_like(one).copy_, one)
-            measured = measure(calls, clear=[logits])
+            measured = measure(calls)
             for row in rows_of({"N": N, "V": V, "p": p}, measured, "copy of as many bytes"):
                 seconds = row["hot ms"] / 1e3 if isinstance(row["hot ms"], float) else float("nan")
                 yield {**row, "TB/s": round(read_and_written / seconds / 1e12, 3)}
+
+
+def padded_rows(N, V, device, dtype):
+    return torch.empty(N, padded(V), device=device, dtype=dtype)[:, :V]
 
 
 def logits_calls(logits, targets, weights):
@@ -103,7 +107,7 @@ def logits_calls(logits, targets, weights):
 
 def launch_alone(logits, targets, weights):
     losses, correct = torch.empty_like(weights), torch.empty_like(weights, dtype=torch.bool)
-    grad = ce.empty_gradient(logits)
+    grad = padded_rows(*logits.shape, logits.device, logits.dtype)
     return lambda: ce.cross_entropy_rows(logits, targets, weights, losses, correct, grad)
 
 
@@ -111,51 +115,51 @@ def linear_table():
     for N, D, V in LINEAR_SHAPES:
         for p in SHARES:
             hidden = torch.randn(N, D, device="cuda", dtype=torch.bfloat16).requires_grad_()
-            weight = torch.randn(V, D, device="cuda", dtype=torch.bfloat16).mul_(0.02)
-            weight.requires_grad_()
+            lm_head = torch.randn(V, D, device="cuda", dtype=torch.bfloat16).mul_(0.02)
+            lm_head.requires_grad_()
             targets, weights = targets_and_weights(N, V, p)
-            calls = linear_calls(hidden, weight, targets, weights)
-            calls["three products"] = three_products(hidden, weight, int(p * N))
-            measured = measure(calls, clear=[hidden, weight])
+            calls = linear_calls(hidden, lm_head, targets, weights)
+            calls["three products"] = three_products(hidden, lm_head, int(p * N))
+            measured = measure(calls)
             yield from rows_of({"N": N, "D": D, "V": V, "p": p}, measured, "three products")
 
 
-def linear_calls(hidden, weight, targets, weights):
+def linear_calls(hidden, lm_head, targets, weights):
     rows = weights.nonzero()[:, 0]  # the collator's list
     few_targets, few_weights = targets[rows], weights[rows]
     ignoring = targets.masked_fill(weights == 0, -100)
 
-    def plain(hidden, weight):
-        return F.cross_entropy(hidden @ weight.t(), ignoring, reduction="sum")
+    def plain(hidden, lm_head):
+        return F.cross_entropy(hidden @ lm_head.t(), ignoring, reduction="sum")
 
     forwards = {
-        "this project": lambda hidden, weight: linear_weighted_cross_entropy(
-            hidden[rows], weight, few_targets, few_weights
+        "this project": lambda hidden, lm_head: linear_weighted_cross_entropy(
+            hidden[rows], lm_head, few_targets, few_weights
         )[0],
         "torch": plain,
         "torch.compile": torch.compile(plain),
     }
     if liger := optional("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss"):
-        forwards["Liger"] = lambda hidden, weight: liger(reduction="sum")(weight, hidden, ignoring)
+        forwards["Liger"] = lambda hidden, lm_head: liger(reduction="sum")(
+            lm_head, hidden, ignoring
+        )
     if cut := optional("cut_cross_entropy", "linear_cross_entropy"):
-        forwards["CCE"] = lambda hidden, weight: cut(hidden, weight, ignoring, reduction="sum")
-    return {name: backward_of(forward, hidden, weight) for name, forward in forwards.items()}
+        forwards["CCE"] = lambda hidden, lm_head: cut(hidden, lm_head, ignoring, reduction="sum")
+    return {name: backward_of(forward, hidden, lm_head) for name, forward in forwards.items()}
 
 
-def three_products(hidden, weight, rows):
+def three_products(hidden, lm_head, rows):
     """The products alone, a chunk at a time as this project's own, with none of the rest."""
-    from kernels.linear_cross_entropy import logits_workspace, row_chunks
-
-    hidden, weight = hidden.detach()[:rows], weight.detach()
-    d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
+    hidden, lm_head = hidden.detach()[:rows], lm_head.detach()
+    d_hidden, d_lm_head = torch.empty_like(hidden), torch.empty_like(lm_head)
 
     def call():
-        workspace = logits_workspace(hidden, weight)
+        workspace = logits_workspace(hidden, lm_head)
         for chunk in row_chunks(rows, len(workspace)):
             x = hidden[chunk]
-            logits = torch.mm(x, weight.t(), out=workspace[: len(x)])
-            torch.mm(logits, weight, out=d_hidden[chunk])
-            torch.mm(logits.t(), x, out=d_weight)
+            logits = torch.mm(x, lm_head.t(), out=workspace[: len(x)])
+            torch.mm(logits, lm_head, out=d_hidden[chunk])
+            torch.mm(logits.t(), x, out=d_lm_head)
 
     return call
 
@@ -175,10 +179,10 @@ def optional(module, name):
 
 
 def backward_of(forward, *inputs):
-    return lambda: forward(*inputs).backward()
+    return lambda: torch.autograd.grad(forward(*inputs), inputs)
 
 
-def measure(calls, clear):
+def measure(calls):
     """{name: (hot ms, cold ms, peak GiB above what was there)}, or the error's name."""
     flush = torch.empty(2**28, device="cuda", dtype=torch.int8)  # 256 MiB, five times an L2
     times = {name: {"hot": [], "cold": []} for name in calls}
@@ -186,15 +190,13 @@ def measure(calls, clear):
     for name, call in calls.items():
         try:
             call()  # compiles
-            peaks[name] = peak_of(call, clear)
+            peaks[name] = peak_of(call)
         except Exception as error:  # a peer's failure is a result too
             failed[name] = type(error).__name__
             torch.cuda.empty_cache()
     for _ in range(ROUNDS):
         for name in peaks:
             for cache in ("cold", "hot"):
-                for tensor in clear:
-                    tensor.grad = None
                 if cache == "cold":
                     flush.zero_()
                 times[name][cache].append(time_of(calls[name]))
@@ -205,9 +207,7 @@ def measure(calls, clear):
     return {name: failed.get(name) or (*medians[name], peaks[name]) for name in calls}
 
 
-def peak_of(call, clear):
-    for tensor in clear:
-        tensor.grad = None
+def peak_of(call):
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -238,26 +238,41 @@ def rows_of(shape, measured, limit):
 
 
 def compiled_table():
-    for capability in (80, 90):
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for capability in (80, 90, 100):
+        for dtype in TRITON_NAMES:
             for V in (512, 32002, 128256):
-                yield compiled_cross_entropy(dtype, V, capability)
+                yield compiled_cross_entropy(padded_rows(1, V, "cpu", dtype), capability)
 
 
-def compiled_cross_entropy(dtype, V, capability, with_grad=True):
-    """What Triton and ptxas make of the kernel for a GPU that need not be here.
+def compiled_cross_entropy(logits, capability):
+    """What Triton and ptxas make of the kernel for such rows, on a GPU that need not be here."""
+    asm, shape = compiled(logits, capability)
+    registers, spilled = assembled(asm["ptx"])
+    threads = 32 * shape["num_warps"]
+    accesses = collections.Counter(
+        step.split(".", 1)[1] for step in accesses_and_barriers(asm["ptx"]) if step != "bar.sync"
+    )
+    return {
+        "sm": capability, "dtype": TRITON_NAMES[logits.dtype], "V": logits.shape[1],
+        "BLOCK": shape["BLOCK"], "warps": shape["num_warps"],
+        "registers": registers, "spilled bytes": spilled,
+        "programs an SM": min(65536 // (registers * threads), 2048 // threads, 32),
+        "row offsets": row_offsets(asm["ttir"]),
+        "barriers in loops": barriers_in_loops(asm["ptx"]),
+        "accesses": " ".join(f"{k}:{accesses[k]}" for k in sorted(accesses)),
+    }  # fmt: skip
 
-    Needs a process without TRITON_INTERPRET.
-    """
-    logits = torch.empty(1, V, dtype=dtype)
-    name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-    shape = ce.launch_shape(logits)
+
+def compiled(logits, capability):
+    """(Triton's stages of the kernel, launch_shape). Needs a process without TRITON_INTERPRET."""
+    shape = ce.launch_shape(logits, logits)
+    name = TRITON_NAMES[logits.dtype]
     pointers = {
         "logits": f"*{name}", "targets": "*i64", "weights": "*fp32",
         "losses": "*fp32", "correct": "*i1", "grads": f"*{name}",
     }  # fmt: skip
-    integers = dict.fromkeys(("V", "stride", "grads_stride", "shift"), "i32")
-    constants = {"WITH_GRAD": with_grad, "BLOCK": shape["BLOCK"], "VECTOR": ce._vector(logits)}
+    integers = dict.fromkeys(("V", "stride", "grads_stride"), "i32")
+    constants = {"WITH_GRAD": True, "BLOCK": shape["BLOCK"], "VECTOR": shape["VECTOR"]}
     arguments = ce.cross_entropy_kernel.arg_names
     source = ASTSource(
         ce.cross_entropy_kernel,
@@ -265,19 +280,14 @@ def compiled_cross_entropy(dtype, V, capability, with_grad=True):
         constexprs={(arguments.index(k),): v for k, v in constants.items()},
         attrs={(arguments.index(k),): [["tt.divisibility", 16]] for k in pointers},
     )
-    target = GPUTarget("cuda", capability, 32)
-    asm = triton.compile(source, target=target, options={"num_warps": shape["num_warps"]}).asm
-    registers, spilled = assembled(asm["ptx"])
-    threads = 32 * shape["num_warps"]
-    accesses = collections.Counter(re.findall(r"(?:ld|st)\.global\S*?((?:v\d\.)?b\d+)", asm["ptx"]))
-    return {
-        "sm": capability, "dtype": name, "V": V, "BLOCK": shape["BLOCK"],
-        "warps": shape["num_warps"], "registers": registers, "spilled bytes": spilled,
-        "programs an SM": min(65536 // (registers * threads), 2048 // threads, 32),
-        "row offsets": row_offsets(asm["ttir"]),
-        "barriers in loops": barriers_in_loops(asm["ptx"]),
-        "accesses": " ".join(f"{k}:{accesses[k]}" for k in sorted(accesses)),
-    }  # fmt: skip
+    target, options = GPUTarget("cuda", capability, 32), {"num_warps": shape["num_warps"]}
+    return triton.compile(source, target=target, options=options).asm, shape
+
+
+def accesses_and_barriers(ptx):
+    """Every access to global memory and every barrier, in order: ["ld.b32", "bar.sync", ...]."""
+    found = re.findall(r"\b(?:(ld|st)\.global\S*?((?:v\d\.)?b\d+)|bar\.sync)\b", ptx)
+    return [f"{kind}.{width}" if kind else "bar.sync" for kind, width in found]
 
 
 def barriers_in_loops(ptx):
@@ -302,7 +312,8 @@ def assembled(ptx):
         file = Path(folder, "kernel.ptx")
         file.write_text(ptx)
         architecture = re.search(r"\.target (\w+)", ptx)[1]
-        ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+        name = "ptxas-blackwell" if int(re.sub(r"\D", "", architecture)) >= 100 else "ptxas"
+        ptxas = Path(triton.__file__).parent / "backends/nvidia/bin" / name
         command = [ptxas, "-v", f"--gpu-name={architecture}", file, "-o", os.devnull]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill", log)))

@@ -2,9 +2,14 @@
 
     loss_i = w_i · (logsumexp(x_i) - x_i[y_i])        g_i = w_i · (softmax(x_i) - onehot(y_i))
 
-N rows x_i of V logits in bf16, fp16 or fp32; arithmetic in float32. loss.py chooses between the
-first three functions and their PyTorch reference, PlainBackend; the kernels follow them.
+N rows x_i of V logits in bf16, fp16 or fp32; arithmetic in float32. Its reference in PyTorch is
+loss.plain_cross_entropy_rows.
+
+    |xxxxxxxx|xxxxxxxx|  ...  |xxxxxxxx|xx------|    a row of V = 32002 in bf16: 4000 vectors of
+    0        8                         32000         16 bytes, and one that ends in padding
 """
+
+import math
 
 import torch
 import triton
@@ -18,59 +23,44 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32; -inf - -inf would b
 def cross_entropy_rows(logits, targets, weights, losses, correct, grad):
     """Fills losses (N,) and correct (N,), and grad (N, V) unless it is None.
 
-    logits (N, V) with its rows at any stride; targets (N,) integer, in 0..V-1 wherever weights
-    (N,) float32 is not 0; losses float32; correct bool, true where the target is the first
-    maximum of a row with weight. grad is logits itself, or lies as empty_gradient(logits) does.
+    logits (N, V), each row's elements side by side; targets (N,) integer, in 0..V-1 wherever
+    weights (N,) float32 is not 0; losses float32; correct bool, true where the target is the first
+    maximum of a row with weight. grad has logits' dtype, or is logits itself; what lies between its
+    column V and the end of that vector is overwritten.
+
+    Quickest where rows start on 16 bytes, as those of linear_cross_entropy.padded(V) elements do.
     """
-    (N, V), vector, shift = logits.shape, _vector(logits), _shift(logits)
+    N, V = logits.shape
     out = logits if grad is None else grad
-    assert _shift(out) == shift and (out.stride(0) - logits.stride(0)) % vector == 0
+    assert grad is None or grad.stride(0) >= V  # else a row's last vector would reach the next row
     if N:
         with torch.cuda.device_of(logits):
             cross_entropy_kernel[(N,)](
                 logits, targets, weights, losses, correct, out,
-                V, logits.stride(0), out.stride(0), shift,
-                WITH_GRAD=grad is not None, VECTOR=vector, **launch_shape(logits),
+                V, logits.stride(0), out.stride(0),
+                WITH_GRAD=grad is not None, **launch_shape(logits, out),
             )  # fmt: skip
 
 
-def scale_rows(grad, scale):
-    """grad (N, V) times scale (N,), in place; a row whose scale is 1 is left alone, unread."""
-    N, V = grad.shape
-    if N:
-        with torch.cuda.device_of(grad):
-            scale_kernel[(min(N, 1024),)](
-                grad, scale, N, V, grad.stride(0), scale.stride(0), _shift(grad),
-                VECTOR=_vector(grad), **launch_shape(grad),
-            )  # fmt: skip
+def launch_shape(logits, grad):
+    """BLOCK elements of a row at a time, VECTOR of them to an access, num_warps.
+
+    An access is 16 bytes, or for rows that start elsewhere the largest power of two that divides
+    all their starts: right as well, and slower. A row beyond 96 KB gets an SM for itself (32 warps
+    of more than 32 registers leave room for no other), so that all rows in flight fit L2.
+    """
+    V, size = logits.shape[1], logits.element_size()
+    starts = [n for rows in (logits, grad) for n in (rows.data_ptr() // size, rows.stride(0))]
+    vector = math.gcd(16 // size, *starts)
+    alone = V * size > 96 * 2**10 and vector * size == 16  # narrow accesses need more registers
+    block = min(2**16 // size if alone else 8192, max(256, triton.next_power_of_2(V)))
+    return {"BLOCK": block, "VECTOR": vector, "num_warps": min(32, max(1, block // 512))}
 
 
-def empty_gradient(logits):
-    """Room for the gradient: each row as far from a 16-byte boundary as its row of logits is."""
-    (N, V), vector, shift = logits.shape, _vector(logits), _shift(logits)
-    stride = V + (logits.stride(0) - V) % vector
-    return logits.new_empty(shift + N * stride)[shift:].view(N, stride)[:, :V]
-
-
-def launch_shape(rows):
-    """BLOCK and num_warps: 16 elements a thread; rows beyond 96 KB get an SM for themselves."""
-    V, long = rows.shape[1], rows.shape[1] * rows.element_size() > 96 * 2**10
-    block = min(16384 if long else 8192, max(256, triton.next_power_of_2(V)))
-    return {"BLOCK": block, "num_warps": max(1, block // 512)}
-
-
-def _vector(rows):
-    return 16 // rows.element_size()  # elements of a 128-bit access
-
-
-def _shift(rows):
-    return rows.data_ptr() % 16 // rows.element_size()  # elements from a 16-byte boundary
-
-
-@triton.jit(do_not_specialize=["V", "stride", "grads_stride", "shift"])
+@triton.jit(do_not_specialize=["V", "stride", "grads_stride"])
 def cross_entropy_kernel(
     logits, targets, weights, losses, correct, grads,
-    V, stride, grads_stride, shift,
+    V, stride, grads_stride,
     WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """One program a row: a pass for the sum of exponentials, a pass for the gradient.
@@ -81,114 +71,67 @@ def cross_entropy_kernel(
     row is short enough that the rest still lies in L1 or L2 (hence evict_last, and so few rows in
     flight when rows are long). The maximum is kept along the way, so that there is no third pass.
 
-    Memory moves in 16-byte vectors only where addresses are multiples of 16, and at V = 32002
-    rows are not: row i starts 4·i bytes after one. So a row is cut at the 16-byte boundaries of
-    memory instead of at its own start: a body of whole vectors, and two edges of less than one.
+    Masks are the same for a whole vector, or it could not be moved in one access. So the last one
+    is moved whole: what lies behind the row in it counts as -inf, and is overwritten in grads.
     """
-    row = tl.program_id(0).to(tl.int64)  # row · stride passes 2^31 at 67,104 rows of 32,002
-    x, lead, body, tail = _vectors_of(logits, row * stride, V, shift, VECTOR)
-    dx, _, _, _ = _vectors_of(grads, row * grads_stride, V, shift, VECTOR)
-    edge, in_edge = _edges(lead, body, tail, V, VECTOR)
-    block = tl.arange(0, BLOCK)
-    weight = tl.load(weights + row)
+    BYTES: tl.constexpr = VECTOR * logits.dtype.element_ty.primitive_bitwidth // 8
+    row = tl.program_id(0).to(tl.int64)  # row · stride passes 2^31 at row 66,975 of 32,064
+    x = tl.multiple_of(logits + row * stride, BYTES)
+    dx = tl.multiple_of(grads + row * grads_stride, BYTES)
+    vectors = tl.arange(0, BLOCK // VECTOR) * VECTOR  # where the vectors of a block start
+    lanes = tl.arange(0, VECTOR)
 
-    if weight == 0:  # never multiply by it: 0 · NaN is NaN
+    # 1. A row of weight 0 is never read: 0 · NaN is NaN.
+    weight = tl.load(weights + row)
+    if weight == 0:
         if WITH_GRAD:
-            zero = tl.zeros([1], dx.dtype.element_ty)
-            tl.store(dx + edge, zero, mask=in_edge)
-            for start in range(body, tail, BLOCK):
-                tl.store(dx + start + block, zero, mask=start + block < tail)
+            zero = tl.zeros([1, 1], dx.dtype.element_ty)
+            for start in range(0, V, BLOCK):
+                i = start + vectors
+                tl.store(dx + i[:, None] + lanes, zero, mask=(i < V)[:, None])
         tl.store(losses + row, 0.0)
         tl.store(correct + row, False)
         return
 
-    target = tl.load(targets + row).to(tl.int32) + lead
-    target_x = tl.load(x + target).to(tl.float32)
-    edge_x = tl.load(x + edge, mask=in_edge, other=-float("inf")).to(tl.float32)
-    # A maximum and a sum for each vector's place in a block: no thread waits for another yet.
-    LANES: tl.constexpr = BLOCK // VECTOR
-    totals = tl.zeros([LANES], tl.float32)
-    maxima = totals + tl.maximum(target_x, LOWEST)
-    rivals = tl.full([LANES], 0, tl.int32) + tail  # first blocks whose maximum is the target's
-    for start in range(body, tail, BLOCK):
-        i = start + block
-        block_x = tl.load(x + i, i < tail, -float("inf"), eviction_policy="evict_last")
-        vectors = tl.reshape(block_x.to(tl.float32), (LANES, VECTOR))
-        highest = tl.max(vectors, axis=1)
-        rivals = tl.minimum(rivals, tl.where(highest == target_x, start, tail))
+    # 2. Maximum and sum of exponentials: one of each for every vector's place in a block, so that
+    #    no thread waits for another until the row is read.
+    maxima = tl.full([BLOCK // VECTOR], LOWEST, tl.float32)
+    totals = tl.zeros([BLOCK // VECTOR], tl.float32)
+    firsts = tl.zeros([BLOCK // VECTOR], tl.int32)  # the vectors that held them first
+    for start in range(0, V, BLOCK):
+        i = start + vectors
+        inside = (i < V)[:, None]
+        block_x = tl.load(x + i[:, None] + lanes, mask=inside, eviction_policy="evict_last")
+        block_x = tl.where(lanes < (V - i)[:, None], block_x.to(tl.float32), -float("inf"))
+        highest = tl.max(block_x, axis=1)
+        firsts = tl.where(highest > maxima, i, firsts)
         before, maxima = maxima, tl.maximum(maxima, highest)
-        exponentials = tl.exp2((vectors - maxima[:, None]) * LOG2_E)
+        exponentials = tl.exp2((block_x - maxima[:, None]) * LOG2_E)
         totals = totals * tl.exp2((before - maxima) * LOG2_E) + tl.sum(exponentials, axis=1)
-    maximum = tl.maximum(tl.max(maxima, axis=0), tl.max(edge_x, axis=0))
+    maximum = tl.max(maxima, axis=0)
     total = tl.sum(totals * tl.exp2((maxima - maximum) * LOG2_E), axis=0)
-    total += tl.sum(tl.exp2((edge_x - maximum) * LOG2_E), axis=0)
-    tl.store(losses + row, weight * (tl.log2(total) * LN_2 - (target_x - maximum)))
-    first = target_x == maximum
-    if first:  # of equal logits the first is the argmax: is there one before the target?
-        i = tl.min(rivals, axis=0) // VECTOR * VECTOR + block  # said again, for 16-byte loads
-        block_x = tl.load(x + i, i < tail, -float("inf")).to(tl.float32)
-        ties = tl.sum(((block_x == target_x) & (i < target)).to(tl.int32), axis=0)
-        ties += tl.sum(((edge_x == target_x) & (edge < target)).to(tl.int32), axis=0)
-        first = ties == 0
-    tl.store(correct + row, first)
 
+    # 3. The loss; and whether the target is the argmax, which of equal logits is the first.
+    target = tl.load(targets + row).to(tl.int32)
+    target_x = tl.load(x + target).to(tl.float32)
+    tl.store(losses + row, weight * (tl.log2(total) * LN_2 - (target_x - maximum)))
+    near = tl.min(tl.where(maxima == maximum, firsts, V), axis=0) + lanes
+    near_x = tl.load(x + near).to(tl.float32)
+    argmax = tl.min(tl.where(near_x == maximum, near, V), axis=0)
+    tl.store(correct + row, argmax == target)
+
+    # 4. The gradient: w·p everywhere, then w·(p - 1) at the target, rounded once.
     if WITH_GRAD:
         tl.debug_barrier()  # grads may be logits: all have read before anyone writes
         scale = weight / total
-        blocks = tl.cdiv(tail - body, BLOCK)
+        blocks = tl.cdiv(V, BLOCK)
         for done in range(0, blocks):
-            i = body + (blocks - 1 - done) * BLOCK + block
-            block_x = tl.load(x + i, i < tail, eviction_policy="evict_first").to(tl.float32)
-            g = scale * tl.exp2((block_x - maximum) * LOG2_E)
-            tl.store(dx + i, g.to(dx.dtype.element_ty), i < tail, eviction_policy="evict_first")
-        g = scale * tl.exp2((edge_x - maximum) * LOG2_E)
-        tl.store(dx + edge, g.to(dx.dtype.element_ty), mask=in_edge)
-        tl.debug_barrier()  # the target's w·p is in place: now w·(p - 1), rounded once
+            i = (blocks - 1 - done) * BLOCK + vectors
+            inside = (i < V)[:, None]
+            block_x = tl.load(x + i[:, None] + lanes, mask=inside, eviction_policy="evict_first")
+            g = scale * tl.exp2((block_x.to(tl.float32) - maximum) * LOG2_E)
+            g = g.to(dx.dtype.element_ty)
+            tl.store(dx + i[:, None] + lanes, g, mask=inside, eviction_policy="evict_first")
+        tl.debug_barrier()  # the target's w·p is in place
         p = tl.exp2((target_x - maximum) * LOG2_E) / total
         tl.store(dx + target, (weight * (p - 1)).to(dx.dtype.element_ty))
-
-
-@triton.jit
-def _vectors_of(rows, start, V, shift, VECTOR: tl.constexpr):
-    """Where the row of V elements from rows + start lies among the 16-byte vectors of memory.
-
-    Returns a pointer at a vector's start, and counted from there in elements: lead, the row's
-    first; body and tail, the start and end of its whole vectors. `rows` itself is `shift`
-    elements past a boundary.
-    """
-    aligned = (start + shift) // VECTOR * VECTOR
-    lead = (start + shift - aligned).to(tl.int32)
-    body = (lead + VECTOR - 1) // VECTOR * VECTOR
-    tail = tl.maximum((lead + V) // VECTOR * VECTOR, body)
-    return tl.multiple_of(rows - shift + aligned, 16), lead, body, tail
-
-
-@triton.jit
-def _edges(lead, body, tail, V, VECTOR: tl.constexpr):
-    """The row's elements before body and from tail on, in one vector each, and which are real."""
-    lane = tl.arange(0, 2 * VECTOR)
-    edge = tl.where(lane < VECTOR, lane, tail + lane - VECTOR)
-    real = tl.where(lane < VECTOR, (edge >= lead) & (edge < body), True)
-    return edge, real & (edge < lead + V)
-
-
-@triton.jit(do_not_specialize=["N", "V", "stride", "scales_stride", "shift"])
-def scale_kernel(
-    grads, scales, N, V, stride, scales_stride, shift, BLOCK: tl.constexpr, VECTOR: tl.constexpr
-):
-    """4 bytes a bf16 element, or none: a row whose scale is 1 is passed over.
-
-    Asking here instead of on the host is what spares the backward a synchronisation. Some programs
-    take all rows in turn: where all are passed over, starting one a row would be the whole cost.
-    """
-    for row in range(tl.program_id(0).to(tl.int64), N, tl.num_programs(0)):
-        scale = tl.load(scales + row * scales_stride).to(tl.float32)
-        if scale != 1:
-            g, lead, body, tail = _vectors_of(grads, row * stride, V, shift, VECTOR)
-            edge, in_edge = _edges(lead, body, tail, V, VECTOR)
-            edge_g = tl.load(g + edge, mask=in_edge).to(tl.float32)
-            tl.store(g + edge, (scale * edge_g).to(g.dtype.element_ty), mask=in_edge)
-            for start in range(body, tail, BLOCK):
-                i = start + tl.arange(0, BLOCK)
-                block_g = tl.load(g + i, mask=i < tail).to(tl.float32)
-                tl.store(g + i, (scale * block_g).to(g.dtype.element_ty), mask=i < tail)

@@ -333,14 +333,18 @@ def test_a_conversation_at_the_terminal(folder, run, asked_of_model):
     ]
 
 
-def test_a_full_context_forgets_a_question_with_its_answer(folder, talker, run, asked_of_model):
-    """Without the question alone the rest would fit, but begin with an answer to nothing."""
-    first, second = ("word " * 70).strip(), ("time " * 250).strip()
-    talk = [user(first), data.Message(*ANSWER), user(second)]
-    assert len(talker.prompt(talk[1:])) < 512 <= len(talker.prompt(talk))
-    code, out, _ = run(chat.main, folder, stdin=f"{first}\n{second}\n")
-    assert code == 0 and out.count("[the context is full: the oldest turn is forgotten]\n") == 1
-    assert asked_of_model == [[("user", first)], [("user", second)]]
+LONG, LONGER = ("word " * 70).strip(), ("time " * 250).strip()  # together beyond 512 tokens
+
+
+@pytest.mark.parametrize("said, kept", [((LONG, "Hi", LONGER), 2), (("Hi", LONG, LONGER), 1)])
+def test_a_full_context_forgets_questions_with_their_answers_and_no_more_than_needed(
+    said, kept, folder, run, asked_of_model
+):
+    code, out, _ = run(chat.main, folder, stdin="\n".join(said) + "\n")
+    forgotten = out.count("[the context is full: the oldest turn is forgotten]\n")
+    assert (code, forgotten) == (0, 3 - kept)
+    first, *others = [("user", text) for text in said[-kept:]]
+    assert asked_of_model[-1] == [first, *(turn for user in others for turn in (ANSWER, user))]
 
 
 def test_what_never_fits_is_not_sent_and_the_conversation_goes_on(folder, run, asked_of_model):

@@ -102,9 +102,9 @@ def test_loss_and_gradient_by_hand():
     torch.testing.assert_close(logits.grad, by_hand)
 
 
-def normalised(hidden, weight, targets, weights):
-    """L = Σ w·CE / Σ w and its gradients in hidden and weight."""
-    leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+def normalised(hidden, lm_head, targets, weights):
+    """L = Σ w·CE / Σ w and its gradients in hidden and lm_head."""
+    leaves = hidden.detach().requires_grad_(), lm_head.detach().requires_grad_()
     total, _ = loss.linear_weighted_cross_entropy(*leaves, targets, weights)
     total = total / weights.sum()
     return total.detach(), *torch.autograd.grad(total, leaves)
@@ -112,8 +112,8 @@ def normalised(hidden, weight, targets, weights):
 
 def tokens(N=24, V=17, D=6, dtype=torch.float32):
     torch.manual_seed(1)
-    hidden, weight = torch.randn(N, D, dtype=dtype), torch.randn(V, D, dtype=dtype)
-    return hidden, weight, torch.randint(V, (N,))
+    hidden, lm_head = torch.randn(N, D, dtype=dtype), torch.randn(V, D, dtype=dtype)
+    return hidden, lm_head, torch.randint(V, (N,))
 
 
 def assert_all_close(found, expected, **tolerance):
@@ -122,56 +122,56 @@ def assert_all_close(found, expected, **tolerance):
 
 
 def test_equal_to_autograd_in_float64():
-    hidden, weight, targets = tokens(dtype=torch.float64)
+    hidden, lm_head, targets = tokens(dtype=torch.float64)
     weights = torch.rand(24, dtype=torch.float64)
-    leaves = hidden.requires_grad_(), weight.requires_grad_()
-    losses = F.cross_entropy(hidden @ weight.t(), targets, reduction="none")
+    leaves = hidden.requires_grad_(), lm_head.requires_grad_()
+    losses = F.cross_entropy(hidden @ lm_head.t(), targets, reduction="none")
     expected = (weights * losses).sum() / weights.sum()
     gradients = torch.autograd.grad(expected, leaves)
     assert_all_close(normalised(*leaves, targets, weights), (expected.detach(), *gradients))
 
 
 def test_a_token_of_weight_w_counts_w_times():
-    hidden, weight, targets = tokens()
+    hidden, lm_head, targets = tokens()
     weights = torch.ones(24)
     weights[5:9] = 3
     copies = torch.arange(24).repeat_interleave(weights.long())
-    once = normalised(hidden, weight, targets, weights)
-    each = normalised(hidden[copies], weight, targets[copies], torch.ones(len(copies)))
+    once = normalised(hidden, lm_head, targets, weights)
+    each = normalised(hidden[copies], lm_head, targets[copies], torch.ones(len(copies)))
     torch.testing.assert_close(once[0], each[0])
     torch.testing.assert_close(once[2], each[2])
     torch.testing.assert_close(once[1][5], 3 * each[1][5])
 
 
 def test_one_class_alone_trains_the_same_at_any_reward():
-    hidden, weight, targets = tokens()
-    expected = normalised(hidden, weight, targets, torch.ones(24))
+    hidden, lm_head, targets = tokens()
+    expected = normalised(hidden, lm_head, targets, torch.ones(24))
     for reward in (-3.0, 0.0, 0.7):
         alone = class_weights({"only": SourceClass("X", reward)}, 0.2)["only"]
-        found = normalised(hidden, weight, targets, torch.full((24,), alone))
+        found = normalised(hidden, lm_head, targets, torch.full((24,), alone))
         assert_all_close(found, expected, rtol=0, atol=0)
     # and the sub-optimal class of two, when a global batch happens to hold no other
     alone = class_weights(DEFAULT_CLASSES, 1 / math.log(10))["gpt3.5"]
-    assert_all_close(normalised(hidden, weight, targets, torch.full((24,), alone)), expected)
+    assert_all_close(normalised(hidden, lm_head, targets, torch.full((24,), alone)), expected)
 
 
 def test_micro_batches_add_up_to_the_batch():
-    hidden, weight, targets = tokens()
+    hidden, lm_head, targets = tokens()
     weights = torch.rand(24)
-    expected = normalised(hidden, weight, targets, weights)
-    weight = weight.requires_grad_()
+    expected = normalised(hidden, lm_head, targets, weights)
+    lm_head = lm_head.requires_grad_()
     for rows in (slice(0, 7), slice(7, 7), slice(7, 24)):  # one without a supervised token
         total, _ = loss.linear_weighted_cross_entropy(
-            hidden[rows], weight, targets[rows], weights[rows]
+            hidden[rows], lm_head, targets[rows], weights[rows]
         )
         (total / weights.sum()).backward()
-    torch.testing.assert_close(weight.grad, expected[2], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(lm_head.grad, expected[2], rtol=1e-6, atol=1e-6)
 
 
 def test_a_batch_of_weight_0_is_0_and_no_nan():
-    hidden, weight, targets = tokens()
-    hidden.requires_grad_(), weight.requires_grad_()
-    total, correct = loss.linear_weighted_cross_entropy(hidden, weight, targets, torch.zeros(24))
+    hidden, lm_head, targets = tokens()
+    hidden.requires_grad_(), lm_head.requires_grad_()
+    total, correct = loss.linear_weighted_cross_entropy(hidden, lm_head, targets, torch.zeros(24))
     total.backward()
     assert total == 0 and not correct.any()
-    assert (hidden.grad == 0).all() and (weight.grad == 0).all()
+    assert (hidden.grad == 0).all() and (lm_head.grad == 0).all()
