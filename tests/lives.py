@@ -148,18 +148,17 @@ def draw_end(chance, instants, ranks, seconds):
 
 
 def wait_for_end(running, end, log, chance):
-    """Exit codes; where a rank was killed, the others are too, a moment later."""
-    begun = time.monotonic()
+    """Exit codes; where a rank failed or was killed, the others are too, a moment later."""
+    begun, waiting = time.monotonic(), end["phase"] == "clock"
     while all(process.exitcode is None for process in running):
         time.sleep(0.001)
-        if end["phase"] == "clock" and time.monotonic() - begun > end["number"]:
+        if waiting and time.monotonic() - begun > end["number"]:
+            waiting = False
             with open(log, "ab") as file:
                 file.write(processes.ENDED)
-            os.kill(running[end["rank"]].pid, end["signal"])
-            if end["signal"] == signal.SIGKILL:
-                running[end["rank"]].join()
-            break
-    if end["signal"] == signal.SIGKILL and any(process.exitcode for process in running):
+            chosen = running[end["rank"]]
+            (chosen.kill if end["signal"] == signal.SIGKILL else chosen.terminate)()
+    if any(process.exitcode for process in running):  # what torchrun would do, too
         time.sleep(chance.choice([0, chance.uniform(0, 0.05)]))
         processes.kill(running)
     return processes.finish(running)

@@ -198,6 +198,7 @@ def test_a_run_whose_terminal_is_closed_saves_all_the_same(few, tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), *map(str, settings)]
     process, terminal = pty.fork()
     if process == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it was ignored
         os.execve(sys.executable, command, os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     shown = b""
     while not re.search(rb"step \d\d+/", shown):
