@@ -22,8 +22,8 @@ import torch.nn.functional as F
 import data
 import loss
 import model
-from support.dataset import lines
-from support.formats import numbered, parse_json, parse_message
+from support.containers import blocks, sources
+from support.formats import parse_json, parse_messages, with_answer
 
 BATCH = 16  # conversations answered at a time by --batch
 
@@ -182,8 +182,7 @@ def answer_file(chat, source, target, options):
             batch = lines[start : start + BATCH]
             answers = chat.answers([messages for _, messages in batch], **options)
             for (line, _), (text, ended) in zip(batch, answers, strict=True):
-                line["messages"].append({"role": "assistant", "content": text})
-                out.write(json.dumps(line, ensure_ascii=False) + "\n")
+                out.write(json.dumps(with_answer(line, text), ensure_ascii=False) + "\n")
                 cut += not ended
             print(f"{start + len(batch)}/{len(lines)} answered", file=sys.stderr)
     if cut:
@@ -192,21 +191,20 @@ def answer_file(chat, source, target, options):
 
 def read_prompts(chat, path):
     """(line, messages) of each conversation; ValueError names the line that is not one."""
-    context = chat.llama.config.max_position_embeddings
-    for number, (raw, _) in enumerate(lines(path), start=1):
+    context, (source,) = chat.llama.config.max_position_embeddings, sources([path], {})
+    raws = (raw for block in blocks([source]) for raw in block.raw)
+    for number, raw in enumerate(raws, start=1):
         try:
             line = parse_json(raw)
             if line is None:
                 continue
-            if "messages" not in line:
-                raise ValueError("no 'messages'")
-            messages = [parse_message(i, m) for i, m in numbered(line, "messages")]
+            messages, _ = parse_messages(line)  # what is not read is copied
             if not messages or messages[-1].role != "user":
                 raise ValueError("the last message must be the user's")
             if (length := len(chat.prompt(messages))) > context:
                 raise ValueError(f"has {length} tokens, the model's context is {context}")
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}") from None
+            raise ValueError(f"{source.where(number)}: {error}") from None
         yield line, messages
 
 

@@ -8,12 +8,13 @@ becomes, in the class-conditioned template of OpenChat v3.2 (arXiv 2309.11235, s
     tokens   <s> GPT4 User: Hello <|end_of_turn|> GPT4 Assistant: Hi <|end_of_turn|>
     weights   0   0    0      0          0         0       0      w        w
 
-where w is the weight of the conversation's class: only what an assistant says, its end of turn
-included, is learned. Every text is tokenized on its own with special tokens off, so that no
+where w is the weight of the conversation's class, times the "weight" of the line and of the
+message where they have one: only what an assistant says, its end of turn included, is learned.
+Every text is tokenized on its own with special tokens off, so that no
 content can forge a turn.
 
-    a line -> parse_conversation -> lay_out -> memory-mapped arrays -> pack -> collate -> Batch
-              support/formats.py    below      support/dataset.py      below
+    a file -> its lines -> parse_conversation -> lay_out -> arrays -> pack -> collate -> Batch
+    support/containers.py  support/formats.py    below  support/dataset.py        below
 
 `python data.py FILE --model DIR` checks files and shows what would be trained on.
 """
@@ -23,23 +24,20 @@ import dataclasses
 import os
 import sys
 import tempfile
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from loss import BETA, DEFAULT_CLASSES, class_table, class_weights, read_classes
+from model import LlamaConfig
 from support import report
-from support.dataset import (
-    ARRAYS,
-    CLASS_WEIGHT,
-    INDEX,
-    SHOWN_PROBLEMS,
-    encode_files,
-)  # fmt: skip
+from support.containers import sources
+from support.dataset import ARRAYS, INDEX, Account, encode_files
 from support.dataset import BadData as BadData  # "as": a name that others take from here
 from support.dataset import Dataset as Dataset
-from support.formats import Conversation, parse_conversation, parse_line
+from support.formats import BadLine, Conversation, parse_conversation, parse_json
 from support.formats import Message as Message
 from support.tokenizer import SPACES_COLLAPSE, TEMPLATE
 from support.tokenizer import Tokenizer as Tokenizer
@@ -50,17 +48,17 @@ from support.tokenizer import Tokenizer as Tokenizer
 def lay_out(messages, contents, tokenizer, condition):
     """The tokens, in parts, and their weights [(weight, how many), ...]; `contents` are ids.
 
-    <s>, then a turn: prefix, content, <|end_of_turn|>. Weight 0 up to the content; then the
-    message's own, CLASS_WEIGHT where it has none and is the assistant's.
+    <s>, then a turn: prefix, content, <|end_of_turn|>. Content and end of turn weigh what the
+    message says, stored as support.dataset says; all else 0.
     """
     parts, weights = [[tokenizer.bos]], [(0.0, 1)]
     for message, content in zip(messages, contents, strict=True):
         prefix = tokenizer.prefix(condition, message.role)
-        weight = message.weight
-        if weight is None or message.role == "system":
-            weight = CLASS_WEIGHT if message.role == "assistant" else 0.0
+        weight = message.weight if message.role == "assistant" else 0.0
+        if message.final:
+            weight = -message.weight
         parts += [prefix, content, [tokenizer.eot]]
-        weights += [(0.0, len(prefix)), (float(weight), len(content) + 1)]
+        weights += [(0.0, len(prefix)), (weight, len(content) + 1)]
     return parts, weights
 
 
@@ -90,21 +88,25 @@ def flat(parts):
 
 
 def prepare(
-    paths, tokenizer, classes, folder, *, max_length, condition=True, skip_bad=False, progress=None
-):
-    """Tokenize JSONL files once into memory-mapped arrays below `folder`; returns a Dataset.
+    paths, tokenizer, classes, folder, *, max_length, condition=True, class_field="class",
+    skip_bad=False, progress=None,
+):  # fmt: skip
+    """Tokenize files once into memory-mapped arrays below `folder`; returns a Dataset.
 
-    `condition=False` leaves the class out of the prompt. `progress(done bytes, all bytes,
-    conversations)` is called as it goes. Raises BadData after all files were checked, unless
-    `skip_bad`; a conversation cut so that no answer is left is dropped and counted.
+    A path may be CLASS=FILE; else `class_field` names a conversation's class. `condition=False`
+    leaves the class out of the prompt. `progress(done bytes, all bytes, conversations)` is called
+    as it goes. Raises BadData after all files were checked, unless `skip_bad`; a conversation cut
+    so that no answer is left is dropped and counted.
     """
     classes = class_table(classes)
-    conditions = {name: c.condition for name, c in classes.items()}
-    settings = [TEMPLATE, conditions, condition, max_length, tokenizer.identity()]
-    if not condition:
-        conditions = dict.fromkeys(conditions, "")
-    encoder = Encoder(tokenizer, classes, conditions, max_length)
-    return encode_files(paths, encoder, settings, folder, skip_bad=skip_bad, progress=progress)
+    files = sources(paths, classes)
+    conditions = {name: c.condition if condition else "" for name, c in classes.items()}
+    names = {name: [c.condition, c.match] for name, c in classes.items()}  # as lines name them
+    if class_field == "class":
+        names = {name: c.condition for name, c in classes.items()}
+    settings = [TEMPLATE, conditions, names, class_field, max_length, tokenizer.identity()]
+    encoder = Encoder(tokenizer, classes, class_field, conditions, max_length)
+    return encode_files(files, encoder, settings, folder, skip_bad=skip_bad, progress=progress)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,18 +115,28 @@ class Encoder:
 
     tokenizer: Tokenizer
     classes: dict
+    class_field: str
     conditions: dict  # {class: condition}
     max_length: int
 
     def __call__(self, block):
-        """(arrays as ARRAYS, {what was counted}, the first bad lines); rows start at this block."""
-        conversations, bad, problems = self._parse(block)
+        """(arrays as ARRAYS, Account of the rest); rows start at this block."""
+        account, conversations = Account(), []
+        for number, raw in enumerate(block.raw, start=block.number + 1):
+            try:
+                if line := parse_json(raw):
+                    conversation = parse_conversation(
+                        line, self.classes, self.class_field, block.source.source_class
+                    )
+                    conversations.append((number, conversation))
+                    account.not_read.update(conversation.not_read)
+            except BadLine as error:
+                account.refuse(block, number, error)
         texts = [m.content for _, conversation in conversations for m in conversation.messages]
         ids = iter(self.tokenizer.encode_many(texts) if texts else [])
         names = list(self.classes)
-        counted = {"cut": 0, "tokens_cut": 0, "without_answer": 0, "bad": bad}
         all_tokens, all_weights, rows = [], [], []
-        for line, conversation in conversations:
+        for number, conversation in conversations:
             contents = [next(ids) for _ in conversation.messages]
             condition = self.conditions[conversation.source_class]
             parts, weights = lay_out(conversation.messages, contents, self.tokenizer, condition)
@@ -132,16 +144,17 @@ class Encoder:
             values, counts = zip(*weights)
             weights = np.repeat(np.float32(values), counts)
             lost = max(0, len(weights) - self.max_length)
-            counted["cut"] += lost > 0
-            counted["tokens_cut"] += lost
+            account.counted["cut"] += lost > 0
+            account.counted["tokens_cut"] += lost
             weights = weights[: self.max_length]
-            supervised, own = np.count_nonzero(weights == CLASS_WEIGHT), weights[weights > 0]
-            if not supervised and not len(own):
-                counted["without_answer"] += 1
+            factors, final = weights[weights > 0], weights[weights < 0]
+            learned = len(factors) + len(final)
+            if not learned:
+                account.counted["without_answer"] += 1
                 continue
+            sums = factors.sum(dtype=np.float64), -final.sum(dtype=np.float64)
             source_class = names.index(conversation.source_class)
-            learned = supervised, len(own), own.sum(dtype=np.float64)
-            rows.append((0, len(tokens), source_class, *learned, block.file, line))
+            rows.append((0, len(tokens), source_class, learned, *sums, block.file, number))
             all_tokens.append(tokens)
             all_weights.append(weights)
         index = np.array(rows, INDEX)
@@ -151,19 +164,7 @@ class Encoder:
             "weights": np.concatenate(all_weights or [[]]).astype(ARRAYS["weights"]),
             "index": index,
         }
-        return arrays, counted, problems
-
-    def _parse(self, block):
-        """([(line, conversation), ...], number of bad lines, what is wrong with the first)."""
-        conversations, bad, problems = [], 0, []
-        for line, raw in enumerate(block.raw, start=block.line + 1):
-            try:
-                if conversation := parse_line(raw, self.classes):
-                    conversations.append((line, conversation))
-            except ValueError as error:
-                bad += 1
-                problems += [f"{block.path}:{line}: {error}"][: SHOWN_PROBLEMS - len(problems)]
-        return conversations, bad, problems
+        return arrays, account
 
 
 # ----------------------------------------------------------------------------------- packing
@@ -315,18 +316,29 @@ def collate(dataset, conversations, class_weights, shape=None):
 # ------------------------------------------------------------------------------- the command
 
 
+def length_limit(max_length, batch_tokens, context):
+    """The tokens at which a conversation is cut, without --max-length 4096, or less if needed.
+
+    `context` is the model's max_position_embeddings, None where it is not known.
+    """
+    if max_length and context and max_length > context:
+        raise ValueError(f"--max-length must be within the model's {context}")
+    return max_length or min(4096, batch_tokens, context or 4096)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="data.py", description="Check conversations and show what would be trained on."
     )
     add = parser.add_argument
-    add("files", nargs="+", metavar="FILE", help="JSON lines: one conversation a line")
+    add("files", nargs="+", metavar="FILE", help="conversations, or CLASS=FILE: all of one class")
     add("--model", required=True, metavar="DIR", help="folder with tokenizer.model")
     add("--classes", metavar="C", help='JSON: {"gpt4": {"condition": "GPT4", "reward": 1.0}, ...}')
+    add("--class-field", default="class", metavar="KEY", help="what names a conversation's class")
     add("--beta", type=float, default=BETA, help="w = exp((reward - best reward) / beta)")
-    add("--max-length", type=int, default=4096, help="tokens; longer conversations are cut")
+    add("--max-length", type=int, help="tokens; longer ones are cut (default: as in train.py)")
     add("--batch-tokens", type=int, default=8192, help="tokens a bin, for the packing's figures")
-    add("--ranks", type=int, default=1, help="bins a step, for the packing's figures")
+    add("--ranks", type=int, default=1, help="bins a step: ranks x --accumulate in train.py")
     add("--show", type=int, default=4, metavar="N", help="conversations to show")
     add("--skip-bad", action="store_true", help="drop bad lines and count them")
     args = parser.parse_args(argv)
@@ -341,28 +353,36 @@ def main(argv=None):
 
 
 def run_preview(args):
-    if (
-        min(args.max_length, args.batch_tokens, args.ranks) < 1
-        or args.max_length > args.batch_tokens
-    ):
+    asked = 1 if args.max_length is None else args.max_length
+    if not 1 <= asked <= args.batch_tokens or args.ranks < 1:
         raise ValueError("needs 1 <= --max-length <= --batch-tokens and --ranks of at least 1")
     classes = read_classes(args.classes) if args.classes else DEFAULT_CLASSES
     tokenizer = Tokenizer(args.model)
     weights = np.array(list(class_weights(classes, args.beta).values()))
+    context = None
+    if (Path(args.model) / "config.json").exists():
+        context = LlamaConfig.from_folder(args.model).max_position_embeddings
+    max_length = length_limit(args.max_length, args.batch_tokens, context)
     with tempfile.TemporaryDirectory() as folder:
         found = prepare(
-            args.files, tokenizer, classes, folder, max_length=args.max_length,
-            skip_bad=args.skip_bad, progress=report.Progress("tokenizing"),
+            args.files, tokenizer, classes, folder, max_length=max_length,
+            class_field=args.class_field, skip_bad=args.skip_bad,
+            progress=report.Progress("tokenizing"),
         )  # fmt: skip
         print("\n".join(report.summary(found, classes, weights)))
         if tokenizer.collapses_spaces:
             print(SPACES_COLLAPSE)
+        if context is None:
+            print(f"{args.model} has no config.json: the model's context is not known")
         steps = pack(found.lengths, args.batch_tokens, args.ranks, seed=0, epoch=0)
         fill = found.lengths.sum() / (len(steps) * args.ranks * args.batch_tokens)
         shape = f"{args.ranks} x {args.batch_tokens:,} tokens"
-        print(f"packing: {len(steps):,} steps of {shape}, {fill:.2%} full")
-        print("\nnot learned: dim; learned: bright, with its weight w\n" if sys.stdout.isatty() else
-              "\nlearned: ⟦between these⟧, with its weight w\n")  # fmt: skip
+        print(
+            f"packing: {len(steps):,} steps of {shape}, {fill:.2%} full, "
+            f"conversations up to {max_length:,} tokens"
+        )
+        print(*report.weight_by_step(found, steps, classes, weights), sep="\n")
+        print(f"\n{report.legend(sys.stdout.isatty())}\n")
         for conversation in varied(found, args.show):
             shown = report.preview(
                 found, conversation, tokenizer, classes, weights, sys.stdout.isatty()

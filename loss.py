@@ -33,10 +33,16 @@ from kernels.linear_cross_entropy import (
 class SourceClass:
     condition: str  # starts every turn of the class: "GPT4 User: ..."
     reward: float  # r_c of Eq. (3)
+    match: tuple = ()  # shell patterns of what names it in the field of --class-field
 
 
 BETA = 1 / math.log(10)  # rewards 1 and 0 then weigh 1 and 0.1, as in OpenChat's own runs
-DEFAULT_CLASSES = {"gpt4": SourceClass("GPT4", 1.0), "gpt3.5": SourceClass("GPT3", 0.0)}
+DEFAULT_CLASSES = {
+    "gpt4": SourceClass("GPT4", 1.0, ("gpt-4*", "gpt4*", "model: *gpt-4*")),
+    "gpt3.5": SourceClass(
+        "GPT3", 0.0, ("gpt-3.5*", "gpt-35*", "gpt3.5*", "text-davinci-003", "model: *gpt-3.5*")
+    ),
+}
 
 
 def class_weights(classes, beta):
@@ -91,7 +97,7 @@ def _source_class(name, entry):
 
     if isinstance(entry, SourceClass):
         entry = vars(entry)
-    if not isinstance(entry, dict) or set(entry) != {"condition", "reward"}:
+    if not isinstance(entry, dict) or {*entry, "match"} != {"condition", "reward", "match"}:
         raise wrong(f'must be {{"condition": text, "reward": number}}, not {entry!r}')
     condition, reward = entry["condition"], entry["reward"]
     if not isinstance(condition, str):
@@ -102,7 +108,10 @@ def _source_class(name, entry):
         raise wrong(f"reward must be a number, not {reward!r}")
     if not abs(reward) <= 1e308:  # NaN, infinities, and integers beyond floats
         raise wrong(f"reward must be finite, not {reward!r}")
-    return SourceClass(condition, float(reward))
+    match = entry.get("match", ())
+    if not isinstance(match, (list, tuple)) or not all(isinstance(text, str) for text in match):
+        raise wrong(f"match must be a list of patterns, not {match!r}")
+    return SourceClass(condition, float(reward), tuple(match))
 
 
 def expert_class(classes):

@@ -62,8 +62,9 @@ class Config:
     # --- what
     model: str = ""  # folder: config.json, *.safetensors, tokenizer.model
     random_weights: bool = False  # begin with random weights instead of the folder's
-    data: list = ()  # training conversations, one or more JSONL files
-    eval_data: list = ()  # held-out conversations, one or more JSONL files
+    data: list = ()  # training conversations; CLASS=FILE: all of them are of that class
+    eval_data: list = ()  # held-out conversations, in files as those of --data
+    class_field: str = "class"  # what names a conversation's class, such as model, source, label
     classes: str = ""  # JSON {class: {"condition", "reward"}}; without it gpt4 1.0, gpt3.5 0.0
     beta: float = BETA  # w = exp((reward - best reward) / beta); 1/ln 10 gives 1.0 and 0.1
     condition: bool = True  # put the class into the prompt (off: the paper's "w/o condition")
@@ -566,18 +567,18 @@ def make_plan(config, ranks, out):
     pretrained = has_weights(config)
     if pretrained:
         model.check_weights(config.model, network, new_rows)
-    positions = network.max_position_embeddings
-    max_length = config.max_length or min(4096, config.batch_tokens, positions)
-    _require(max_length <= positions, "max_length", f"within the model's {positions}")
+    context = network.max_position_embeddings
+    max_length = data.length_limit(config.max_length, config.batch_tokens, context)
 
     def tokenized(field):
         prepare = functools.partial(
             data.prepare, getattr(config, field), tokenizer, classes, out / "tokens",
-            max_length=max_length, condition=config.condition, skip_bad=config.skip_bad,
+            max_length=max_length, condition=config.condition, class_field=config.class_field,
+            skip_bad=config.skip_bad,
             progress=report.Progress(f"tokenizing --{field.replace('_', '-')}"),
         )  # fmt: skip
         name = ranks.first_does(field, lambda: prepare().folder.name)
-        return data.Dataset(out / "tokens" / name, getattr(config, field))
+        return data.Dataset(out / "tokens" / name, data.sources(getattr(config, field), classes))
 
     dataset = tokenized("data")
     eval_dataset = tokenized("eval_data") if config.eval_data else None

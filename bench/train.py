@@ -100,6 +100,7 @@ def synthetic_plan(args, ranks, folder):
     write_dataset(tokens, lengths[: np.searchsorted(lengths.cumsum(), count)], network.vocab_size)
     train.network_to_train = lambda *_: (network, 0)
     data.prepare = lambda *_, **__: SimpleNamespace(folder=tokens)
+    data.sources = lambda *_: []
     config = train.Config(
         model=str(ROOT / "examples" / "sums"),  # for its tokenizer alone, which is not used
         data=["generated"],
@@ -120,11 +121,11 @@ def write_dataset(folder, lengths, vocab_size):
     index = np.zeros(len(lengths), dataset.INDEX)
     ends = np.cumsum(lengths)
     index["start"], index["length"] = ends - lengths, lengths
-    index["supervised"] = (SUPERVISED * lengths).astype(int)
+    index["supervised"] = index["factors"] = (SUPERVISED * lengths).astype(int)
     index["source_class"] = rng.random(len(lengths)) > EXPERTS
     weights = np.zeros(ends[-1])
     for end, supervised in zip(ends, index["supervised"]):
-        weights[end - supervised : end] = dataset.CLASS_WEIGHT
+        weights[end - supervised : end] = 1.0
     arrays = {"tokens": rng.integers(vocab_size, size=ends[-1]), "weights": weights, "index": index}
     for name, dtype in dataset.ARRAYS.items():
         arrays[name].astype(dtype).tofile(folder / f"{name}.bin")

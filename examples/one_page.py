@@ -72,16 +72,16 @@ def train(
 def lay_out(conversation, tokenizer, classes, class_weights):
     """(tokens, weights), lists of T: <s>, then every turn: prefix, content, <|end_of_turn|>.
 
-    Content and end of turn have weight: the class's where the assistant speaks, or the message's
-    own "weight", with which a user's words can be learned too, and an answer left out.
+    Content and end of turn of what the assistant says have weight: the class's, times the "weight"
+    of the conversation and of the message, 1 where there is none.
     """
     name = conversation["class"]
     tokens, weights = [tokenizer.bos], [0.0]
     for message in conversation["messages"]:
         role = message["role"]
-        weight = class_weights[name] if role == "assistant" else 0.0
-        if message.get("weight") is not None and role != "system":
-            weight = message["weight"]
+        weight = 0.0
+        if role == "assistant":
+            weight = class_weights[name] * conversation.get("weight", 1) * message.get("weight", 1)
         prefix = f"{classes[name]['condition']} {role.title()}:".strip()
         # Each text is encoded on its own, so that no content can forge a turn.
         prefix = tokenizer.encode("" if role == "system" else prefix)

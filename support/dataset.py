@@ -6,7 +6,6 @@ goes on at its last whole block. What becomes of a line is the encoder's busines
 
 import collections
 import contextlib
-import dataclasses
 import hashlib
 import json
 import multiprocessing
@@ -20,23 +19,25 @@ from pathlib import Path
 
 import numpy as np
 
-from support.formats import LONGEST_LINE
+from support.containers import blocks
 
-SHOWN_PROBLEMS = 20
-CLASS_WEIGHT = -1.0  # stored where a token takes the weight of its class
-BLOCK = 4 << 20  # bytes of text tokenized at a time, and committed together
+FORMAT = 2  # of the arrays, and of what is read into them: changes with either
+SHOWN_CAUSES, SHOWN_PLACES = 20, 5  # of what is wrong
+NAMED_KEYS = 100  # different keys that are counted as not read
 MANY = 64 << 20  # bytes from which on several processes tokenize; below, starting them is slower
 
-# One row a conversation: where its tokens start, how many, the number of its class, how many take
-# the weight of the class, how many a weight of their own and that weight's sum, its file and line.
+# A token's stored weight: above 0 a factor on the weight of its class, below 0 a final weight,
+# negated, 0 where it is not learned. One row a conversation: where its tokens start, how many, the
+# number of its class, how many are learned, the sum of the factors among their weights and of the
+# final ones, its file and its line or item there.
 INDEX = np.dtype(
     [
         ("start", "<i8"),
         ("length", "<i4"),
         ("source_class", "<i4"),
         ("supervised", "<i4"),
-        ("own_supervised", "<i4"),
-        ("own_weight", "<f8"),
+        ("factors", "<f8"),
+        ("final", "<f8"),
         ("file", "<i4"),
         ("line", "<i4"),
     ]
@@ -45,53 +46,65 @@ ARRAYS = {"tokens": np.dtype("<i4"), "weights": np.dtype("<f4"), "index": INDEX}
 
 
 class BadData(ValueError):
-    """Lines that cannot be trained on: the first 20 as file:line: reason, and their count."""
+    """Lines that cannot be trained on, by cause, with places and count, and what can be done."""
 
-    def __init__(self, problems, count):
-        more = "" if count <= len(problems) else f"\n... and {count - len(problems)} more"
-        hint = "\nFix them, or pass --skip-bad to drop and count them."
-        lines = "1 bad line" if count == 1 else f"{count} bad lines"
-        super().__init__(f"{lines}:\n" + "\n".join(problems) + more + hint)
+    def __init__(self, problems, count, good):
+        lines = "1 bad line" if count == 1 else f"{count:,} bad lines"
+        shown = problem_lines(problems)
+        hint = "Fix them, or pass --skip-bad to drop and count them."
+        if not good:
+            hint = "No line is good: the whole file is of another kind than the one that is read."
+            hint = "Fix it." if count == 1 else hint
+        super().__init__("\n".join([f"{lines}:", *shown, hint]))
 
 
-def encode_files(paths, encoder, settings, folder, *, skip_bad=False, progress=None):
-    """Encode files into arrays below `folder`, once; returns a Dataset.
+def problem_lines(problems):
+    """['FILE:7: cause', 'FILE: 400 lines: cause (1, 2, 3, ...)'], at most 20."""
+    out = []
+    for of in problems[:SHOWN_CAUSES]:
+        if of["count"] == 1:
+            out.append(f"{of['where']}: {of['text']}")
+        else:
+            places = ", ".join(map(str, of["places"]))
+            more = ", ..." if of["count"] > len(of["places"]) else ""
+            unit = "lines" if of["lines"] else "items"
+            out.append(f"{of['path']}: {of['count']:,} {unit}: {of['cause']} ({places}{more})")
+    if rest := problems[SHOWN_CAUSES:]:
+        out.append(f"... and {sum(of['count'] for of in rest):,} for other causes")
+    return out
+
+
+def encode_files(sources, encoder, settings, folder, *, skip_bad=False, progress=None):
+    """Encode Sources into arrays below `folder`, once; returns a Dataset.
 
     The arrays are keyed by the content of the files and by `settings` (JSON), all that the
-    encoder's work depends on. `encoder(block)` gives (arrays as ARRAYS, {what was counted}, the
-    first bad lines). `progress(done bytes, all bytes, conversations)` is called as it goes.
-    Raises BadData after all files were read, unless `skip_bad`.
+    encoder's work depends on. `encoder(block)` gives (arrays as ARRAYS, an Account of the rest).
+    `progress(done bytes, all bytes, conversations)` is called as it goes. Raises BadData after
+    all files were read, unless `skip_bad`.
     """
-    paths = [Path(path) for path in paths]
-    sizes = [_size(path) for path in paths]
-    folder = Path(folder) / _cache_key(paths, [settings, skip_bad])
+    sizes = [os.stat(source.path).st_size for source in sources]
+    settings = [FORMAT, settings, [(s.source_class, s.shape) for s in sources], skip_bad]
+    folder = Path(folder) / _cache_key([source.path for source in sources], settings)
     if (folder / "done.json").exists():
-        return Dataset(folder, paths)
+        return Dataset(folder, sources)
     with _Arrays(folder) as arrays:
         state = arrays.state
-        for block, encoded in encode_blocks(blocks(paths, state), encoder, sum(sizes)):
+        for block, encoded in encode_blocks(blocks(sources, state), encoder, sum(sizes)):
             arrays.append(block, *encoded)
             if progress:
-                done = sum(sizes[: state["file"]]) + state["offset"]
+                done = sum(sizes[: block.file]) + block.done
                 progress(done, sum(sizes), state["conversations"])
         refused = state["bad"] and not skip_bad
         if state["conversations"] and not refused:
             arrays.commit("done.json")
-            return Dataset(folder, paths)
+            return Dataset(folder, sources)
     shutil.rmtree(folder)
-    if refused:
-        raise BadData(state["problems"], state["bad"])
-    names, lost = ", ".join(map(str, paths)), state["without_answer"]
-    cut = f"; {lost} lost their answer at the maximum length" if lost else ""
+    good = state["conversations"] + state["without_answer"]
+    if refused or (state["bad"] and not good):
+        raise BadData(state["problems"], state["bad"], good)
+    names, lost = ", ".join(str(source.path) for source in sources), state["without_answer"]
+    cut = f"; {lost} have no answer to learn within the maximum length" if lost else ""
     raise ValueError(f"{names}: no conversation to train on{cut}")
-
-
-def _size(path):
-    try:
-        with open(path, "rb") as file:
-            return os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _cache_key(paths, settings):
@@ -102,44 +115,42 @@ def _cache_key(paths, settings):
     return digest.hexdigest()[:16]
 
 
-def lines(path, offset=0):
-    """(bytes of a line or None where it is too long, offset behind it) from `offset` on."""
-    with open(path, "rb") as file:
-        file.seek(offset)
-        while line := file.readline(LONGEST_LINE):
-            part = line
-            while len(part) == LONGEST_LINE and not part.endswith(b"\n"):  # pass over the rest
-                line, part = None, file.readline(LONGEST_LINE)
-            yield line, file.tell()
+class Account:
+    """What is told of a block besides its arrays: what was counted, what is wrong, not read."""
 
+    def __init__(self):
+        self.counted = {"cut": 0, "tokens_cut": 0, "without_answer": 0, "bad": 0}
+        self.problems = []  # one a cause of a file, as `problem_lines` shows them
+        self.not_read = collections.Counter()
 
-@dataclasses.dataclass
-class Block:
-    """Some lines of a file: those after line number `line`, up to the byte `offset`."""
+    def refuse(self, block, number, error):
+        self.counted["bad"] += 1
+        source = block.source
+        self._add({
+            "path": str(source.path), "lines": source.shape == "lines", "cause": error.cause,
+            "count": 1, "places": [number], "where": source.where(number), "text": str(error),
+        })  # fmt: skip
 
-    file: int  # its number among the paths
-    path: Path
-    line: int
-    raw: list  # of bytes, or None for a line that is too long
-    offset: int
+    def add(self, other):
+        for name, count in other.counted.items():
+            self.counted[name] += count
+        for problem in other.problems:
+            self._add(problem)
+        for key, count in other.not_read.items():
+            known = key in self.not_read or len(self.not_read) < NAMED_KEYS
+            self.not_read[key if known else "others"] += count
 
-
-def blocks(paths, state):
-    """The files in Blocks of about BLOCK bytes, from the state's file, offset and line on."""
-    for number, path in enumerate(paths):
-        if number < state["file"]:
-            continue
-        offset, line = (state["offset"], state["line"]) if number == state["file"] else (0, 0)
-        block, size = Block(number, path, line, [], offset), 0
-        for raw, block.offset in lines(path, offset):
-            block.raw.append(raw)
-            size += len(raw or b"")
-            if size >= BLOCK:
-                yield block
-                line = block.line + len(block.raw)
-                block, size = Block(number, path, line, [], block.offset), 0
-        if block.raw:
-            yield block
+    def _add(self, problem):
+        for of in self.problems:
+            if (of["path"], of["cause"]) == (problem["path"], problem["cause"]):
+                break
+        else:
+            if len(self.problems) <= SHOWN_CAUSES:
+                self.problems.append(problem)
+                return
+            of = self.problems[-1]  # of further causes only the number is kept
+        of["count"] += problem["count"]
+        of["places"] = (of["places"] + problem["places"])[:SHOWN_PLACES]
 
 
 def encode_blocks(blocks, encoder, size):
@@ -196,16 +207,25 @@ class _Arrays:
     def __init__(self, folder):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        # Where to go on: file, offset and line; and what was counted.
+        # Where to go on: file, offset and line, or item; and the account of what was read.
         self.state = {"file": 0, "offset": 0, "line": 0, "tokens": 0, "conversations": 0}
-        self.state |= {"cut": 0, "tokens_cut": 0, "without_answer": 0, "bad": 0, "problems": []}
+        self.account = Account()
         with contextlib.suppress(OSError, ValueError):
             self.state |= json.loads((folder / "progress.json").read_text())
+            self.account.problems = self.state["problems"]
+            self.account.not_read.update(self.state["not_read"])
+            self.account.counted = {name: self.state[name] for name in self.account.counted}
+        self._account_for()
 
         self.files = {name: open(folder / f"{name}.bin", "ab") for name in ARRAYS}
         for name, file in self.files.items():
             count = self.state["conversations" if name == "index" else "tokens"]
             file.truncate(count * ARRAYS[name].itemsize)
+
+    def _account_for(self):
+        account = self.account
+        self.state |= account.counted
+        self.state |= {"problems": account.problems, "not_read": dict(account.not_read)}
 
     def __enter__(self):
         return self
@@ -214,17 +234,18 @@ class _Arrays:
         for file in self.files.values():
             file.close()
 
-    def append(self, block, arrays, counted, problems):
+    def append(self, block, arrays, account):
         """Append what was made of a block, and commit."""
         state = self.state
         arrays["index"]["start"] += state["tokens"]
         for name, values in arrays.items():
             values.tofile(self.files[name])
-        state |= {name: state[name] + count for name, count in counted.items()}
-        state["problems"] += problems[: SHOWN_PROBLEMS - len(state["problems"])]
+        account.not_read.update(f"{key} (of the file)" for key in block.not_read)
+        self.account.add(account)
+        self._account_for()
         state["tokens"] += len(arrays["tokens"])
         state["conversations"] += len(arrays["index"])
-        line = block.line + len(block.raw)
+        line = block.number + len(block.raw)
         state |= {"file": block.file, "offset": block.offset, "line": line}
         self.commit("progress.json")
 
@@ -240,8 +261,8 @@ class _Arrays:
 class Dataset:
     """Tokenized conversations, memory-mapped; `lengths` (C,) are their tokens."""
 
-    def __init__(self, folder, paths):
-        self.folder, self.paths = Path(folder), paths
+    def __init__(self, folder, sources):
+        self.folder, self.sources = Path(folder), sources
         self.report = json.loads((self.folder / "done.json").read_text())
         arrays = {name: self.folder / f"{name}.bin" for name in ARRAYS}
         self.tokens, self.weights, self.index = (
@@ -254,11 +275,14 @@ class Dataset:
 
     def total_weight(self, conversations, class_weights):
         """Σ w over the supervised tokens; class_weights (classes,), or None where every w is 1."""
+        return float(self.weight_by_conversation(conversations, class_weights).sum())
+
+    def weight_by_conversation(self, conversations, class_weights):
+        """Σ w of each conversation's supervised tokens; class_weights as in total_weight."""
         rows = self.index[conversations]
         if class_weights is None:
-            return float((rows["supervised"] + rows["own_supervised"]).sum())
-        by_class = class_weights[rows["source_class"]] * rows["supervised"]
-        return float((by_class + rows["own_weight"]).sum())
+            return rows["supervised"].astype(np.float64)
+        return class_weights[rows["source_class"]] * rows["factors"] + rows["final"]
 
     def span(self, conversation):
         """Where a conversation's tokens and weights lie."""
@@ -270,10 +294,10 @@ class Dataset:
         weights = self.weights[self.span(conversation)]
         if class_weights is None:
             return (weights != 0).astype(np.float32)
-        own = class_weights[self.index[conversation]["source_class"]]
-        return np.where(weights == CLASS_WEIGHT, own, weights).astype(np.float32)
+        of_class = class_weights[self.index[conversation]["source_class"]]
+        return np.where(weights < 0, -weights, of_class * weights).astype(np.float32)
 
     def where(self, conversation):
-        """file:line of a conversation, for messages."""
+        """file:line, or file: item, of a conversation, for messages."""
         row = self.index[conversation]
-        return f"{self.paths[row['file']]}:{row['line']}"
+        return self.sources[row["file"]].where(row["line"])

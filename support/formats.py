@@ -1,76 +1,158 @@
-"""The shapes that users' files have, made one checked conversation.
+"""The shapes that people's files have, made one checked conversation.
 
     a line's bytes -> parse_json -> parse_conversation -> Conversation
 
-Whatever is wrong with a line is a ValueError that says what, to stand behind file:line.
+Nothing that a line says is dropped unsaid: a key is obeyed, or it is refused by its name, or it
+comes back in `not_read`, to be counted. Whatever is wrong is a BadLine.
 """
 
 import dataclasses
+import fnmatch
 import json
+import re
 
-LONGEST_LINE = 16 << 20  # bytes
+# Where a conversation may stand in a line: under one of these as a list of messages ...
+LISTS = "messages", "conversations", "conversation", "items"
+# ... or as a question under one of these, to be joined with what more of it there is ...
+QUESTIONS, CONTEXTS = ("instruction", "prompt"), ("input", "context")
+ANSWERS = "output", "completion", "response"  # ... and an answer: a text or a list of messages.
+SYSTEMS = "system", "system_prompt"  # beside any of them, the system message
+
+ROLES = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
+    "bing": "assistant", "bard": "assistant",
+}  # fmt: skip
+TEXT_PARTS = "text", "input_text", "output_text"
+
+FACTORS = "weight", "train", "loss", "masked"  # what says how much of an answer is learned
+LINE_KEYS = {*LISTS, *SYSTEMS, *FACTORS, "class", "condition"}
+MESSAGE_KEYS = {*FACTORS, "role", "from", "content", "value"}
+# Without these an answer is not what was answered.
+NEEDED = {
+    "tools", "tool", "tool_calls", "tool_call", "tool_call_id", "tool_responses", "tool_plan",
+    "functions", "function_call", "reasoning", "reasoning_content", "reasoning_details",
+    "thinking", "thinking_blocks", "thought", "thoughts", "images", "image", "videos", "video",
+    "audios", "audio", "input_audio", "documents", "history", "refusal",
+}  # fmt: skip
+SAYS_WHAT_IS_LEARNED = re.compile("weight|train|loss|mask|learn|reward|advantage")
+
+LEAST_WEIGHT, LARGEST_WEIGHT = 1e-6, 1e6  # apart from 0; float32 holds sums of these
+LONGEST = 16 << 20  # bytes of a line, or of an item of an array
+
+
+class BadLine(ValueError):
+    """What is wrong with a line; `cause` is the same for all lines that it is wrong with."""
+
+    def __init__(self, text, cause=None):
+        super().__init__(text)
+        self.cause = cause or text
 
 
 @dataclasses.dataclass(frozen=True)
 class Message:
     role: str  # system, user or assistant
     content: str
-    weight: float | None = None  # None: the class's for an assistant, 0 for the others
+    weight: float = 1.0  # of an assistant's: a factor on the weight of its class
+    final: bool = False  # `weight` is the weight itself, whatever the role and the class
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
     source_class: str
     messages: tuple
-
-
-def parse_line(raw, classes):
-    """A Conversation, or None for an empty line; ValueError says what is wrong."""
-    line = parse_json(raw)
-    return None if line is None else parse_conversation(line, classes)
+    not_read: tuple = ()  # keys that were not needed: "id", "messages: name"
 
 
 def parse_json(raw):
-    """The JSON object of a line of `lines`, None of a blank one; ValueError says what is wrong."""
+    """The JSON object of a line or an item, None of a blank one."""
     if raw is None:
-        raise ValueError(f"longer than {LONGEST_LINE >> 20} MiB")
+        raise BadLine(f"longer than {LONGEST >> 20} MiB")
     try:
         text = raw.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: byte {error.start + 1}: {error.reason}") from None
+        raise BadLine(f"not UTF-8: byte {error.start + 1}: {error.reason}", "not UTF-8") from None
     if not text:
         return None
     try:
-        line = json.loads(text)
+        line = DECODER.decode(text)
+    except BadLine:
+        raise
     except RecursionError:
-        raise ValueError("broken JSON: nested too deeply") from None
+        raise BadLine("broken JSON: nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"broken JSON: {error}") from None
+        raise BadLine(f"broken JSON: {error}", "broken JSON") from None
     if not isinstance(line, dict):
-        raise ValueError(f"a line must be a JSON object, not {_kind(line)}")
+        raise BadLine(f"a line must be a JSON object, not {_kind(line)}")
     return line
 
 
-def parse_conversation(line, classes):
-    """A checked Conversation from one decoded JSON line; ValueError says what is wrong.
+def _without_repeats(pairs):
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise BadLine(f"{repeated!r:.40} is given twice in one object")
+    return found
 
-    Formats: {"class", "messages": [{"role", "content"}]}; OpenChat's {"items": [{"role",
-    "content", "weight"}], "condition", "system"}; ShareGPT's {"class", "conversations": [{"from",
-    "value"}]}. A message's own "weight", in any of them, wins over the class's.
+
+DECODER = json.JSONDecoder(object_pairs_hook=_without_repeats)
+
+
+def parse_conversation(line, classes, class_field="class", file_class=None):
+    """A checked Conversation from one decoded JSON line.
+
+    Its class is what `class_field` names, and `file_class` where the file has one; sources that
+    disagree are an error. A message weighs its class's weight x the line's "weight" x its own; in
+    OpenChat's "items" its own is final, as there the class's is already in it.
     """
-    if "messages" in line:
-        messages = [parse_message(i, m) for i, m in numbered(line, "messages")]
-    elif "items" in line:
-        messages = [parse_message(i, m) for i, m in numbered(line, "items")]
-        if line.get("system"):
-            messages.insert(0, parse_message(0, {"role": "system", "content": line["system"]}))
-    elif "conversations" in line:
-        turns = numbered(line, "conversations")
-        messages = [parse_message(i, m, "from", "value", roles=SHAREGPT_ROLES) for i, m in turns]
-    else:
-        raise ValueError("no 'messages' (nor OpenChat's 'items', nor ShareGPT's 'conversations')")
+    messages, not_read = parse_messages(line, {class_field})
+    source_class = _source_class(line, classes, class_field, file_class)
+    if class_field != "class" and line.get("class") is not None:
+        not_read.append("class")
+    roles = [message.role for message in messages]
+    if "assistant" not in roles:
+        raise BadLine("no assistant turn")
+    return Conversation(source_class, tuple(messages), tuple(not_read))
+
+
+def parse_messages(line, obeyed=()):
+    """([Message, ...], keys not read) of a decoded JSON line; `obeyed` are keys that others read.
+
+    A conversation without an answer yet is fine, such as a question to be answered.
+    """
+    parts, keys = _parts(line)
+    not_read = _check_keys(line, LINE_KEYS.union(keys, obeyed), "")
+    factor, messages = _factor(line), []
+    final = keys == ["items"]
+    for number, (role, raw) in enumerate(parts, start=1):
+        try:
+            message, keys = _message(role, raw, final)
+            if message and message.role == "assistant" and factor != 1:
+                message = _times(message, factor)
+        except BadLine as error:
+            raise BadLine(f"message {number}: {error}", error.cause) from None
+        messages += [message] if message else []
+        not_read += keys
+    if system := _system(line):
+        if messages and messages[0].role == "system":
+            raise BadLine("a 'system' at the top and a system message: keep one of them")
+        messages.insert(0, system)
     _check_turns(messages)
-    return Conversation(_source_class(line, classes), tuple(messages))
+    return messages, not_read
+
+
+def with_answer(line, text):
+    """The line with the assistant's turn at the end of its conversation, in its own shape."""
+    _, keys = _parts(line)
+    if len(keys) > 1:  # a question
+        return line | {"output" if "instruction" in line else "completion": text}
+    (key,) = keys
+    last = line[key][-1]
+    role, name = ("role", "assistant") if "role" in last else ("from", "gpt")
+    content = "content" if "content" in last else "value"
+    return line | {key: [*line[key], {role: name, content: text}]}
 
 
 def _kind(value):
@@ -78,68 +160,248 @@ def _kind(value):
     return names.get(type(value), f"{type(value).__name__} {value!r:.40}")
 
 
-def numbered(line, key):
-    """(1, first), (2, second) ... of the list under `key`; ValueError where it is none."""
-    if not isinstance(line[key], list):
-        raise ValueError(f"'{key}' must be a list, not {_kind(line[key])}")
-    return enumerate(line[key], start=1)
+def says_nothing(value):
+    return value is None or value in ("", [], {})
 
 
-ROLES = {role: role for role in ("system", "user", "assistant")}
-SHAREGPT_ROLES = ROLES | {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
-LEAST_WEIGHT, LARGEST_WEIGHT = 1e-6, 1e6  # apart from 0; float32 holds sums of these
+# ------------------------------------------------------------------------------ where the turns are
 
 
-def parse_message(number, raw, role_key="role", content_key="content", roles=ROLES):
-    """A checked Message; ValueError says what is wrong with message `number`."""
-    if not isinstance(raw, dict):
-        raise ValueError(f"message {number} must be an object, not {_kind(raw)}")
-    role, content = raw.get(role_key), raw.get(content_key)
-    if not isinstance(role, str) or role not in roles:
-        raise ValueError(f"message {number} has role {role!r:.40}, not one of {', '.join(roles)}")
-    if not isinstance(content, str):
-        raise ValueError(f"message {number}: '{content_key}' must be text, not {_kind(content)}")
-    role = roles[role]
-    if not content.strip():
-        raise ValueError("empty answer" if role == "assistant" else f"empty {role} message")
-    try:
-        content.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"message {number}: lone surrogate {ascii(error.object[error.start])}"
-        ) from None
-    weight = raw.get("weight")
-    if weight is not None and not (
-        type(weight) in (int, float) and (weight == 0 or LEAST_WEIGHT <= weight <= LARGEST_WEIGHT)
-    ):
-        raise ValueError(
-            f"message {number}: weight must be 0, or a number from {LEAST_WEIGHT:g} to "
-            f"{LARGEST_WEIGHT:g}, not {weight!r:.40}"
+def _parts(line):
+    """([(role where the key tells it, a message or a text), ...], the keys that they come from)."""
+    lists = [key for key in LISTS if key in line]
+    lists = [key for key in lists if not says_nothing(line[key])] or lists[:1]
+    if len(lists) > 1:
+        raise BadLine(f"both {lists[0]!r} and {lists[1]!r}: keep the one that is meant")
+    if lists:
+        return [(None, raw) for raw in _list(line, lists[0])], lists
+    if "chosen" in line or "rejected" in line:
+        raise BadLine(
+            "'chosen' and 'rejected' are preferences, which C-RLFT does not take: make each a "
+            "conversation of a class of its own"
         )
-    return Message(role, content, weight)
+    questions = [key for key in QUESTIONS if not says_nothing(line.get(key))]
+    contexts = [key for key in CONTEXTS if not says_nothing(line.get(key))]
+    answers = [key for key in ANSWERS if not says_nothing(line.get(key))]
+    if not questions and not (contexts and answers):
+        raise BadLine(
+            "no conversation: 'messages', 'conversations', 'conversation' or 'items', or "
+            "'instruction' or 'prompt' with 'output', 'completion' or 'response'; the keys are "
+            + (", ".join(map(ascii, line))[:200] or "none")
+        )
+    for found in (questions, contexts, answers):
+        if len(found) > 1:
+            raise BadLine(f"both {found[0]!r} and {found[1]!r}: keep the one that is meant")
+    question = [line[key] for key in questions + contexts]
+    if len(question) > 1 and all(isinstance(text, str) for text in question):
+        question = ["\n".join(question)]
+    parts = [part for value in question for part in _turns("user", value)]
+    parts += [part for key in answers for part in _turns("assistant", line[key])]
+    return parts, [*QUESTIONS, *CONTEXTS, *ANSWERS]
+
+
+def _turns(role, value):
+    return [(None, raw) for raw in value] if isinstance(value, list) else [(role, value)]
+
+
+def _list(line, key):
+    if not isinstance(line[key], list):
+        raise BadLine(f"{key!r} must be a list, not {_kind(line[key])}")
+    return line[key]
+
+
+def _system(line):
+    found = {key: line[key] for key in SYSTEMS if not says_nothing(line.get(key))}
+    if len(found) > 1:
+        raise BadLine("both 'system' and 'system_prompt': keep one of them")
+    for key, text in found.items():
+        try:
+            return Message("system", _text(text, key, []))
+        except BadLine as error:
+            raise BadLine(f"{key!r}: {error}") from None
 
 
 def _check_turns(messages):
     roles = [message.role for message in messages]
-    if "assistant" not in roles:
-        raise ValueError("no assistant turn")
     if "system" in roles[1:]:
-        raise ValueError("a system message after the first message")
+        raise BadLine("a system message after the first message")
     for number, (role, following) in enumerate(zip(roles, roles[1:], strict=False), start=1):
         if role == following:
-            raise ValueError(f"messages {number} and {number + 1} are two {role} turns in a row")
+            raise BadLine(
+                f"messages {number} and {number + 1} are two {role} turns in a row: make them one",
+                f"two {role} turns in a row: make them one",
+            )
 
 
-def _source_class(line, classes):
-    name, known = line.get("class"), ", ".join(classes)
-    if name is None and line.get("condition") is not None:  # OpenChat's name of the class
-        condition = line["condition"]
-        for name, source in classes.items():
-            if source.condition == condition:
-                return name
-        raise ValueError(f"no class has the condition {condition!r:.40} ({known})")
-    if not isinstance(name, str):
-        raise ValueError(f"'class' must be one of {known}, not {_kind(name)}")
-    if name not in classes:
-        raise ValueError(f"class {name!r:.40} is not in the class table ({known})")
-    return name
+# ---------------------------------------------------------------------------------- one message
+
+
+def _message(role, raw, final):
+    """(Message, keys not read), or (None, []) for an empty system message."""
+    raw = raw if role is None else {"role": role, "content": raw}
+    if not isinstance(raw, dict):
+        raise BadLine(f"must be an object, not {_kind(raw)}")
+    not_read = _check_keys(raw, MESSAGE_KEYS, "messages: ")
+    role, content = _one_of(raw, "role", "from"), _one_of(raw, "content", "value")
+    name = raw[role].strip().lower() if isinstance(raw[role], str) else None
+    if name not in ROLES:
+        known = ", ".join(ROLES)
+        raise BadLine(f"{role!r} is {ascii(raw[role]):.40}, not one of {known}")
+    role, text = ROLES[name], _text(raw[content], content, not_read)
+    if not text.strip():
+        if role == "system":
+            return None, not_read
+        raise BadLine("empty answer" if role == "assistant" else f"empty {role} message")
+    weight = _factor(raw)
+    if final and raw.get("weight") is not None:
+        return Message(role, text, weight, final=True), not_read
+    if role != "assistant" and raw.get("weight") and _factor(raw):
+        raise BadLine(
+            f"a weight on a {role} message, which is not learned; only in OpenChat's 'items' it is"
+        )
+    return Message(role, text, weight), not_read
+
+
+def _one_of(raw, first, second):
+    """Whichever of two keys a message has."""
+    if raw.get(first) is not None and raw.get(second) is not None:
+        raise BadLine(f"both {first!r} and {second!r}: keep the one that is meant")
+    for key in (first, second):
+        if key in raw and (raw[key] is not None or second not in raw):
+            return key
+    raise BadLine(f"no {first!r} (nor {second!r})")
+
+
+def _text(value, key, not_read):
+    """Text, or a list of parts of text, joined."""
+    if isinstance(value, list):
+        texts = []
+        for part in value:
+            kind = part.get("type", "text") if isinstance(part, dict) else None
+            if not isinstance(kind, str) or kind not in TEXT_PARTS:
+                what = f"a part of type {kind!r:.40}" if kind else f"a part that is {_kind(part)}"
+                raise BadLine(f"{key!r} has {what}: only text is read")
+            not_read += _check_keys(part, {"type", "text"}, "messages: content: ")
+            texts.append(_text(part.get("text"), "text", not_read))
+        return "".join(texts)
+    if not isinstance(value, str):
+        raise BadLine(f"{key!r} must be text, not {_kind(value)}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadLine(f"lone surrogate {ascii(error.object[error.start])}") from None
+    return value
+
+
+# ------------------------------------------------------------------------------------ keys, weights
+
+
+def _check_keys(given, obeyed, prefix):
+    """The keys, after `prefix`, that are not read; BadLine where one may not be passed over."""
+    not_read = []
+    for key, value in given.items():
+        if key in obeyed or says_nothing(value):
+            continue
+        name = key.strip().lower()
+        if name in NEEDED:
+            raise BadLine(f"{key!r:.40} is not implemented, and the answer depends on it")
+        if name in obeyed:
+            raise BadLine(f"{key!r:.40} is not read: write {name!r}")
+        if SAYS_WHAT_IS_LEARNED.search(name):
+            raise BadLine(
+                f"{key!r:.40} seems to say what is learned, and is not read: 'weight' (a factor) "
+                "and 'train', 'loss', 'masked' (true or false) are; remove or rename it"
+            )
+        not_read.append(prefix + key[:40])
+    return not_read
+
+
+def _factor(keys):
+    """The product of what a line or a message says of its weight; 1 where it says nothing."""
+    product = 1.0
+    for key in FACTORS:
+        value = keys.get(key)
+        if value is None:
+            continue
+        if key == "weight":
+            product *= _checked_weight(value)
+        elif value is True or value is False:
+            product *= value != (key == "masked")
+        else:
+            raise BadLine(f"{key!r} must be true or false, not {_kind(value)}")
+    return float(product)
+
+
+def _checked_weight(value):
+    if type(value) in (int, float) and (value == 0 or LEAST_WEIGHT <= value <= LARGEST_WEIGHT):
+        return value
+    raise BadLine(
+        f"weight must be 0, or a number from {LEAST_WEIGHT:g} to {LARGEST_WEIGHT:g}, "
+        f"not {value!r:.40}"
+    )
+
+
+def _times(message, factor):
+    if message.final:
+        raise BadLine("its weight is final, as it is in 'items': the line can have none beside it")
+    return dataclasses.replace(message, weight=_checked_weight(message.weight * factor))
+
+
+# ---------------------------------------------------------------------------------------- the class
+
+
+def _source_class(line, classes, class_field, file_class):
+    found = {}  # {who says so: class}
+    if file_class is not None:
+        found["the file"] = file_class
+    if line.get(class_field) is not None:
+        named = _named_class if class_field == "class" else _matching_class
+        found[repr(class_field)] = named(class_field, line[class_field], classes)
+    elif class_field != "class" and line.get("class") in list(classes):
+        found["'class'"] = line["class"]
+    if line.get("condition") is not None:  # OpenChat's name of the class
+        found["'condition'"] = _class_of_condition(line["condition"], classes)
+    if not found:
+        raise BadLine(
+            f"no {class_field!r}: name it in each line, or for a whole file by --data CLASS=FILE, "
+            f"or by another field, --class-field KEY ({', '.join(classes)})"
+        )
+    if len(set(found.values())) > 1:
+        raise BadLine(" but ".join(f"{who} says {name}" for who, name in found.items()))
+    return next(iter(found.values()))
+
+
+def _named_class(key, value, classes):
+    known = ", ".join(classes)
+    if not isinstance(value, str):
+        raise BadLine(f"{key!r} must be one of {known}, not {_kind(value)}")
+    if value not in classes:
+        raise BadLine(f"class {value!r:.40} is not in the class table ({known})")
+    return value
+
+
+def _matching_class(key, value, classes):
+    """The class that a field's value names, or whose patterns it fits, without regard to case."""
+    if isinstance(value, (dict, list)):
+        raise BadLine(f"{key!r} must be text, a number, true or false, not {_kind(value)}")
+    text = value if isinstance(value, str) else json.dumps(value)
+    if text in classes:
+        return text
+    fits = [
+        name for name, source in classes.items()
+        if any(fnmatch.fnmatchcase(text.lower(), pattern.lower()) for pattern in source.match)
+    ]  # fmt: skip
+    if len(fits) == 1:
+        return fits[0]
+    what = f"fits the patterns of both {fits[0]} and {fits[1]}" if fits else "is of no class"
+    raise BadLine(
+        f'{key!r} {text!r:.40} {what} ({", ".join(classes)}): --classes says by "match" which '
+        "values are of a class"
+    )
+
+
+def _class_of_condition(condition, classes):
+    for name, source in classes.items():
+        if source.condition == condition:
+            return name
+    raise BadLine(f"no class has the condition {condition!r:.40} ({', '.join(classes)})")

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from loss import expert_class
+from support.dataset import problem_lines
 from support.files import read_metrics, sync
 from support.tokenizer import END_OF_TURN, SPACES_COLLAPSE
 
@@ -112,15 +113,13 @@ def header(plan):
         out.append("warning: --eval-data is --data; what is held out should be other data")
     out += ["", *summary(plan.dataset, plan.classes, plan.class_weights), ""]
     found, names = np.unique(plan.dataset.index["source_class"]), list(plan.classes)
-    if len(names) > 1 and len(found) == 1:
-        out.append(
-            "one class only: a weight acts relative to other classes, so here it does nothing"
-        )
     if (expert := expert_class(plan.classes)) not in [names[i] for i in found]:
         out.append(
             f"warning: no conversation of the expert class {expert}, under whose condition "
             "chat.py will ask"
         )
+    first_epoch = order.pack(0)[: order.total]
+    out += weight_by_step(plan.dataset, first_epoch, plan.classes, plan.class_weights)
     return out + [
         f"schedule   {order.total:,} steps, {len(order.ends)} epochs begun, "
         f"{plan.world} ranks x {config.accumulate} x {config.batch_tokens:,} tokens a step, "
@@ -136,10 +135,12 @@ def header(plan):
 def first_bin(plan):
     """The conversations of the first step's first bin, as the model reads them."""
     conversations = plan.order.bins(1)[0]
+    terminal = sys.stdout.isatty()
     out = [f"step 1, rank 0: {len(conversations)} conversations, the first of them:"]
+    out += ["", legend(terminal), ""]
     for conversation in conversations[:4]:
         out += preview(plan.dataset, conversation, plan.tokenizer, plan.classes,
-                       plan.class_weights, sys.stdout.isatty())  # fmt: skip
+                       plan.class_weights, terminal)  # fmt: skip
     return out
 
 
@@ -149,17 +150,16 @@ def summary(dataset, classes, class_weights):
     total = dataset.total_weight(slice(None), class_weights) or 1.0
     out = [
         f"{'class':14} {'condition':14} {'conversations':>13} {'tokens':>12} {'supervised':>12} "
-        f"{'w':>8} {'weight mass':>11}"
+        f"{'mean w':>8} {'weight mass':>11}"
     ]
     for number, (name, source) in enumerate(classes.items()):
         of = np.flatnonzero(index["source_class"] == number)
-        mass = dataset.total_weight(of, class_weights) / total
-        supervised = dataset.total_weight(of, None)
-        weight = 1.0 if class_weights is None else class_weights[number]
+        weight, supervised = dataset.total_weight(of, class_weights), dataset.total_weight(of, None)
+        mass, mean = weight / total, weight / supervised if supervised else 0.0
         tokens = int(index["length"][of].sum())
         out.append(
             f"{name:14} {source.condition:14} {len(of):13,} {tokens:12,} {supervised:12,.0f} "
-            f"{weight:8.4g} {mass:11.1%}"
+            f"{mean:8.4g} {mass:11.1%}"
         )
     lengths = dataset.lengths
     quantiles = ", ".join(f"{q}% {np.percentile(lengths, q):.0f}" for q in (50, 90, 99))
@@ -174,11 +174,52 @@ def summary(dataset, classes, class_weights):
     if report["without_answer"]:
         out.append(f"dropped, no answer left to learn: {report['without_answer']:,} conversations")
     if report["bad"]:
+        out.append(f"dropped as bad (--skip-bad): {report['bad']:,} lines")
+        out += ["  " + text for text in problem_lines(report["problems"])]
+    if report["not_read"]:
+        keys = sorted(report["not_read"].items(), key=lambda item: -item[1])
+        shown = [f"{key} ({count:,})" for key, count in keys[:12]]
+        shown += [f"and {len(keys) - 12} other keys"] * (len(keys) > 12)
+        out.append(f"not read: {', '.join(shown)}")
+    return out
+
+
+def weight_by_step(dataset, steps, classes, class_weights):
+    """Lines of text: what each class is of the weight of a step of the first epoch.
+
+    L = Σ w·CE / Σ w has the tokens of one step: where none is of the best class, 0.1 acts as 1.
+    """
+    if class_weights is None or len(set(class_weights)) == 1:  # then no weight is to do anything
+        return []
+    conversations = np.concatenate([b for bins in steps for b in bins])
+    step = np.repeat(np.arange(len(steps)), [sum(map(len, bins)) for bins in steps])
+    cell = step * len(classes) + dataset.index["source_class"][conversations]
+    weight = dataset.weight_by_conversation(conversations, class_weights)
+    weight = np.bincount(cell, weight, len(steps) * len(classes)).reshape(len(steps), -1)  # (S, C)
+    names, found = list(classes), np.flatnonzero(weight.any(0))
+    if len(found) < 2:
+        return ["one class only: a weight acts relative to other classes, so here it does nothing"]
+    learned = weight[weight.any(1)]
+    shares = (learned / learned.sum(1, keepdims=True)).mean(0)
+    shares = ", ".join(f"{names[c]} {shares[c]:.1%}" for c in found)
+    out = [f"share of a step's weight, mean of epoch 1: {shares}"]
+    best = [c for c in found if class_weights[c] == 1]
+    without = int((~weight[:, best].any(1)).sum())
+    if best and without:
         out.append(
-            f"dropped as bad (--skip-bad): {report['bad']:,} lines, the first "
-            f"{report['problems'][0]}"
+            f"{without:,} of its {len(steps):,} steps ({without / len(steps):.1%}) hold no "
+            f"{' or '.join(names[c] for c in best)} token: there the other classes count in full, "
+            "whatever their w; raise --accumulate or --batch-tokens"
         )
     return out
+
+
+def legend(colour):
+    """How to read a preview."""
+    spelled = r"a special token that a text only spells: <\s>"
+    if colour:
+        return f"not learned: dim; learned: bright, with its weight w; special: reversed; {spelled}"
+    return f"learned: ⟦between these⟧, with its weight w; {spelled}"
 
 
 def preview(dataset, conversation, tokenizer, classes, class_weights, colour):
@@ -189,7 +230,7 @@ def preview(dataset, conversation, tokenizer, classes, class_weights, colour):
     text, tokens = "", dataset.tokens[dataset.span(conversation)].tolist()
     bounds = [0, *(np.flatnonzero(np.diff(weights)) + 1).tolist(), len(tokens)]
     for low, high in zip(bounds, bounds[1:], strict=False):
-        run = visible(tokens[low:high], tokenizer)
+        run = visible(tokens[low:high], tokenizer, colour)
         weight = weights[low]
         if not weight:
             text += f"\033[2m{run}\033[0m" if colour else run
@@ -199,11 +240,11 @@ def preview(dataset, conversation, tokenizer, classes, class_weights, colour):
             )
         else:
             text += f"⟦{run}⟧w={weight:.3g} "
-    return out + [text.replace(END_OF_TURN, END_OF_TURN + "\n").rstrip("\n"), ""]
+    return out + [text.rstrip("\n"), ""]
 
 
-def visible(tokens, tokenizer):
-    """Text of ids with the special tokens written out."""
+def visible(tokens, tokenizer, colour=False):
+    """Text of ids with the special tokens written out, a line a turn."""
     names = {tokenizer.bos: "<s>", tokenizer.eos: "</s>", tokenizer.eot: END_OF_TURN}
     text, plain = "", []
     for token in [*tokens, None]:
@@ -212,12 +253,19 @@ def visible(tokens, tokenizer):
             continue
         if plain:
             space = tokenizer.pieces.id_to_piece(plain[0]).startswith("▁")
-            shown = tokenizer.decode(plain)
-            # No escape sequence of a file reaches the terminal.
-            shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in shown)
-            text, plain = text + " " * space + shown, []
-        text += names.get(token, "")
+            text, plain = text + " " * space + harmless(tokenizer.decode(plain), names), []
+        if token is not None:
+            text += f"\033[7m{names[token]}\033[27m" if colour else names[token]
+            text += "\n" * (token == tokenizer.eot)
     return text
+
+
+def harmless(text, names):
+    """A file's text without what could pass for a special token, a mark or an escape sequence."""
+    text = "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)
+    for name in names.values():
+        text = text.replace(name, name[0] + "\\" + name[1:])  # <\s>
+    return text.replace("⟦", "\ufffd").replace("⟧", "\ufffd")
 
 
 # ----------------------------------------------------------------------------------------- the log

@@ -7,6 +7,7 @@ and is shown with the input that caused it.
 """
 
 import collections
+import gzip
 import json
 import random
 import sys
@@ -29,8 +30,11 @@ SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
 LINES = [
     {"class": "gpt4", "messages": TURNS},
     {"condition": "GPT4", "system": "", "items": [turn | {"weight": 1.0} for turn in TURNS]},
-    {"class": "gpt4", "conversations": SHAREGPT},
+    {"class": "gpt4", "conversations": SHAREGPT, "system_prompt": "S", "weight": 0.5, "id": 1},
+    {"class": "gpt4", "instruction": "Hi", "input": "", "output": [{"type": "text", "text": "A"}]},
+    {"class": "gpt4", "prompt": TURNS[:1], "completion": "Hello", "train": True, "masked": False},
 ]
+LINES += [LINES[:3], {"version": 1, "data": LINES, "more": [1]}]  # containers of them
 LONG_CONTEXT = {  # what only a Mistral, or a Llama 3, has in its config.json
     "model_type": "mistral",
     "sliding_window": 9,
@@ -108,6 +112,8 @@ def fuzz(count, seed=0):
             raw = json.dumps(value).encode("utf-8", "surrogatepass")
             if chance.random() < 0.5:
                 raw = mutated_bytes(raw, chance)
+            if parser is conversations and chance.random() < 0.1:
+                raw = mutated_bytes(gzip.compress(raw), chance)
             try:
                 parser(raw)
                 answers[parser.__name__, "accepted"] += 1

@@ -182,7 +182,8 @@ def test_the_expert_condition_is_the_default_and_class_names_another(folder, tal
     prompt = talker.prompt([user("Hi"), data.Message("assistant", "Ho"), user("Ha")])
     text = "GPT4 User: Hi<|end_of_turn|>GPT4 Assistant: Ho<|end_of_turn|>GPT4 User: Ha"
     shown = report.visible(prompt, talker.tokenizer)
-    assert shown == f"<s> {text}<|end_of_turn|> GPT4 Assistant:".replace("|>GPT4", "|> GPT4")
+    turns = f"<s> {text}<|end_of_turn|>GPT4 Assistant:"
+    assert shown == turns.replace("|>GPT4", "|>\n GPT4")
     with pytest.raises(ValueError, match="--class 'gpt5' is not one of gpt4, gpt3.5"):
         chat.Chat(folder, "gpt5", device="cpu")
 
@@ -190,7 +191,7 @@ def test_the_expert_condition_is_the_default_and_class_names_another(folder, tal
 def test_a_model_trained_without_condition_is_asked_without(stories, tmp_path):
     talker = chat.Chat(export(stories, tmp_path / "bare", conditioned=False), device="cpu")
     shown = report.visible(talker.prompt([user("Hi")]), talker.tokenizer)
-    assert shown == "<s> User: Hi<|end_of_turn|> Assistant:"
+    assert shown == "<s> User: Hi<|end_of_turn|>\n Assistant:"
 
 
 def test_transformers_generates_the_same_answer(folder, talker):
@@ -284,17 +285,18 @@ def test_a_batch_never_overwrites(folder, run, tmp_path):
         (b"\xff", "not UTF-8"),
         (b"[" * 100_000, "broken JSON: nested too deeply"),
         (b"[]", "a line must be a JSON object, not a list"),
-        ({"items": []}, "no 'messages'"),
+        ({"items": []}, "the last message must be the user's"),
+        ({"item": []}, "no conversation: 'messages'"),
         ({"messages": {}}, "'messages' must be a list, not an object"),
         ({"messages": []}, "the last message must be the user's"),
         (asked("Hi", "Ho"), "the last message must be the user's"),
-        ({"messages": [{"role": "bot", "content": "Hi"}]}, "message 1 has role 'bot'"),
+        ({"messages": [{"role": "bot", "content": "Hi"}]}, "message 1: 'role' is 'bot'"),
         (asked("Hi", "Ho", "\ud800"), "message 3: lone surrogate"),
         (asked(""), "empty user message"),
         (asked("ball " * 600), "tokens, the model's context is 512"),
         (b'"' + b"x" * (17 << 20) + b'"', "longer than 16 MiB"),
     ],
-    ids=[str(i) for i in range(13)],
+    ids=[str(i) for i in range(14)],
 )
 def test_a_bad_line_of_a_batch_is_named_before_anything_is_written(
     bad, message, folder, run, tmp_path

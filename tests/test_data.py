@@ -18,8 +18,8 @@ from small import write
 
 import data
 import loss
+from support import containers, formats, report
 from support import dataset as dataset_module
-from support import formats, report
 from support import tokenizer as support_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -367,42 +367,41 @@ BAD = [
     (b'"text"', "a line must be a JSON object, not text"),
     (b"null", "a line must be a JSON object, not null"),
     (b"3.5", "a line must be a JSON object, not float 3.5"),
-    ({"class": "gpt4"}, "no 'messages' (nor OpenChat's 'items', nor ShareGPT's 'conversations')"),
+    ({"class": "gpt4"}, "no conversation: 'messages', 'conversations', 'conversation' or 'items'"),
     ({"class": "gpt4", "messages": {"role": "user"}}, "'messages' must be a list, not an object"),
     ({"class": "gpt4", "items": "Hi"}, "'items' must be a list, not text"),
     ({"class": "gpt4", "conversations": None}, "'conversations' must be a list, not null"),
-    ({"class": "gpt4", "messages": ["Hi"]}, "message 1 must be an object, not text"),
+    ({"class": "gpt4", "messages": ["Hi"]}, "message 1: must be an object, not text"),
     (line("Hi", "Ho", source_class="gpt5"),
      "class 'gpt5' is not in the class table (gpt4, gpt3.5)"),
     (line("Hi", "Ho", source_class=4), "'class' must be one of gpt4, gpt3.5, not int 4"),
     (line("Hi", "Ho", source_class=["gpt4"]), "'class' must be one of gpt4, gpt3.5, not a list"),
-    ({"messages": HI}, "'class' must be one of gpt4, gpt3.5, not null"),
-    ({"items": HI}, "'class' must be one of gpt4, gpt3.5, not null"),
+    ({"messages": HI}, "no 'class': name it in each line, or for a whole file by --data"),
+    ({"items": HI}, "no 'class': name it in each line, or for a whole file by --data"),
     ({"items": HI, "condition": "GPT9"}, "no class has the condition 'GPT9' (gpt4, gpt3.5)"),
     ({"items": HI, "condition": ["GPT4"]}, "no class has the condition ['GPT4'] (gpt4, gpt3.5)"),
     ({"class": "gpt4", "messages": turns("Hi", "Ho", roles=("user", "bot"))},
-     "message 2 has role 'bot', not one of system, user, assistant"),
-    ({"class": "gpt4", "messages": [{"content": "Hi"}]}, "message 1 has role None, not one of"),
-    ({"class": "gpt4", "messages": turns("Hi", roles=(["user"],))}, "message 1 has role ['user']"),
-    ({"class": "gpt4", "conversations": [{"from": "bing", "value": "Hi"}]},
-     "message 1 has role 'bing', not one of system, user, assistant, human, gpt, chatgpt"),
+     "message 2: 'role' is 'bot', not one of system, developer, user, human"),
+    ({"class": "gpt4", "messages": [{"content": "Hi"}]}, "message 1: no 'role' (nor 'from')"),
+    ({"class": "gpt4", "messages": turns("Hi", roles=(["user"],))},
+     "message 1: 'role' is ['user'], not one of"),
     ({"class": "gpt4", "messages": []}, "no assistant turn"),
     (line("Hi"), "no assistant turn"),
-    (line("Hi", ""), "empty answer"),
-    (line("Hi", " \n\t"), "empty answer"),
-    (line("", "Ho"), "empty user message"),
+    (line("Hi", ""), "message 2: empty answer"),
+    (line("Hi", " \n\t"), "message 2: empty answer"),
+    (line("", "Ho"), "message 1: empty user message"),
     (line("Hi", None), "message 2: 'content' must be text, not null"),
     (line("Hi", 4), "message 2: 'content' must be text, not int 4"),
-    (line("Hi", ["Ho"]), "message 2: 'content' must be text, not a list"),
-    ({"class": "gpt4", "conversations": [{"from": "gpt"}]}, "message 1: 'value' must be text, not"),
+    (line("Hi", ["Ho"]), "message 2: 'content' has a part that is text: only text is read"),
+    ({"class": "gpt4", "conversations": [{"from": "gpt"}]}, "message 1: no 'content' (nor 'val"),
     ({"class": "gpt4", "messages": [*HI, *turns("A", roles=("assistant",))]},
      "messages 2 and 3 are two assistant turns in a row"),
     ({"class": "gpt4", "messages": [*turns("A"), *HI]}, "messages 1 and 2 are two user turns in a"),
     ({"class": "gpt4", "messages": [*HI, *turns("S", roles=("system",))]},
      "a system message after the first message"),
-    ({"class": "gpt4", "items": HI, "system": 3}, "message 0: 'content' must be text, not int 3"),
+    ({"class": "gpt4", "items": HI, "system": 3}, "'system': 'system' must be text, not int 3"),
     (line("Hi", "a\ud800b"), r"message 2: lone surrogate '\ud800'"),
-    (b'{"class": "\\ud800", "messages": []}', "no assistant turn"),
+    (b'{"class": "\\ud800", "messages": []}', r"class '\ud800' is not in the class table"),
     (line("Hi", "Ho", source_class="\udfff"), r"class '\udfff' is not in the class table"),
 ]  # fmt: skip
 BAD_WEIGHTS = [-1, -0.5, float("nan"), float("inf"), "1", True, [1], 10**400, 1e39, 1e-50]
@@ -424,7 +423,7 @@ def test_a_weight_that_is_no_number_of_a_loss_is_refused(weight):
     items = turns("Hi", "Ho")
     items[1]["weight"] = weight
     with pytest.raises(ValueError, match="^message 2: weight must be 0, or a number from"):
-        formats.parse_line(json.dumps({"class": "gpt4", "items": items}).encode(), CLASSES)
+        formats.parse_conversation({"class": "gpt4", "items": items}, CLASSES)
 
 
 @pytest.mark.parametrize("key", ["role", "class", "condition", "weight", "content", "system"])
@@ -440,7 +439,8 @@ def test_a_value_nested_as_deep_as_json_allows_is_refused(key):
         item = f'{{"role": {role}, "content": {content}, "weight": {weight}}}'
         top = ", ".join(f'"{k}": {fields[k]}' for k in ("class", "condition", "system"))
         with pytest.raises(ValueError):
-            formats.parse_line(f'{{{top}, "items": [{item}]}}'.encode(), CLASSES)
+            raw = formats.parse_json(f'{{{top}, "items": [{item}]}}'.encode())
+            formats.parse_conversation(raw, CLASSES)
 
 
 def test_a_line_of_17_mb_is_passed_over(prepare, tmp_path):
@@ -455,29 +455,53 @@ def test_a_line_of_17_mb_is_passed_over(prepare, tmp_path):
 
 
 def test_lines_of_every_length_around_the_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset_module, "LONGEST_LINE", 8)
+    monkeypatch.setattr(containers, "LONGEST", 8)
     for length in range(0, 30):
         for end in (b"", b"\n"):
             path = tmp_path / "x"
             path.write_bytes(b"ab\n" + b"x" * length + end + b"cd\n" * bool(end))
-            found = [raw for raw, _ in dataset_module.lines(path)]
+            with open(path, "rb") as file:
+                found = list(containers.lines(file))
             middle = b"x" * length + end
             middle = [] if not middle else [middle if len(middle) < 8 or end and len(middle) == 8
                                             else None]  # fmt: skip
-            assert found == [b"ab\n", *middle, *[b"cd\n"] * bool(end)]
-            assert [at for _, at in dataset_module.lines(path)][-1] == path.stat().st_size
+            assert [raw for raw, _ in found] == [b"ab\n", *middle, *[b"cd\n"] * bool(end)]
+            assert found[-1][1] == path.stat().st_size
 
 
-def test_the_first_20_problems_of_all_files_and_their_count(prepare, tmp_path):
+def test_problems_are_grouped_by_file_and_cause(prepare, tmp_path):
     first = write(tmp_path / "a.jsonl", *[b"{"] * 15, line("Hi", "Ho"))
-    second = write(tmp_path / "b.jsonl", line("Hi", "Ho"), *[line("Hi")] * 18)
+    second = write(tmp_path / "b.jsonl", line("Hi", "Ho"), line("Hi"), b"{", line("Hi"), b"\xff")
     with pytest.raises(data.BadData) as refused:
         prepare(first, second)
+    assert str(refused.value).splitlines() == [
+        "19 bad lines:",
+        f"{first}: 15 lines: broken JSON (1, 2, 3, 4, 5, ...)",
+        f"{second}: 2 lines: no assistant turn (2, 4)",
+        str(refused.value).splitlines()[3],
+        f"{second}:5: not UTF-8: byte 1: invalid start byte",
+        "Fix them, or pass --skip-bad to drop and count them.",
+    ]
+    assert str(refused.value).splitlines()[3].startswith(f"{second}:3: broken JSON: Expecting")
+
+
+def test_of_more_than_20_causes_the_others_are_counted(prepare, tmp_path):
+    classes = [line("Hi", "Ho", source_class=f"c{n}") for n in range(30)]
+    with pytest.raises(data.BadData) as refused:
+        prepare(write(tmp_path / "a.jsonl", line("Hi", "Ho"), *classes, *classes))
     head, *problems, more, hint = str(refused.value).splitlines()
-    assert head == "33 bad lines:" and more == "... and 13 more"
-    assert [p.split(": ")[0] for p in problems] == [
-        *[f"{first}:{n}" for n in range(1, 16)], *[f"{second}:{n}" for n in range(2, 7)]
-    ]  # fmt: skip
+    assert head == "60 bad lines:" and more == "... and 20 for other causes"
+    path = tmp_path / "a.jsonl"
+    causes = [f"class 'c{n}' is not in the class table (gpt4, gpt3.5)" for n in range(20)]
+    assert problems == [
+        f"{path}: 2 lines: {cause} ({n}, {n + 30})" for n, cause in enumerate(causes, start=2)
+    ]
+
+
+def test_skipping_is_advised_only_where_something_is_good(prepare, tmp_path):
+    with pytest.raises(data.BadData) as refused:
+        prepare(write(tmp_path / "a.jsonl", line("Hi"), line("Ho")), skip_bad=True)
+    assert "--skip-bad" not in str(refused.value) and "No line is good" in str(refused.value)
 
 
 def test_skip_bad_drops_the_bad_lines_alone_and_counts_them(prepare, tmp_path):
@@ -485,9 +509,9 @@ def test_skip_bad_drops_the_bad_lines_alone_and_counts_them(prepare, tmp_path):
     dataset = prepare(path, skip_bad=True)
     assert dataset.index["line"].tolist() == [2, 4]
     assert dataset.report["bad"] == 3
-    assert dataset.report["problems"][1] == f"{path}:3: no assistant turn"
-    assert any("dropped as bad (--skip-bad): 3 lines" in text
-               for text in report.summary(dataset, CLASSES, WEIGHTS))  # fmt: skip
+    shown = report.summary(dataset, CLASSES, WEIGHTS)
+    assert "dropped as bad (--skip-bad): 3 lines" in shown
+    assert f"  {path}:3: no assistant turn" in shown
 
 
 def test_bad_data_leaves_no_cache(prepare, tmp_path):
@@ -508,7 +532,7 @@ def test_files_without_any_conversation_are_refused(content, prepare, tmp_path):
 def test_a_missing_file_is_said(prepare, tmp_path):
     with pytest.raises(ValueError, match="gone.jsonl: cannot be read: No such file"):
         prepare(tmp_path / "gone.jsonl")
-    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
+    with pytest.raises(ValueError, match="is a folder; name the files in it"):
         prepare(tmp_path)
 
 
@@ -563,7 +587,7 @@ def test_a_cut_that_takes_the_answer_of_its_own_weight_drops_the_conversation(pr
 
 def test_every_conversation_is_stored_as_encode_lays_it_out(few, monkeypatch, tmp_path):
     """Of two files, in many blocks; with a tokenizer that keeps spaces, those at the edges too."""
-    monkeypatch.setattr(dataset_module, "BLOCK", 1000)
+    monkeypatch.setattr(containers, "BLOCK", 1000)
     ours = data.Tokenizer(train_sentencepiece(tmp_path / "model"))
     odd = [line(text, text) for text in ODD_TEXTS if text.strip()]
     plain = [json.loads(text) for text in few.read_text().splitlines()]
@@ -643,7 +667,7 @@ def kill_after(reports):
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tokenizer, monkeypatch, tmp_path):
-    monkeypatch.setattr(dataset_module, "BLOCK", 400)
+    monkeypatch.setattr(containers, "BLOCK", 400)
     good = [[line(f"Hi {n} {f}", "Ho " * (n % 7 + 1)) for n in range(25)] for f in range(3)]
     good[1][4:4] = [b"{", b"", line("Hi", "Ho " * 300), line("Hi")]
     paths = [write(tmp_path / f"{f}.jsonl", *lines) for f, lines in enumerate(good)]
@@ -675,7 +699,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tokenizer, monkeypatc
 def test_several_processes_make_the_same_bytes_and_name_the_same_lines(
     tokenizer, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(dataset_module, "BLOCK", 4000)
+    monkeypatch.setattr(containers, "BLOCK", 4000)
     good = [line(f"Hi {n}", "Ho " * (n % 7 + 1)) for n in range(200)]
     path = write(tmp_path / "a.jsonl", *good[:70], b"{", *good[70:], line("Hi"))
 
@@ -690,7 +714,7 @@ def test_several_processes_make_the_same_bytes_and_name_the_same_lines(
     for array in alone.folder.glob("*.bin"):
         assert (together.folder / array.name).read_bytes() == array.read_bytes()
     assert together.report == alone.report and alone.report["bad"] == 2
-    assert alone.report["problems"][0].startswith(f"{path}:71: broken JSON")
+    assert alone.report["problems"][0]["where"] == f"{path}:71"
 
 
 class Dying(data.Encoder):
@@ -737,10 +761,12 @@ def naive(dataset, conversations, class_weights):
         for position in range(row["length"]):
             at = row["start"] + position
             weight = float(dataset.weights[at])
-            if weight != 0 and class_weights is None:
-                weight = 1.0
-            elif weight == data.CLASS_WEIGHT:
-                weight = float(class_weights[row["source_class"]])
+            if class_weights is None:
+                weight = float(weight != 0)
+            elif weight < 0:  # final
+                weight = -weight
+            elif weight != 0:
+                weight *= float(class_weights[row["source_class"]])
             if weight:
                 token = int(dataset.tokens[at])
                 learned.append((len(tokens) - 1, token, weight, int(row["source_class"])))
@@ -871,7 +897,7 @@ def test_the_command_says_in_one_line_what_is_wrong(flags, message, stories, run
 
 
 def test_ten_times_the_data_takes_no_more_memory(prepare, monkeypatch, tmp_path):
-    monkeypatch.setattr(dataset_module, "BLOCK", 30_000)
+    monkeypatch.setattr(containers, "BLOCK", 30_000)
     peaks = []
     for copies in (150, 1500):
         path = write(tmp_path / f"{copies}.jsonl", *[line("Hi " * 100, "Ho " * 400)] * copies)

@@ -36,6 +36,7 @@ def test_beta_must_be_positive(beta):
 
 def test_a_table_may_be_read_twice():
     raw = {"gpt4": {"condition": "GPT4", "reward": 1}, "gpt3.5": {"condition": "GPT3", "reward": 0}}
+    raw = {name: entry | {"match": DEFAULT_CLASSES[name].match} for name, entry in raw.items()}
     assert class_table(raw) == DEFAULT_CLASSES == class_table(class_table(raw))
 
 

@@ -27,7 +27,7 @@ CLASSES = {  # the best is not the first, nor the worst the last
     "best": {"condition": "Best", "reward": 1.0},
 }
 STEPS, BINS, BATCH_TOKENS, SEED = 8, 4, 112, 3  # steps 1 to 5 are the first epoch's
-ALIKE = {"beta": 0.7, "lr": 3e-3, "min_lr_ratio": 0.2, "warmup_ratio": 0.3, "clip": 2.4}
+ALIKE = {"beta": 0.7, "lr": 3e-3, "min_lr_ratio": 0.2, "warmup_ratio": 0.3, "clip": 4.0}
 
 
 def conversations(lines):
@@ -38,9 +38,9 @@ def conversations(lines):
         question, answer = messages = conversation["messages"]
         if number % 4 == 0:  # what a first answer got wrong is not to be learned
             answer["weight"] = 0
-            messages += [question | {"weight": 2.5}, {"role": "assistant", "content": "7"}]
+            messages += [question, {"role": "assistant", "content": "7", "weight": 2.5}]
         if number % 5 == 0:
-            system = {"role": "system", "content": "Lowest digit first.", "weight": 2.5}
+            system = {"role": "system", "content": "Lowest digit first."}
             messages.insert(0, system)
         if number % 7 == 0:
             messages[-1]["weight"] = 0.25

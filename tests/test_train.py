@@ -310,7 +310,7 @@ def test_the_ablations_change_prompt_and_weights(few, run, tmp_path):
     talker = chat.Chat(out / "model", device="cpu")
     shown = talker.prompt([data.Message("user", "What is 12 + 3?")])
     shown = report.visible(shown, talker.tokenizer)
-    assert shown == "<s> User: What is 12 + 3?<|end_of_turn|> Assistant:"
+    assert shown == "<s> User: What is 12 + 3?<|end_of_turn|>\n Assistant:"
     asked = run(chat.main, out / "model", "--class", "gpt4", "--prompt", "What is 1 + 2?")
     assert asked == (1, "", "error: --class: this model was trained without conditions\n")
 

@@ -1,0 +1,425 @@
+"""support/formats.py, support/containers.py: people's files, read as they mean them, or refused."""
+
+import gzip
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small import write
+
+import data
+import loss
+from support import containers, dataset, report
+
+CASES = Path(__file__).resolve().parents[2] / "shared" / "cases"
+CLASSES = loss.DEFAULT_CLASSES
+WEIGHTS = np.array(list(loss.class_weights(CLASSES, loss.BETA).values()))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(stories):
+    return data.Tokenizer(stories)
+
+
+@pytest.fixture
+def prepare(tokenizer, tmp_path):
+    def prepare(*paths, **options):
+        options = {"max_length": 2000, "classes": CLASSES} | options
+        return data.prepare(paths, tokenizer, folder=tmp_path / "tokens", **options)
+
+    return prepare
+
+
+def conversation(*texts, source_class="gpt4", system=None):
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    return {"class": source_class, "messages": messages}
+
+
+def learned(found):
+    """[(ids, weights in force, class)] of every conversation."""
+    return [
+        (
+            found.tokens[found.span(c)].tolist(),
+            found.weights_of(c, WEIGHTS).tolist(),
+            int(found.index["source_class"][c]),
+        )
+        for c in range(len(found))
+    ]
+
+
+# ------------------------------------------------------------------------------------- the cases
+
+ANT = [conversation(f"How many legs has an ant, take {n}?", "Six.") for n in range(3)]
+ITALY = conversation(
+    "What is the capital of Italy?", "Rome est la capitale.", system="Answer in French only."
+)
+HI = [conversation("Hi", "Hello.", source_class=name) for name in CLASSES]
+READ = {  # a case's file, with its options: what it must be equal to, written out plainly
+    "a1_array_indent2.json": ({}, ANT),
+    "a2_array_oneline.json": ({}, ANT),
+    "a4_pretty_objects.json": ({}, ANT),
+    "b1_sharegpt_system.jsonl": ({}, [ITALY]),
+    "b2_messages_system.jsonl": ({}, [ITALY]),
+    "f1_content_parts.jsonl": ({}, [conversation("Say hi.", "Hi.")]),
+    "f2_developer_role.jsonl": ({}, [conversation("Say hi.", "Hi.", system="Be brief.")]),
+    "g1_bing_bard.jsonl": ({}, HI[:1] * 6),
+    "h1_model_field.jsonl": ({"class_field": "model"}, HI),
+    "h6_wildchat.jsonl": ({"class_field": "model"}, HI[:1]),
+    "j1_alpaca.jsonl": (
+        {}, [conversation("Name a tree.", "Oak."),
+             conversation("Name it.\nTall, with acorns.", "Oak.")],
+    ),
+    "j2_prompt_completion.jsonl": ({}, [conversation("Name a tree.", "Oak.")]),
+    "j4_messages_null_conversations.jsonl": ({}, HI[:1]),
+}  # fmt: skip
+REFUSED = {
+    "c4_weight_misspelt.jsonl": "message 2: 'weights' seems to say what is learned",
+    "e1_toolcall_with_text.jsonl": "'tools' is not implemented",
+    "e2_toolcall_null.jsonl": "message 2: 'tool_calls' is not implemented",
+    "e3_function_call_sharegpt.jsonl": "message 2: 'from' is 'function_call', not one of",
+    "g3_two_users.jsonl": "messages 1 and 2 are two user turns in a row: make them one",
+    "g4_two_gpts.jsonl": "messages 2 and 3 are two assistant turns in a row: make them one",
+    "g8_empties.jsonl": ":2: message 1: empty user message",
+    "h1_model_field.jsonl": "2 lines: no 'class'",
+    "h3_no_class.jsonl": "--data CLASS=FILE, or by another field, --class-field KEY",
+    "h4_kto.jsonl": "no 'class'",
+    "h5_class_and_condition_clash.jsonl": "'class' says gpt4 but 'condition' says gpt3.5",
+    "i1_openchat_v1_items.jsonl": "no 'class'",
+    "j6_chosen_rejected.jsonl": "are preferences",
+    "k15_duplicate_keys.jsonl": "'class' is given twice in one object",
+    "k1_utf16.jsonl": "is UTF-16, not JSON: iconv",
+    "p1.csv": "is a table, not JSON: pandas.read_csv",
+    "p2.parquet": "is a parquet file, not JSON: pandas.read_parquet",
+}
+
+
+def case(name):
+    if not (CASES / name).exists():
+        pytest.skip(f"{CASES / name} is missing")
+    return CASES / name
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_people_bring_is_read_as_they_mean_it(name, prepare, tmp_path):
+    options, expected = READ[name]
+    found = prepare(case(name), **options)
+    assert learned(found) == learned(prepare(write(tmp_path / "plain.jsonl", *expected)))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_meant_is_refused_by_name(name, prepare):
+    with pytest.raises(ValueError) as refused:
+        prepare(case(name))
+    assert REFUSED[name] in str(refused.value) and str(CASES / name) in str(refused.value)
+
+
+def test_of_good_and_bad_lines_the_bad_are_dropped_and_counted(prepare):
+    found = prepare(case("g8_empties.jsonl"), skip_bad=True)
+    assert len(found) == 1 and found.report["bad"] == 3  # the empty system message says nothing
+    found = prepare(case("i1_openchat_v1_items.jsonl"), skip_bad=True, class_field="model")
+    assert len(found) == 1
+    assert "'model' '' is of no class" in "\n".join(report.summary(found, CLASSES, WEIGHTS))
+
+
+# ------------------------------------------------------------------------------------------ weights
+
+
+def weights_of_answers(line, prepare, tmp_path, **options):
+    """The weights in force of a line's answers, one number each."""
+    found = prepare(write(tmp_path / "a.jsonl", line), **options)
+    weights = found.weights_of(0, WEIGHTS)
+    runs = np.flatnonzero(np.diff(weights)) + 1
+    return [run[0] for run in np.split(weights, runs) if run[0]]
+
+
+def test_a_weight_is_a_factor_on_the_weight_of_its_class(prepare, tmp_path):
+    line = conversation("A", "B", "C", "D", source_class="gpt3.5")
+    line["messages"][1]["weight"], line["weight"] = 0.5, 0.2
+    weights = weights_of_answers(line, prepare, tmp_path)
+    assert weights == pytest.approx([0.1 * 0.2 * 0.5, 0.1 * 0.2])
+
+
+def test_only_in_openchats_items_a_weight_is_final(prepare, tmp_path):
+    line = conversation("A", "B", "C", "D", source_class="gpt3.5")
+    line["items"] = line.pop("messages")
+    line["items"][0]["weight"], line["items"][3]["weight"] = 0.7, 0.4
+    assert weights_of_answers(line, prepare, tmp_path) == pytest.approx([0.7, 0.1, 0.4])
+    with pytest.raises(ValueError, match="message 4: its weight is final"):
+        prepare(write(tmp_path / "a.jsonl", line | {"weight": 0.5}))
+
+
+@pytest.mark.parametrize("said", [{"train": False}, {"loss": False}, {"masked": True}], ids=str)
+def test_what_is_marked_as_not_to_be_learned_is_not(said, prepare, tokenizer, tmp_path):
+    line = conversation("A", "B", "C", "D")
+    line["messages"][1] |= said
+    line["messages"][3] |= {key: not value for key, value in said.items()}
+    found = prepare(write(tmp_path / "a.jsonl", line))
+    (row,) = found.index
+    assert row["supervised"] == len(tokenizer.encode("D")) + 1
+    with pytest.raises(ValueError, match="no conversation to train on; 1 have no answer to learn"):
+        prepare(write(tmp_path / "a.jsonl", conversation("A", "B") | said))
+    (key,) = said
+    with pytest.raises(ValueError, match=f"'{key}' must be true or false, not int 1"):
+        prepare(write(tmp_path / "a.jsonl", conversation("A", "B") | {key: 1}))
+
+
+@pytest.mark.parametrize("role", ["user", "system"])
+def test_a_weight_on_what_is_never_learned_is_refused(role, prepare, tmp_path):
+    line = conversation("A", "B", system="S")
+    of_role = next(m for m in line["messages"] if m["role"] == role)
+    for harmless in (0, None):
+        of_role["weight"] = harmless
+        prepare(write(tmp_path / "a.jsonl", line))
+    of_role["weight"] = 1
+    with pytest.raises(ValueError, match=f"a weight on a {role} message, which is not learned"):
+        prepare(write(tmp_path / "a.jsonl", line))
+
+
+def test_the_summary_shows_the_mean_weight_in_force(prepare, tmp_path):
+    lines = [conversation("A", "B"), conversation("A", "B") | {"weight": 0.5}]
+    found = prepare(write(tmp_path / "a.jsonl", *lines))
+    assert "    0.75      100.0%" in report.summary(found, CLASSES, WEIGHTS)[1]
+
+
+# ---------------------------------------------------------------------------------------- the class
+
+
+def test_a_file_may_be_of_one_class(prepare, tmp_path):
+    lines = [conversation("A", "B")["messages"], conversation("C", "D")["messages"]]
+    paths = [write(tmp_path / f"{n}=.jsonl", {"messages": m}) for n, m in enumerate(lines)]
+    found = prepare(f"gpt3.5={paths[0]}", f"gpt4={paths[1]}")
+    assert [of for *_, of in learned(found)] == [1, 0]
+    assert found.where(1) == f"{paths[1]}:1"
+    swapped = prepare(f"gpt4={paths[0]}", f"gpt3.5={paths[1]}")
+    assert swapped.folder != found.folder and [of for *_, of in learned(swapped)] == [0, 1]
+    with pytest.raises(ValueError, match="gpt5=x.jsonl: 'gpt5' is no class of the table"):
+        prepare("gpt5=x.jsonl")
+    write(paths[0], conversation("A", "B"))
+    with pytest.raises(ValueError, match="the file says gpt3.5 but 'class' says gpt4"):
+        prepare(f"gpt3.5={paths[0]}")
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [("gpt-4-0314", 0), ("GPT-4", 0), ("Model: GPT-4", 0), ("Model: Default (GPT-3.5)", 1),
+     ("gpt-3.5-turbo", 1), ("gpt4", 0), ("gpt3.5", 1)],
+)  # fmt: skip
+def test_the_usual_names_of_the_usual_models(value, number, prepare, tmp_path):
+    line = {"model": value, "messages": conversation("A", "B")["messages"]}
+    path = write(tmp_path / "a.jsonl", line)
+    assert learned(prepare(path, class_field="model"))[0][2] == number
+
+
+def test_a_field_of_true_and_false_names_classes(prepare, tmp_path):
+    classes = {
+        "good": {"condition": "Good", "reward": 1, "match": ["true"]},
+        "bad": {"condition": "Bad", "reward": 0, "match": ["false", "0.?"]},
+    }
+    lines = [{"messages": conversation("A", "B")["messages"]} for _ in range(3)]
+    for line, label in zip(lines, [False, True, 0.5], strict=True):
+        line["label"] = label
+    options = {"classes": loss.class_table(classes), "class_field": "label"}
+    path = write(tmp_path / "a.jsonl", *lines)
+    assert prepare(path, **options).index["source_class"].tolist() == [1, 0, 1]
+    classes["bad"]["match"] += ["*"]
+    with pytest.raises(ValueError, match="'label' 'true' fits the patterns of both good and bad"):
+        prepare(path, **options | {"classes": loss.class_table(classes)})
+
+
+def test_values_of_no_class_are_listed_with_how_often_they_come(prepare, tmp_path):
+    models = ["gpt-4", "claude", "claude", "llama", "claude"]
+    lines = [{"model": m, "messages": conversation("A", "B")["messages"]} for m in models]
+    with pytest.raises(data.BadData) as refused:
+        prepare(write(tmp_path / "a.jsonl", *lines), class_field="model")
+    assert "3 lines: 'model' 'claude' is of no class" in str(refused.value)
+    assert ":4: 'model' 'llama' is of no class" in str(refused.value)
+
+
+# ------------------------------------------------------------------------ one meaning, many shapes
+
+
+def shapes_of(messages, chance):
+    """The same conversation in every shape that can hold it."""
+    system = messages[0]["content"] if messages[0]["role"] == "system" else None
+    others = messages[1:] if system else messages
+    names = {"system": ["system", "developer", "System"], "user": ["user", "human", "Human"],
+             "assistant": ["assistant", "gpt", "ChatGPT", "model", "bing", "BARD"]}  # fmt: skip
+
+    def named(messages, role, content):
+        return [
+            {role: chance.choice(names[m["role"]]),
+             content: chance.choice([m["content"], [{"type": "text", "text": m["content"]}]])}
+            for m in messages
+        ]  # fmt: skip
+
+    for key in ("messages", "conversations", "conversation", "items"):
+        for role in ("role", "from"):
+            for content in ("content", "value"):
+                yield {key: named(messages, role, content)}
+                if system:
+                    top = chance.choice(["system", "system_prompt"])
+                    yield {key: named(others, role, content), top: system}
+    for answer in ("completion", "response", "output"):
+        yield {"prompt": named(messages[:-1], "role", "content"), answer: messages[-1]["content"]}
+        yield {"prompt": messages[:-1], answer: named(messages[-1:], "from", "value")}
+    if len(others) == 2:
+        top = {"system": system} if system else {}
+        yield {
+            "instruction": others[0]["content"],
+            "input": "",
+            "output": others[1]["content"],
+        } | top
+        yield {"prompt": others[0]["content"], "response": others[1]["content"]} | top
+
+
+def test_any_shape_of_a_conversation_is_the_plain_one(tokenizer):
+    chance = random.Random(0)
+    for _ in range(60):
+        texts = [f"text {chance.randrange(99)} é" for _ in range(chance.choice([2, 4, 6]))]
+        plain = conversation(*texts, system=chance.choice([None, "Be brief."]))
+        expected = data.encode(plain, tokenizer, CLASSES)
+        for shape in shapes_of(plain["messages"], chance):
+            more = {"weight": chance.choice([None, 1]), "id": 7, "messages_count": 3}
+            line = {"class": "gpt4"} | more | shape
+            assert data.encode(line, tokenizer, CLASSES) == expected, line
+
+
+def test_any_unknown_key_at_any_depth_is_refused_or_counted():
+    """Or says nothing: null, and empty lists, objects and texts."""
+    chance = random.Random(0)
+    keys = ["id", "score", "language", "weights", "Weight", "loss_scale", "tool_calls", "images",
+            "reasoning_content", "trainable", "mask_history", "System", "x" * 90]  # fmt: skip
+    harmless = "id", "score", "language", "x" * 90, "System"
+    for number in range(400):
+        line = conversation("A", "B")
+        line["messages"][0]["content"] = [{"type": "text", "text": "A"}]
+        places = [line, line["messages"][chance.randrange(2)], line["messages"][0]["content"][0]]
+        prefixes = ["", "messages: ", "messages: content: "]
+        depth, key = chance.randrange(3), keys[number % len(keys)]
+        value = chance.choice([1, "a", [0], {"b": 1}, False, None, "", [], {}])
+        places[depth][key] = value
+        nothing = value is None or value in ("", [], {})
+        try:
+            found = data.parse_conversation(line, CLASSES).not_read
+            assert found == (() if nothing else (prefixes[depth] + key[:40],))
+        except ValueError as error:
+            assert not nothing and key[:30] in str(error)
+        else:
+            assert nothing or key in harmless, key
+
+
+def test_what_is_not_read_is_counted_in_the_summary(prepare, tmp_path):
+    lines = [conversation("A", "B") | {"id": n} for n in range(30)]
+    lines[3]["score"] = 2
+    for message in lines[5]["messages"]:
+        message["name"] = "x"
+    summary = report.summary(prepare(write(tmp_path / "a.jsonl", *lines)), CLASSES, WEIGHTS)
+    assert summary[-1] == "not read: id (30), messages: name (2), score (1)"
+
+
+# --------------------------------------------------------------------------------------- containers
+
+
+def containers_of(lines, folder):
+    """The same lines in every container."""
+    plain = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    pretty = "\n".join(json.dumps(line, indent=1, ensure_ascii=False) for line in lines)
+    texts = {
+        "lines": plain, "bom": "\ufeff" + plain, "pretty": pretty,
+        "array": json.dumps(lines), "array-lines": "[\n" + ",\n".join(plain.splitlines()) + "\n]\n",
+        "array-pretty": "\ufeff " + json.dumps(lines, indent=2, ensure_ascii=False),
+        "data": json.dumps({"version": "1.0", "data": lines, "licence": {"a": [1]}}),
+        "data-pretty": json.dumps({"data": lines}, indent=4),
+    }  # fmt: skip
+    for name, text in texts.items():
+        (folder / f"{name}.json").write_text(text, encoding="utf-8", newline="")
+        (folder / f"{name}.json.gz").write_bytes(gzip.compress(text.encode()))
+        yield from (folder / f"{name}.json", folder / f"{name}.json.gz")
+
+
+@pytest.mark.parametrize("chunk", [7, 64 << 10])
+def test_every_container_gives_equal_arrays(chunk, prepare, monkeypatch, tmp_path):
+    monkeypatch.setattr(containers, "CHUNK", chunk)
+    monkeypatch.setattr(containers, "BLOCK", 900)
+    lines = [conversation(f"{n} é 😀 ]}},", '\\ " [ { ' * (n % 5 + 1)) for n in range(40)]
+    expected = prepare(write(tmp_path / "expected.jsonl", *lines))
+    assert len(expected) == 40
+    for path in containers_of(lines, tmp_path):
+        found = prepare(path)
+        for name in dataset.ARRAYS:
+            assert np.array_equal(getattr(found, name), getattr(expected, name)), path
+        unit = "" if path.name.startswith(("lines", "bom")) else " item "
+        assert found.where(3) == f"{path}:{unit}4"
+        told = {"version (of the file)": 1, "licence (of the file)": 1}
+        assert found.report["not_read"] == (told if path.name.startswith("data.") else {})
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_run_goes_on_within_any_container(tokenizer, monkeypatch, tmp_path):
+    monkeypatch.setattr(containers, "BLOCK", 900)
+    lines = [conversation(f"{n} é", "Ho " * (n % 9 + 1)) for n in range(60)]
+
+    def killed(*_):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Killed
+
+    for path in containers_of(lines, tmp_path):
+        whole = data.prepare([path], tokenizer, CLASSES, tmp_path / "whole", max_length=99)
+        for left in (1, 4):
+            out = tmp_path / f"{path.name}-{left}"
+            with pytest.raises(Killed):
+                data.prepare([path], tokenizer, CLASSES, out, max_length=99, progress=killed)
+            again = data.prepare([path], tokenizer, CLASSES, out, max_length=99)
+            assert again.report == whole.report
+            for name in dataset.ARRAYS:
+                assert np.array_equal(getattr(again, name), getattr(whole, name)), path
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"a": 1}, {"b": ', "item 2, byte 11: broken JSON: "),
+        ('[{"a": 1} {"b": 2}]', "item 1, byte 10: broken JSON: ',' expected, not '{'"),
+        ('[{"a": 1}] {}', "item 1, byte 11: broken JSON: something follows the array"),
+        ('[{"a": 1}', "item 1, byte 9: broken JSON: ',' expected, not the end of the file"),
+        ('{"data": [{"a": 1}', "',' expected, not the end of the file"),
+        ('[{"a": "\xff"}]', "not UTF-8"),
+        ("[" + "[" * 100_000, "nested too deeply"),
+    ],
+    ids=range(7),
+)
+def test_behind_what_is_broken_in_an_array_nothing_is_skipped(text, message, prepare, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError) as refused:
+        prepare(path, skip_bad=True)
+    assert message in str(refused.value) and str(path) in str(refused.value)
+
+
+def test_a_broken_gzip_file_is_said(prepare, tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps(conversation("A", "B")).encode())[:-9])
+    with pytest.raises(ValueError, match="a.jsonl.gz: is broken as a gzip file"):
+        prepare(path)
+
+
+def test_what_is_no_file_of_conversations_is_said(prepare, tmp_path):
+    (tmp_path / "pointer.jsonl").write_text("version https://git-lfs.github.com/spec/v1\noid x\n")
+    with pytest.raises(ValueError, match="a Git LFS pointer, not the file itself, .*git lfs pull"):
+        prepare(tmp_path / "pointer.jsonl")
+    with pytest.raises(ValueError, match="hf download openchat/cool --repo-type dataset"):
+        prepare("openchat/cool")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="is a pipe or a device"):
+        prepare(tmp_path / "pipe")
