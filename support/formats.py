@@ -26,7 +26,7 @@ ROLES = {
 }  # fmt: skip
 TEXT_PARTS = "text", "input_text", "output_text"
 
-FACTORS = "weight", "train", "loss", "masked"  # what says how much of an answer is learned
+FACTORS = {"weight", "train", "loss", "masked"}  # what says how much of an answer is learned
 LINE_KEYS = {*LISTS, *SYSTEMS, *FACTORS, "class", "condition"}
 MESSAGE_KEYS = {*FACTORS, "role", "from", "content", "value"}
 # Without these an answer is not what was answered.
@@ -123,7 +123,7 @@ def parse_messages(line, obeyed=()):
     A conversation without an answer yet is fine, such as a question to be answered.
     """
     parts, keys = _parts(line)
-    not_read = _check_keys(line, LINE_KEYS.union(keys, obeyed), "")
+    not_read = _check_keys(line, LINE_KEYS, "", {*keys, *obeyed})
     factor, messages = _factor(line), []
     final = keys == ["items"]
     for number, (role, raw) in enumerate(parts, start=1):
@@ -296,11 +296,13 @@ def _text(value, key, not_read):
 # ------------------------------------------------------------------------------------ keys, weights
 
 
-def _check_keys(given, obeyed, prefix):
+def _check_keys(given, obeyed, prefix, more=()):
     """The keys, after `prefix`, that are not read; BadLine where one may not be passed over."""
     not_read = []
+    if given.keys() <= obeyed:  # nearly always
+        return not_read
     for key, value in given.items():
-        if key in obeyed or says_nothing(value):
+        if key in obeyed or key in more or says_nothing(value):
             continue
         name = key.strip().lower()
         if name in NEEDED:
@@ -319,7 +321,7 @@ def _check_keys(given, obeyed, prefix):
 def _factor(keys):
     """The product of what a line or a message says of its weight; 1 where it says nothing."""
     product = 1.0
-    for key in FACTORS:
+    for key in FACTORS if keys.keys() & FACTORS else ():
         value = keys.get(key)
         if value is None:
             continue

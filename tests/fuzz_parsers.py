@@ -34,7 +34,7 @@ LINES = [
     {"class": "gpt4", "instruction": "Hi", "input": "", "output": [{"type": "text", "text": "A"}]},
     {"class": "gpt4", "prompt": TURNS[:1], "completion": "Hello", "train": True, "masked": False},
 ]
-LINES += [LINES[:3], {"version": 1, "data": LINES, "more": [1]}]  # containers of them
+LINES = [*LINES, LINES[:3], {"version": 1, "data": LINES, "more": [1]}]  # containers too
 LONG_CONTEXT = {  # what only a Mistral, or a Llama 3, has in its config.json
     "model_type": "mistral",
     "sliding_window": 9,
