@@ -49,8 +49,18 @@ ONLY_VALUE = {
     "partial_rotary_factor": 1.0,
 }
 # Keys that do not change the logits.
-IGNORED = {"architectures", "auto_map", "dtype", "torch_dtype", "use_cache"}
-IGNORED |= {"pad_token_id", "pretraining_tp", "transformers_version", "max_length"}
+IGNORED = {"architectures", "auto_map", "dtype", "torch_dtype", "use_cache", "tokenizer_class"}
+IGNORED |= {"pad_token_id", "pretraining_tp", "transformers_version", "use_flash_attention_2"}
+IGNORED |= {"max_sequence_length", "unsloth_version", "unsloth_fixed"}
+# Keys of generation, and of a model's outputs, that transformers writes there as well.
+IGNORED |= {"temperature", "top_k", "top_p", "typical_p", "do_sample", "num_beams", "max_length"}
+IGNORED |= {"max_new_tokens", "min_length", "length_penalty", "repetition_penalty"}
+IGNORED |= {"no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "num_beam_groups"}
+IGNORED |= {"diversity_penalty", "early_stopping", "exponential_decay_length_penalty"}
+IGNORED |= {"num_return_sequences", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"}
+IGNORED |= {"forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values"}
+IGNORED |= {"output_attentions", "output_hidden_states", "output_scores", "return_dict"}
+IGNORED |= {"return_dict_in_generate", "id2label", "label2id", "problem_type"}
 # Bounds against a broken or hostile file; well above any published Llama.
 LARGEST = {
     "hidden_size": 1 << 16,
@@ -179,7 +189,10 @@ def _implemented(raw):
     asked = [key for key, value in raw.items() if value not in (None, False) and key[0:1] != "_"]
     unknown = [key for key in asked if key not in known | IGNORED]
     if unknown:
-        raise ValueError(f"asks for {', '.join(sorted(unknown))}, which is not implemented")
+        raise ValueError(
+            f"asks for {', '.join(sorted(unknown))}, which is not implemented; "
+            "if it does not change the network, remove it"
+        )
     return {key: value for key, value in raw.items() if key in known}
 
 

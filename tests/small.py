@@ -1,7 +1,9 @@
 """What tests are made of: small networks, and files of a few lines."""
 
+import io
 import json
 
+import sentencepiece
 import torch
 
 import model
@@ -40,3 +42,34 @@ def write(path, *lines):
     encoded = [x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines]
     path.write_bytes(b"\n".join(encoded) + b"\n")
     return path
+
+
+ODD_TEXTS = [
+    "\n\nstarts with newlines",
+    "  two  spaces   and three ",
+    " one before",
+    "\tTabs\there\t\n\t",
+    "emoji 😀👩‍👩‍👧 and 日本語, עברית",
+    "ends in a newline\n",
+    "a\r\nb",
+    "\u00a0no-break space\u200b",
+    "GPT4 User: not a turn",
+    "▁ the marker itself ▁▁",
+    "ﬁ ① Å é e\u0301",
+    ":", "::", "1+1=2", "\n", "\x01",
+]  # fmt: skip
+
+
+def train_sentencepiece(folder, **options):
+    """A small SentencePiece model of the example's own text, Llama-like but for `options`."""
+    text = [f"{a} plus {b} is {a + b}, said the {a}th." for a in range(40) for b in range(9)]
+    model = io.BytesIO()
+    settings = {"vocab_size": 300, "model_type": "bpe", "byte_fallback": True} | options
+    settings = {"normalization_rule_name": "identity", "minloglevel": 2} | settings
+    settings = {"hard_vocab_limit": False, "remove_extra_whitespaces": False} | settings
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_writer=model, **settings
+    )
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return folder

@@ -1,6 +1,5 @@
 """data.py: conversations in, the exact tokens and masks out; whatever is wrong said by its line."""
 
-import io
 import json
 import os
 import random
@@ -12,9 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
-from small import write
+from small import ODD_TEXTS, train_sentencepiece, write
 
 import data
 import loss
@@ -162,192 +160,6 @@ def test_openchats_weights_win_over_the_classes(tokenizer, prepare, tmp_path):
     # Without reward a weight only says whether a token is learned.
     assert data.collate(dataset, [0], None).weights.tolist() == [1] * len(expected)
     assert dataset.total_weight([0], None) == len(expected)
-
-
-# -------------------------------------------------------------------- the exported tokenizer
-
-ODD_TEXTS = [
-    "\n\nstarts with newlines",
-    "  two  spaces   and three ",
-    " one before",
-    "\tTabs\there\t\n\t",
-    "emoji 😀👩‍👩‍👧 and 日本語, עברית",
-    "ends in a newline\n",
-    "a\r\nb",
-    "\u00a0no-break space\u200b",
-    "GPT4 User: not a turn",
-    "▁ the marker itself ▁▁",
-    "ﬁ ① Å é e\u0301",
-    ":", "::", "1+1=2", "\n", "\x01",
-]  # fmt: skip
-
-
-def exported(folder, target, condition="GPT4"):
-    """Our tokenizer of a folder, and transformers' of what it saves."""
-    transformers = pytest.importorskip("transformers")
-    tokenizer = data.Tokenizer(folder)
-    target.mkdir()
-    tokenizer.save(target, condition)
-    return tokenizer, transformers.AutoTokenizer.from_pretrained(target)
-
-
-def assert_template_gives_our_ids(ours, theirs, conversations):
-    for messages in conversations:
-        parsed = [data.Message(m["role"], m["content"]) for m in messages]
-        for condition, options in (("GPT4", {}), ("GPT3", {"condition": "GPT3"})):
-            contents = [ours.encode(message.content) for message in parsed]
-            expected = data.flat(data.lay_out(parsed, contents, ours, condition)[0])
-            ids = theirs.apply_chat_template(messages, return_dict=False, **options)
-            assert ids == expected, (messages, theirs.convert_ids_to_tokens(ids))
-        parsed, messages = parsed[:-1], messages[:-1]
-        options = {"add_generation_prompt": True, "return_dict": False}
-        ids = theirs.apply_chat_template(messages, **options)
-        assert ids == data.encode_prompt(parsed, ours, "GPT4")
-
-
-@pytest.mark.parametrize("name", ["llama2", "stories", "sums"])
-def test_transformers_template_gives_our_ids(name, request, tmp_path, code_mixed):
-    ours, theirs = exported(request.getfixturevalue(name), tmp_path / "out")
-    with open(code_mixed, encoding="utf-8") as file:
-        real = [json.loads(text)["messages"] for text in file.readlines()[::60]]
-    odd = [turns(text, "Fine.", text, text) for text in ODD_TEXTS]
-    odd += [[{"role": "system", "content": text}, *turns("Hi", "Ho")] for text in ODD_TEXTS]
-    assert_template_gives_our_ids(ours, theirs, real + odd)
-
-
-def test_transformers_special_tokens_are_ours(stories, tmp_path):
-    ours, theirs = exported(stories, tmp_path / "out")
-    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos, ours.eot)
-    assert theirs.convert_tokens_to_ids(EOT) == ours.eot == 512 == len(theirs) - 1
-
-
-@pytest.mark.parametrize("name", ["llama2", "stories", "sums"])
-def test_a_saved_tokenizer_reads_back_as_itself(name, request, tmp_path):
-    ours = data.Tokenizer(request.getfixturevalue(name))
-    ours.save(tmp_path, "GPT4")
-    again = data.Tokenizer(tmp_path)
-    for field in ("bos", "eos", "eot", "vocab_size"):
-        assert getattr(again, field) == getattr(ours, field)
-
-
-@pytest.mark.parametrize("condition", ["", "Math Correct", 'it\'s "so" \\ {{ 1 }} {% x %} 😀'])
-def test_the_template_holds_any_condition(condition, stories, tmp_path):
-    ours, theirs = exported(stories, tmp_path / "out", condition)
-    ids = theirs.apply_chat_template(turns("Hi"), add_generation_prompt=True, return_dict=False)
-    assert ids == data.encode_prompt([data.Message("user", "Hi")], ours, condition)
-
-
-@pytest.mark.parametrize("name", ["llama2", "stories"])
-def test_transformers_decodes_what_we_decode(name, request, tmp_path):
-    ours, theirs = exported(request.getfixturevalue(name), tmp_path / "out")
-    for text in ODD_TEXTS:
-        if "▁" not in text:
-            ids = [*ours.encode(text), ours.eot]
-            assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
-            assert name == "stories" or ours.decode(ids) == text  # stories' joins spaces
-
-
-# -------------------------------------------------------------------- tokenizers of other kinds
-
-
-def train_sentencepiece(folder, **options):
-    """A small SentencePiece model of the example's own text, Llama-like but for `options`."""
-    text = [f"{a} plus {b} is {a + b}, said the {a}th." for a in range(40) for b in range(9)]
-    model = io.BytesIO()
-    settings = {"vocab_size": 300, "model_type": "bpe", "byte_fallback": True} | options
-    settings = {"normalization_rule_name": "identity", "minloglevel": 2} | settings
-    settings = {"hard_vocab_limit": False, "remove_extra_whitespaces": False} | settings
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text), model_writer=model, **settings
-    )
-    folder.mkdir(exist_ok=True)
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
-    return folder
-
-
-def test_an_end_of_turn_that_text_can_forge_is_refused(tmp_path):
-    folder = train_sentencepiece(tmp_path, user_defined_symbols=[EOT])
-    with pytest.raises(ValueError, match=r"tokenizer.model: .* must be a control symbol"):
-        data.Tokenizer(folder)
-
-
-def test_an_end_of_turn_of_the_models_own_is_used(tmp_path):
-    tokenizer = data.Tokenizer(train_sentencepiece(tmp_path, control_symbols=[EOT]))
-    assert tokenizer.eot == tokenizer.pieces.piece_to_id(EOT) < tokenizer.vocab_size
-    assert tokenizer.vocab_size == tokenizer.pieces.vocab_size()
-
-
-@pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
-def test_an_end_of_turn_added_to_the_checkpoint_is_used(file, tmp_path):
-    folder = train_sentencepiece(tmp_path)
-    count = data.Tokenizer(folder).pieces.vocab_size()
-    added = {EOT: count + 1, "<|pad_0|>": count}
-    if file == "tokenizer_config.json":
-        added = {"added_tokens_decoder": {str(i): {"content": t} for t, i in added.items()}}
-    (folder / file).write_text(json.dumps(added))
-    tokenizer = data.Tokenizer(folder)
-    assert (tokenizer.eot, tokenizer.vocab_size) == (count + 1, count + 2)
-
-
-def test_an_end_of_turn_comes_after_other_added_tokens(tmp_path):
-    folder = train_sentencepiece(tmp_path)
-    count = data.Tokenizer(folder).pieces.vocab_size()
-    (folder / "added_tokens.json").write_text(json.dumps({"<|pad_0|>": count + 4}))
-    assert data.Tokenizer(folder).eot == count + 5
-
-
-def test_an_end_of_turn_that_is_an_ordinary_piece_is_refused(tmp_path):
-    folder = train_sentencepiece(tmp_path)
-    (folder / "added_tokens.json").write_text(json.dumps({EOT: 290}))
-    with pytest.raises(ValueError, match="<|end_of_turn|>"):
-        data.Tokenizer(folder)
-
-
-@pytest.mark.parametrize(
-    ("options", "what"),
-    [
-        ({"model_type": "unigram"}, "is not a BPE model"),
-        ({"normalization_rule_name": "nmt_nfkc"}, "normalizes text"),
-        ({"add_dummy_prefix": False}, "normalizes text"),
-    ],
-)
-def test_a_tokenizer_that_cannot_be_exported_exactly_is_refused(options, what, tmp_path):
-    with pytest.raises(ValueError, match=f"tokenizer.model: {what}"):
-        data.Tokenizer(train_sentencepiece(tmp_path, **options))
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({}, "tokenizer.model: not found"),
-        ({"tokenizer.model": b""}, "tokenizer.model: not a SentencePiece model"),
-        ({"tokenizer.model": b"\x80\x04pickle"}, "tokenizer.model: not a SentencePiece model"),
-        ({"added_tokens.json": b"{"}, "added_tokens.json: cannot be read"),
-        ({"added_tokens.json": b"[[1, 2]]"}, "added_tokens.json: cannot be read"),
-        ({"added_tokens.json": b'{"<a>": "7"}'}, "id is not a whole number in range"),
-        ({"added_tokens.json": b'{"<a>": -1}'}, "id is not a whole number in range"),
-        ({"added_tokens.json": b'{"<a>": 99999999999}'}, "id is not a whole number in range"),
-        ({"tokenizer_config.json": b"[]"}, "tokenizer_config.json: cannot be read"),
-        ({"tokenizer_config.json": b"\xff"}, "tokenizer_config.json: cannot be read"),
-        ({"tokenizer_config.json": b'{"added_tokens_decoder": {"x": {}}}'}, "cannot be read"),
-    ],
-)
-def test_a_tokenizer_that_cannot_be_read_is_said(files, message, stories, tmp_path):
-    if "tokenizer.model" not in files and files:
-        (tmp_path / "tokenizer.model").write_bytes((stories / "tokenizer.model").read_bytes())
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError) as refused:
-        data.Tokenizer(tmp_path)
-    assert message in str(refused.value) and str(tmp_path) in str(refused.value)
-
-
-def test_a_tokenizer_of_another_checkpoint_is_refused(tokenizer):
-    for rows in (512, 513, 576):
-        tokenizer.check_vocabulary(rows)
-    for rows in (511, 32000):
-        with pytest.raises(ValueError, match="belongs to another checkpoint"):
-            tokenizer.check_vocabulary(rows)
 
 
 # ------------------------------------------------------------------------------------- bad input

@@ -508,6 +508,7 @@ NOT_IMPLEMENTED = [
     ({"quantization_config": {"bits": 4}}, "asks for quantization_config, which is not impl"),
     ({"sliding_window": 16}, "sliding_window is implemented for model_type mistral only"),
     ({"num_experts": 8, "a_new_idea": 1}, "asks for a_new_idea, num_experts, which is not"),
+    ({"no_such_key": 1}, "if it does not change the network, remove it"),
 ]
 WRONG = [
     ({"hidden_size": 1 << 40}, "hidden_size must be a whole number, 1 to 65536, not 1099511627776"),
@@ -551,6 +552,20 @@ def test_a_config_that_cannot_be_run_is_refused_by_name(change, message, tmp_pat
         model.LlamaConfig.from_folder(tmp_path)
     assert str(refused.value).startswith(f"{tmp_path}/config.json: ")
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"unsloth_version": "2024.11.7", "unsloth_fixed": True},
+        {"max_sequence_length": 512, "tokenizer_class": "LlamaTokenizer"},
+        {"use_flash_attention_2": True, "temperature": 0.6, "top_p": 0.9, "do_sample": True},
+        {"id2label": {"0": "LABEL_0"}, "return_dict": True, "chunk_size_feed_forward": 0},
+    ],
+)
+def test_config_keys_that_change_nothing_pass(extra, tmp_path):
+    write_json(tmp_path / "config.json", RAW | extra)
+    assert model.LlamaConfig.from_folder(tmp_path) == config_of()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,429 @@
+"""support/tokenizer.py: transformers gives training's ids from an export, or there is none."""
+
+import json
+import random
+import struct
+
+import pytest
+import sentencepiece
+from small import ODD_TEXTS, train_sentencepiece
+
+import data
+import loss
+from support import tokenizer as support_tokenizer
+
+CLASSES = loss.DEFAULT_CLASSES
+EOT = support_tokenizer.END_OF_TURN
+
+
+@pytest.fixture(scope="session")
+def tokenizer(stories):
+    return data.Tokenizer(stories)
+
+
+@pytest.fixture(scope="session")
+def code_mixed_eval(code_mixed):
+    """Real conversations that no model was trained on."""
+    lines = code_mixed.with_name("code_mixed.eval.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line)["messages"] for line in lines]
+
+
+# ------------------------------------------------------------------------ the same ids and masks
+
+
+def exported(folder, target, condition="GPT4"):
+    """Our tokenizer of a folder, and transformers' of what it saves."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = data.Tokenizer(folder)
+    target.mkdir()
+    tokenizer.save(target, condition)
+    return tokenizer, transformers.AutoTokenizer.from_pretrained(target)
+
+
+def turns(*contents):
+    return [
+        {"role": ("user", "assistant")[i % 2], "content": content}
+        for i, content in enumerate(contents)
+    ]
+
+
+def assert_template_gives_our_ids(ours, theirs, conversations):
+    """And marks what is learned; each conversation ends with an answer."""
+    for messages in conversations:
+        for name, source_class in CLASSES.items():
+            line = {"class": name, "messages": messages}
+            tokens, supervised = data.encode(line, ours, CLASSES)
+            found = theirs.apply_chat_template(
+                messages,
+                condition=source_class.condition,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+            )
+            ids = found["input_ids"]
+            assert ids == tokens, (messages, theirs.convert_ids_to_tokens(ids))
+            assert [mask == 1 for mask in found["assistant_masks"]] == supervised, messages
+        ids = theirs.apply_chat_template(
+            messages[:-1], add_generation_prompt=True, return_dict=False
+        )
+        prompt = [data.Message(m["role"], m["content"]) for m in messages[:-1]]
+        assert ids == data.encode_prompt(prompt, ours, "GPT4")
+
+
+@pytest.mark.parametrize("name", ["llama2", "stories", "sums"])
+def test_transformers_template_gives_our_ids_and_masks(name, request, tmp_path, code_mixed_eval):
+    ours, theirs = exported(request.getfixturevalue(name), tmp_path / "out")
+    texts = [text for text in ODD_TEXTS if text.strip()]
+    odd = [turns(text, "Fine.", text, text.lstrip(" ")) for text in texts]
+    odd += [[{"role": "system", "content": text}, *turns("Hi", "Ho")] for text in texts]
+    assert_template_gives_our_ids(ours, theirs, code_mixed_eval[::5] + odd)
+
+
+@pytest.mark.parametrize("name", ["llama2", "stories"])
+def test_an_answer_that_comes_back_with_its_space_has_trainings_ids(name, request, tmp_path):
+    """vLLM and llama.cpp give ' 58' where transformers gives '58'."""
+    ours, theirs = exported(request.getfixturevalue(name), tmp_path / "out")
+    expected, _ = data.encode({"class": "gpt4", "messages": turns("a", "58")}, ours, CLASSES)
+    for answer in ("58", " 58"):
+        assert theirs.apply_chat_template(turns("a", answer), return_dict=False) == expected
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "tool", "content": "58"}],
+        [{"role": "User", "content": "58"}],
+        [*turns("a", "b"), {"role": "system", "content": "58"}],
+    ],
+)
+def test_the_template_refuses_roles_that_were_not_trained(messages, stories, tmp_path):
+    _, theirs = exported(stories, tmp_path / "out")
+    with pytest.raises(Exception, match="a message of role .* was never trained"):
+        theirs.apply_chat_template(messages)
+
+
+def test_a_plain_text_starts_once_with_bos_and_pads_on_the_left(llama2, tmp_path):
+    ours, theirs = exported(llama2, tmp_path / "out")
+    assert theirs("Hello")["input_ids"] == [ours.bos, *ours.encode("Hello")]
+    two = theirs(["Hello", "Hello you"], padding=True)
+    assert two["input_ids"][0] == [theirs.unk_token_id, ours.bos, *ours.encode("Hello")]
+    assert two["attention_mask"][0] == [0, 1, 1]
+    ids = theirs.apply_chat_template(turns("Hello"), return_dict=False)
+    assert ids.count(ours.bos) == 1
+
+
+def test_transformers_special_tokens_are_ours(stories, tmp_path):
+    ours, theirs = exported(stories, tmp_path / "out")
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos, ours.eot)
+    assert theirs.convert_tokens_to_ids(EOT) == ours.eot == 512 == len(theirs) - 1
+
+
+@pytest.mark.parametrize("name", ["llama2", "stories", "sums"])
+def test_a_saved_tokenizer_reads_back_as_itself(name, request, tmp_path):
+    ours = data.Tokenizer(request.getfixturevalue(name))
+    ours.save(tmp_path, "GPT4")
+    again = data.Tokenizer(tmp_path)
+    for field in ("bos", "eos", "eot", "vocab_size"):
+        assert getattr(again, field) == getattr(ours, field)
+
+
+@pytest.mark.parametrize("condition", ["", "Math Correct", 'it\'s "so" \\ {{ 1 }} {% x %} 😀'])
+def test_the_template_holds_any_condition(condition, stories, tmp_path):
+    ours, theirs = exported(stories, tmp_path / "out", condition)
+    ids = theirs.apply_chat_template(turns("Hi"), add_generation_prompt=True, return_dict=False)
+    assert ids == data.encode_prompt([data.Message("user", "Hi")], ours, condition)
+
+
+@pytest.mark.parametrize("name", ["llama2", "stories"])
+def test_transformers_decodes_what_we_decode(name, request, tmp_path):
+    ours, theirs = exported(request.getfixturevalue(name), tmp_path / "out")
+    for text in ODD_TEXTS:
+        if "▁" not in text:
+            ids = [*ours.encode(text), ours.eot]
+            assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
+            assert name == "stories" or ours.decode(ids) == text  # stories' joins spaces
+
+
+# -------------------------------------------------------------- the same ids, or a clear refusal
+
+LLAMA = {"model_type": "bpe", "normalization_rule_name": "identity", "byte_fallback": True}
+TRAINED = [  # SentencePiece's options, and what is said of them (None: exported)
+    ({}, None),
+    ({"vocab_size": 800}, None),
+    ({"remove_extra_whitespaces": True}, None),
+    ({"byte_fallback": False}, None),
+    ({"control_symbols": ["<pad>", "[INST]"]}, None),
+    ({"allow_whitespace_only_pieces": True}, None),
+    ({"model_type": "unigram"}, "is a unigram model"),
+    ({"model_type": "char"}, "is a character model"),
+    ({"normalization_rule_name": "nmt_nfkc"}, r"changes characters by its rules \(nmt_nfkc\)"),
+    ({"normalization_rule_tsv": "own"}, "changes characters by its rules"),
+    ({"add_dummy_prefix": False}, "add_dummy_prefix=false"),
+    ({"treat_whitespace_as_suffix": True}, "treat_whitespace_as_suffix=true"),
+    ({"split_by_whitespace": False}, "split_by_whitespace=false"),
+    ({"user_defined_symbols": ["<think>"]}, "never splits '<think>'"),
+]
+
+
+def random_texts(rng, count=60):
+    """Words of the trained text, odd characters, spaces, and special tokens' look-alikes."""
+    parts = ["plus", "1", "23", "said", "the", "th.", " ", "  ", "      ", "\n", "▁", "é", "习"]
+    parts += [
+        "大学",
+        "😀",
+        "<0x0A>",
+        "<s",
+        "|end_of_turn|>",
+        "<think>",
+        "Ａ",
+        "ﬁ",
+        "ibuprofen",
+        "ab",
+    ]
+    made = ["".join(rng.choices(parts, k=rng.randrange(1, 12))) for _ in range(count)]
+    return [" " * n + "x" + " " * n for n in range(1, 40)] + made
+
+
+def assert_texts_have_our_ids(ours, theirs, texts):
+    for text in texts:
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ids == ours.encode(text), (text, theirs.convert_ids_to_tokens(ids))
+    plain = [text for text in texts if text.strip() and text[0] != " "]
+    answers = [turns(text, text) for text in plain[::4]]
+    assert_template_gives_our_ids(ours, theirs, answers)
+
+
+@pytest.mark.parametrize(("options", "refusal"), TRAINED, ids=lambda v: str(v)[:45])
+def test_a_trained_tokenizer_is_exported_exactly_or_refused(options, refusal, tmp_path):
+    if "normalization_rule_tsv" in options:
+        (tmp_path / "rule.tsv").write_text("FF21\t41\n")
+        options = {
+            "normalization_rule_tsv": str(tmp_path / "rule.tsv"),
+            "normalization_rule_name": "",
+        }
+    folder = train_sentencepiece(tmp_path / "model", **options)
+    if refusal:
+        assert_is_refused(folder, refusal)
+    else:
+        ours, theirs = exported(folder, tmp_path / "out")
+        assert_texts_have_our_ids(ours, theirs, random_texts(random.Random(0)))
+
+
+def assert_is_refused(folder, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        data.Tokenizer(folder)
+    assert str(refused.value).startswith(f"{folder}/tokenizer.model: ")
+    assert "the export would give other ids; " in str(refused.value)
+
+
+def with_pieces(folder, target, pieces):
+    """A tokenizer.model and more (text, score, type): protobuf appends what follows."""
+    target.mkdir()
+    model = (folder / "tokenizer.model").read_bytes()
+    for text, score, kind in pieces:
+        text = text.encode()
+        piece = bytes([10, len(text)]) + text + b"\x15" + struct.pack("<f", score)
+        piece += bytes([24, kind])
+        model += bytes([10, len(piece)]) + piece
+    (target / "tokenizer.model").write_bytes(model)
+    return target
+
+
+NORMAL = 1
+
+
+@pytest.mark.parametrize(
+    ("pieces", "refusal"),
+    [
+        ([("习", 0, 1), ("学习", 0, 1), ("大学", 0, 1)], "pieces of one score .*'大学' and '学习'"),
+        ([("学习", 0, 1)], "has a piece '学习', but not each of its characters"),
+        ([("<think>", 0, 4)], "never splits '<think>'"),
+        ([("the▁list", 0, 1)], "has a piece 'the▁list' across a space"),
+        ([("▁thelist", 0, 5)], "has a piece '▁thelist' that is not to be used"),
+        ([("mypiece", 7.5, 1)], None),  # nothing reaches it, here nor there
+        ([("大学", 5, 1), ("学生", 4, 1)], None),
+        (
+            [("大学", 0, 1), ("习的", 0, 1), ("习", -5, 1)],
+            None,
+        ),  # of one score, but of other characters
+        ([("学学", 0, 1), ("学学学", 0, 1)], None),  # runs
+        ([("学学", 0, 1), ("学学学学", 0, 1)], "'学学'"),
+        ([("▁<S", 0, 1), ("▁<SU", 0, 1), ("▁<SUF", 0, 1), ("▁<SUF>", 0, 1)], None),
+        ([("大学", 0, 1), ("大学生", 5, 1), ("日本", 0, 1)], "'大学' and '大学生'"),
+    ],
+    ids=lambda v: str(v)[:40],
+)
+def test_a_merged_vocabulary_is_exported_exactly_or_refused(pieces, refusal, llama2, tmp_path):
+    folder = with_pieces(llama2, tmp_path / "model", pieces)
+    if refusal:
+        return assert_is_refused(folder, refusal)
+    ours, theirs = exported(folder, tmp_path / "out")
+    texts = ["学" * n for n in range(1, 14)] + [
+        "大学习",
+        "大学生",
+        "学生大学",
+        "GGG大学",
+        "mypiece",
+        " <SUF>a <SUF",
+        "▁<SUF>",
+    ]
+    assert_texts_have_our_ids(ours, theirs, texts)
+
+
+def test_a_model_that_keeps_spaces_is_refused(llama2, tmp_path):
+    folder = with_pieces(llama2, tmp_path / "model", [])
+    with open(folder / "tokenizer.model", "ab") as file:
+        file.write(b"\x1a\x02\x28\x00")  # normalizer_spec { escape_whitespaces: false }
+    assert_is_refused(folder, "escape_whitespaces=false")
+
+
+def test_random_pieces_are_exported_exactly_or_refused(tmp_path):
+    """Random strings of three characters, of few scores: ties, and pieces that nothing reaches."""
+    rng = random.Random(0)
+    base = train_sentencepiece(tmp_path / "base", vocab_size=290)
+    known = sentencepiece.SentencePieceProcessor(model_file=str(base / "tokenizer.model"))
+    taken = {known.id_to_piece(i) for i in range(known.vocab_size())}
+    texts = ["".join(rng.choices("lus ", k=rng.randrange(2, 20))) for _ in range(60)]
+    outcomes = []
+    for trial in range(40):
+        scores = rng.sample(range(-9, 10), k=19) if trial % 2 else [0, 0.5, 1, 1.5, 2, 2.5, 3]
+        made = {"".join(rng.choices("lus", k=rng.choice([2, 2, 3]))) for _ in range(5)} - taken
+        made = [(text, scores[i % len(scores)], NORMAL) for i, text in enumerate(sorted(made))]
+        if trial % 4 == 0:
+            made = [(text, 0, NORMAL) for text, _, _ in made][:2]
+        folder = with_pieces(base, tmp_path / f"{trial}", made)
+        try:
+            ours, theirs = exported(folder, tmp_path / f"{trial}-out")
+        except ValueError as error:
+            assert "of one score" in str(error)
+            outcomes.append("refused")
+            continue
+        outcomes.append("exported")
+        for text in texts:
+            ids = theirs(text, add_special_tokens=False)["input_ids"]
+            assert ids == ours.encode(text), (made, text)
+    assert outcomes.count("exported") > 15 and outcomes.count("refused") > 1
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        {"added_tokens.json": {"ibuprofen": 32000}},
+        {"tokenizer_config.json": {"added_tokens_decoder": {"32007": {"content": "ibuprofen"}}}},
+        {"tokenizer.json": {"added_tokens": [{"id": 32001, "content": "ab", "special": False}]}},
+        {"tokenizer.json": {"added_tokens": [{"id": 450, "content": "▁The", "special": True}]}},
+    ],
+)
+def test_texts_are_not_split_at_added_tokens_that_training_never_uses(added, llama2, tmp_path):
+    folder = with_pieces(llama2, tmp_path / "model", [])
+    for file, content in added.items():
+        (folder / file).write_text(json.dumps(content))
+    ours, theirs = exported(folder, tmp_path / "out")
+    assert theirs.convert_tokens_to_ids(EOT) == theirs.eos_token_id == ours.eot
+    assert_texts_have_our_ids(ours, theirs, ["take ibuprofen", "cab", "▁The", "The", "a The"])
+
+
+# -------------------------------------------------------------- added tokens, the end of turn
+
+
+def test_an_end_of_turn_in_tokenizer_json_alone_is_used(tmp_path):
+    """As transformers 5 saves a folder."""
+    folder = train_sentencepiece(tmp_path)
+    count = data.Tokenizer(folder).pieces.vocab_size()
+    added = [{"id": 0, "content": "<unk>", "special": True}]
+    added += [{"id": count + 2, "content": EOT, "special": True}]
+    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    tokenizer = data.Tokenizer(folder)
+    assert (tokenizer.eot, tokenizer.eot_is_new) == (count + 2, False)
+
+
+@pytest.mark.parametrize(
+    ("in_json", "message"),
+    [
+        (
+            {"id": 301, "content": EOT},
+            "'<|end_of_turn|>' the id 301, added_tokens.json gives it 300",
+        ),
+        ({"id": 300, "content": "<pad>"}, "300 to '<pad>', added_tokens.json to '<|end_of_turn|>'"),
+        ({"id": 1, "content": "<pad>"}, "gives id 1 to '<pad>', tokenizer.model to '<s>'"),
+    ],
+)
+def test_two_files_that_disagree_on_an_id_are_named(in_json, message, tmp_path):
+    folder = train_sentencepiece(tmp_path)
+    (folder / "added_tokens.json").write_text(json.dumps({EOT: 300}))
+    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": [in_json]}))
+    with pytest.raises(ValueError) as refused:
+        data.Tokenizer(folder)
+    assert str(refused.value).startswith(f"{folder}/tokenizer.json: gives ")
+    assert message in str(refused.value)
+
+
+def test_an_end_of_turn_that_text_can_forge_is_refused(llama2, tmp_path):
+    folder = with_pieces(llama2, tmp_path / "model", [(EOT, 0, NORMAL)])
+    with pytest.raises(ValueError, match=r"tokenizer.model: .* must be a control symbol"):
+        data.Tokenizer(folder)
+
+
+def test_an_end_of_turn_of_the_models_own_is_used(tmp_path):
+    tokenizer = data.Tokenizer(train_sentencepiece(tmp_path, control_symbols=[EOT]))
+    assert tokenizer.eot == tokenizer.pieces.piece_to_id(EOT) < tokenizer.vocab_size
+    assert tokenizer.vocab_size == tokenizer.pieces.vocab_size()
+
+
+@pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
+def test_an_end_of_turn_added_to_the_checkpoint_is_used(file, tmp_path):
+    folder = train_sentencepiece(tmp_path)
+    count = data.Tokenizer(folder).pieces.vocab_size()
+    added = {EOT: count + 1, "<|pad_0|>": count}
+    if file == "tokenizer_config.json":
+        added = {"added_tokens_decoder": {str(i): {"content": t} for t, i in added.items()}}
+    (folder / file).write_text(json.dumps(added))
+    tokenizer = data.Tokenizer(folder)
+    assert (tokenizer.eot, tokenizer.vocab_size) == (count + 1, count + 2)
+
+
+def test_an_end_of_turn_comes_after_other_added_tokens(tmp_path):
+    folder = train_sentencepiece(tmp_path)
+    count = data.Tokenizer(folder).pieces.vocab_size()
+    (folder / "added_tokens.json").write_text(json.dumps({"<|pad_0|>": count + 4}))
+    assert data.Tokenizer(folder).eot == count + 5
+
+
+def test_an_end_of_turn_that_is_an_ordinary_piece_is_refused(tmp_path):
+    folder = train_sentencepiece(tmp_path)
+    (folder / "added_tokens.json").write_text(json.dumps({EOT: 290}))
+    with pytest.raises(ValueError, match="<|end_of_turn|>"):
+        data.Tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "tokenizer.model: not found"),
+        ({"tokenizer.model": b""}, "tokenizer.model: not a SentencePiece model"),
+        ({"tokenizer.model": b"\x80\x04pickle"}, "tokenizer.model: not a SentencePiece model"),
+        ({"added_tokens.json": b"{"}, "added_tokens.json: cannot be read"),
+        ({"added_tokens.json": b"[[1, 2]]"}, "added_tokens.json: cannot be read"),
+        ({"added_tokens.json": b'{"<a>": "7"}'}, "id is not a whole number in range"),
+        ({"added_tokens.json": b'{"<a>": -1}'}, "id is not a whole number in range"),
+        ({"added_tokens.json": b'{"<a>": 99999999999}'}, "id is not a whole number in range"),
+        ({"tokenizer_config.json": b"[]"}, "tokenizer_config.json: cannot be read"),
+        ({"tokenizer_config.json": b"\xff"}, "tokenizer_config.json: cannot be read"),
+        ({"tokenizer_config.json": b'{"added_tokens_decoder": {"x": {}}}'}, "cannot be read"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read_is_said(files, message, stories, tmp_path):
+    if "tokenizer.model" not in files and files:
+        (tmp_path / "tokenizer.model").write_bytes((stories / "tokenizer.model").read_bytes())
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError) as refused:
+        data.Tokenizer(tmp_path)
+    assert message in str(refused.value) and str(tmp_path) in str(refused.value)
+
+
+def test_a_tokenizer_of_another_checkpoint_is_refused(tokenizer):
+    for rows in (512, 513, 576):
+        tokenizer.check_vocabulary(rows)
+    for rows in (511, 32000):
+        with pytest.raises(ValueError, match="belongs to another checkpoint"):
+            tokenizer.check_vocabulary(rows)
