@@ -129,7 +129,8 @@ class Encoder:
                         line, self.classes, self.class_field, block.source.source_class
                     )
                     conversations.append((number, conversation))
-                    account.not_read.update(conversation.not_read)
+                    if conversation.not_read:
+                        account.not_read.update(conversation.not_read)
             except BadLine as error:
                 account.refuse(block, number, error)
         texts = [m.content for _, conversation in conversations for m in conversation.messages]
@@ -147,12 +148,12 @@ class Encoder:
             account.counted["cut"] += lost > 0
             account.counted["tokens_cut"] += lost
             weights = weights[: self.max_length]
-            factors, final = weights[weights > 0], weights[weights < 0]
-            learned = len(factors) + len(final)
+            learned, factors = np.count_nonzero(weights), weights[weights > 0]
+            final = -weights[weights < 0] if learned > len(factors) else factors[:0]
             if not learned:
                 account.counted["without_answer"] += 1
                 continue
-            sums = factors.sum(dtype=np.float64), -final.sum(dtype=np.float64)
+            sums = factors.sum(dtype=np.float64), final.sum(dtype=np.float64)
             source_class = names.index(conversation.source_class)
             rows.append((0, len(tokens), source_class, learned, *sums, block.file, number))
             all_tokens.append(tokens)

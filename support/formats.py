@@ -211,6 +211,8 @@ def _list(line, key):
 
 
 def _system(line):
+    if line.keys().isdisjoint(SYSTEMS):
+        return None
     found = {key: line[key] for key in SYSTEMS if not says_nothing(line.get(key))}
     if len(found) > 1:
         raise BadLine("both 'system' and 'system_prompt': keep one of them")
@@ -264,6 +266,8 @@ def _message(role, raw, final):
 
 def _one_of(raw, first, second):
     """Whichever of two keys a message has."""
+    if second not in raw and first in raw:
+        return first
     if raw.get(first) is not None and raw.get(second) is not None:
         raise BadLine(f"both {first!r} and {second!r}: keep the one that is meant")
     for key in (first, second):
@@ -320,8 +324,10 @@ def _check_keys(given, obeyed, prefix, more=()):
 
 def _factor(keys):
     """The product of what a line or a message says of its weight; 1 where it says nothing."""
+    if keys.keys().isdisjoint(FACTORS):
+        return 1.0
     product = 1.0
-    for key in FACTORS if keys.keys() & FACTORS else ():
+    for key in FACTORS:
         value = keys.get(key)
         if value is None:
             continue
@@ -368,7 +374,7 @@ def _source_class(line, classes, class_field, file_class):
             f"no {class_field!r}: name it in each line, or for a whole file by --data CLASS=FILE, "
             f"or by another field, --class-field KEY ({', '.join(classes)})"
         )
-    if len(set(found.values())) > 1:
+    if len(found) > 1 and len(set(found.values())) > 1:
         raise BadLine(" but ".join(f"{who} says {name}" for who, name in found.items()))
     return next(iter(found.values()))
 
