@@ -10,8 +10,8 @@ becomes, in the class-conditioned template of OpenChat v3.2 (arXiv 2309.11235, s
 
 where w is the weight of the conversation's class, times the "weight" of the line and of the
 message where they have one: only what an assistant says, its end of turn included, is learned.
-Every text is tokenized on its own with special tokens off, so that no
-content can forge a turn.
+Every text is tokenized on its own with special tokens off, so that no content can forge a turn.
+Beyond --max-length a conversation loses its end, and is dropped where no answer is left.
 
     a file -> its lines -> parse_conversation -> lay_out -> arrays -> pack -> collate -> Batch
     support/containers.py  support/formats.py    below  support/dataset.py        below

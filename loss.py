@@ -56,7 +56,7 @@ def class_weights(classes, beta):
         raise ValueError(f"beta must be a number above 0, not {beta!r}")
     classes = class_table(classes)
     best = max(c.reward for c in classes.values())
-    return {name: math.exp((c.reward - best) / beta) for name, c in classes.items()}
+    return {name: math.exp((c.reward - best) / beta) for name, c in classes.items()}  # Eq. (6)
 
 
 def read_classes(path):

@@ -7,7 +7,7 @@ The whole method, with where each part lives:
 
     the class c of a conversation conditions its prompt, "GPT4 User: ..."     data.py, lay_out
     the class's reward becomes a weight, w_c = exp((r_c - r_max) / beta)      loss.py, class_weights
-    L = Σ w_t · CE_t / Σ w_t over all tokens of all ranks and micro-batches   gradients, below
+    L = Σ w_t · CE_t / Σ w_t over the learned tokens of a step, all ranks      gradients, below
     no reference model, no value model, no sampling: pi_c of Eq. (4) is the data itself
 
 Read down: flags, main, the loop, the sharded network, one step, evaluation; then the schedule, the

@@ -84,7 +84,11 @@ def _shape(path):
             head = file.read(1 << 12)
     except FileNotFoundError as error:
         hint = ""
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.suffix:
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and path.suffix not in (
+            ".json",
+            ".jsonl",
+            ".gz",
+        ):
             hint = (
                 f"; if it is a data set of the Hugging Face hub: hf download {path} --repo-type "
                 "dataset, then name the file"
@@ -132,6 +136,7 @@ class Block:
     offset: int
     done: int  # bytes of the file on the disk that were read so far
     raw: list = dataclasses.field(default_factory=list)  # of bytes; None where one is too long
+    last: bool = False  # of its file
     not_read: list = ()  # in the last: keys of the file, not of its items
 
 
@@ -157,7 +162,7 @@ def blocks(files, state=BEGINNING):
                     yield block
                     line = block.number + len(block.raw)
                     block, size = Block(number, source, line, block.offset, 0), 0
-            block.done, block.not_read = disk.tell(), text.not_read
+            block.done, block.last, block.not_read = disk.tell(), True, text.not_read
             if block.raw or block.not_read:
                 yield block
 
@@ -187,7 +192,8 @@ class _Text:
 
     def __init__(self, path, file, offset):
         self.path, self.file = path, file
-        self.decoder = codecs.getincrementaldecoder("utf-8")()
+        # What is not UTF-8 goes through as it is: the item that has it is refused alone.
+        self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self.text, self.at = "", 0  # what was read, and up to where it was taken
         self.offset = offset  # of text[at] in the file
         self.ended, self.line_breaks = False, 0
@@ -196,10 +202,7 @@ class _Text:
     def more(self):
         chunk = self.file.read(max(CHUNK, len(self.text) - self.at))
         self.ended = not chunk
-        try:
-            self.text = self.text[self.at :] + self.decoder.decode(chunk, final=not chunk)
-        except UnicodeDecodeError as error:
-            raise _NotWhole(f"not UTF-8: {error.reason}") from None
+        self.text = self.text[self.at :] + self.decoder.decode(chunk, final=not chunk)
         self.at = 0
 
     def peek(self):
@@ -236,11 +239,16 @@ class _Text:
             if len(self.text) - self.at > LONGEST:
                 raise _NotWhole(f"not a value of at most {LONGEST >> 20} MiB")
             self.more()
-        raw = self.text[self.at : end].encode("utf-8", "surrogatepass")
+        raw = self.text[self.at : end].encode("utf-8", "surrogateescape")
         self.line_breaks += raw.count(b"\n")
         self.at = end
         self.offset += len(raw)
         return raw
+
+    def key(self):
+        key = self.value().decode("utf-8", "replace")
+        self.take(":")
+        return str(json.loads(key))[:40]
 
     def shape(self):
         """(shape, offset of the first item, keys beside "data"), of a file from its beginning."""
@@ -253,14 +261,13 @@ class _Text:
         start, self.line_breaks = self.offset, 0
         self.take("{")
         while self.peek() != "}":
-            key = json.loads(self.value())
-            self.take(":")
+            key = self.key()
             if key == "data" and self.peek() == "[":
                 self.take("[")
                 if self.peek() == "{":
                     return "data", self.offset, tuple(self.not_read)
                 raise _NotWhole("'data' is no list of conversations")
-            self.not_read.append(str(key)[:40])
+            self.not_read.append(key)
             self.value()
             if self.peek() == ",":
                 self.take(",")
@@ -285,8 +292,7 @@ class _Text:
             self.take("]")
             while shape == "data" and self.peek() == ",":
                 self.take(",")
-                self.not_read.append(str(json.loads(self.value()))[:40])
-                self.take(":")
+                self.not_read.append(self.key())
                 self.value()
             if shape == "data":
                 self.take("}")

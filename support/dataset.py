@@ -48,20 +48,20 @@ ARRAYS = {"tokens": np.dtype("<i4"), "weights": np.dtype("<f4"), "index": INDEX}
 class BadData(ValueError):
     """Lines that cannot be trained on, by cause, with places and count, and what can be done."""
 
-    def __init__(self, problems, count, good):
+    def __init__(self, report, good):
+        count = report["bad"]
         lines = "1 bad line" if count == 1 else f"{count:,} bad lines"
-        shown = problem_lines(problems)
+        shown = problem_lines(report)
         hint = "Fix them, or pass --skip-bad to drop and count them."
         if not good:
-            hint = "No line is good: the whole file is of another kind than the one that is read."
-            hint = "Fix it." if count == 1 else hint
+            hint = "No line is good. README.md has a table of what is read: On your own data."
         super().__init__("\n".join([f"{lines}:", *shown, hint]))
 
 
-def problem_lines(problems):
-    """['FILE:7: cause', 'FILE: 400 lines: cause (1, 2, 3, ...)'], at most 20."""
+def problem_lines(report):
+    """['FILE:7: cause', 'FILE: 400 lines: cause (1, 2, 3, ...)'], at most 20 and the others."""
     out = []
-    for of in problems[:SHOWN_CAUSES]:
+    for of in report["problems"]:
         if of["count"] == 1:
             out.append(f"{of['where']}: {of['text']}")
         else:
@@ -69,8 +69,8 @@ def problem_lines(problems):
             more = ", ..." if of["count"] > len(of["places"]) else ""
             unit = "lines" if of["lines"] else "items"
             out.append(f"{of['path']}: {of['count']:,} {unit}: {of['cause']} ({places}{more})")
-    if rest := problems[SHOWN_CAUSES:]:
-        out.append(f"... and {sum(of['count'] for of in rest):,} for other causes")
+    if report["other_causes"]:
+        out.append(f"... and {report['other_causes']:,} for other causes")
     return out
 
 
@@ -101,7 +101,7 @@ def encode_files(sources, encoder, settings, folder, *, skip_bad=False, progress
     shutil.rmtree(folder)
     good = state["conversations"] + state["without_answer"]
     if refused or (state["bad"] and not good):
-        raise BadData(state["problems"], state["bad"], good)
+        raise BadData(state, good)
     names, lost = ", ".join(str(source.path) for source in sources), state["without_answer"]
     cut = f"; {lost} have no answer to learn within the maximum length" if lost else ""
     raise ValueError(f"{names}: no conversation to train on{cut}")
@@ -120,6 +120,7 @@ class Account:
 
     def __init__(self):
         self.counted = {"cut": 0, "tokens_cut": 0, "without_answer": 0, "bad": 0}
+        self.counted["other_causes"] = 0  # bad, of causes beyond the first 20
         self.problems = []  # one a cause of a file, as `problem_lines` shows them
         self.not_read = collections.Counter()
 
@@ -143,14 +144,13 @@ class Account:
     def _add(self, problem):
         for of in self.problems:
             if (of["path"], of["cause"]) == (problem["path"], problem["cause"]):
-                break
-        else:
-            if len(self.problems) <= SHOWN_CAUSES:
-                self.problems.append(problem)
+                of["count"] += problem["count"]
+                of["places"] = (of["places"] + problem["places"])[:SHOWN_PLACES]
                 return
-            of = self.problems[-1]  # of further causes only the number is kept
-        of["count"] += problem["count"]
-        of["places"] = (of["places"] + problem["places"])[:SHOWN_PLACES]
+        if len(self.problems) < SHOWN_CAUSES:
+            self.problems.append(problem)
+        else:
+            self.counted["other_causes"] += problem["count"]
 
 
 def encode_blocks(blocks, encoder, size):
@@ -245,8 +245,10 @@ class _Arrays:
         self._account_for()
         state["tokens"] += len(arrays["tokens"])
         state["conversations"] += len(arrays["index"])
-        line = block.number + len(block.raw)
-        state |= {"file": block.file, "offset": block.offset, "line": line}
+        state |= {"file": block.file, "offset": block.offset}
+        state["line"] = block.number + len(block.raw)
+        if block.last:
+            state |= {"file": block.file + 1, "offset": 0, "line": 0}
         self.commit("progress.json")
 
     def commit(self, name):

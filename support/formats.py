@@ -6,10 +6,10 @@ Nothing that a line says is dropped unsaid: a key is obeyed, or it is refused by
 comes back in `not_read`, to be counted. Whatever is wrong is a BadLine.
 """
 
-import dataclasses
 import fnmatch
 import json
 import re
+from typing import NamedTuple
 
 # Where a conversation may stand in a line: under one of these as a list of messages ...
 LISTS = "messages", "conversations", "conversation", "items"
@@ -26,7 +26,7 @@ ROLES = {
 }  # fmt: skip
 TEXT_PARTS = "text", "input_text", "output_text"
 
-FACTORS = {"weight", "train", "loss", "masked"}  # what says how much of an answer is learned
+FACTORS = "weight", "train", "loss", "masked"  # what says how much of an answer is learned
 LINE_KEYS = {*LISTS, *SYSTEMS, *FACTORS, "class", "condition"}
 MESSAGE_KEYS = {*FACTORS, "role", "from", "content", "value"}
 # Without these an answer is not what was answered.
@@ -50,16 +50,14 @@ class BadLine(ValueError):
         self.cause = cause or text
 
 
-@dataclasses.dataclass(frozen=True)
-class Message:
+class Message(NamedTuple):
     role: str  # system, user or assistant
     content: str
     weight: float = 1.0  # of an assistant's: a factor on the weight of its class
     final: bool = False  # `weight` is the weight itself, whatever the role and the class
 
 
-@dataclasses.dataclass(frozen=True)
-class Conversation:
+class Conversation(NamedTuple):
     source_class: str
     messages: tuple
     not_read: tuple = ()  # keys that were not needed: "id", "messages: name"
@@ -257,9 +255,10 @@ def _message(role, raw, final):
     weight = _factor(raw)
     if final and raw.get("weight") is not None:
         return Message(role, text, weight, final=True), not_read
-    if role != "assistant" and raw.get("weight") and _factor(raw):
+    if role != "assistant" and weight and any(raw.get(key) is not None for key in FACTORS):
         raise BadLine(
-            f"a weight on a {role} message, which is not learned; only in OpenChat's 'items' it is"
+            f"a {role} message that is to be learned; only one with a 'weight' in OpenChat's "
+            "'items' is"
         )
     return Message(role, text, weight), not_read
 
@@ -278,23 +277,24 @@ def _one_of(raw, first, second):
 
 def _text(value, key, not_read):
     """Text, or a list of parts of text, joined."""
-    if isinstance(value, list):
-        texts = []
-        for part in value:
-            kind = part.get("type", "text") if isinstance(part, dict) else None
-            if not isinstance(kind, str) or kind not in TEXT_PARTS:
-                what = f"a part of type {kind!r:.40}" if kind else f"a part that is {_kind(part)}"
-                raise BadLine(f"{key!r} has {what}: only text is read")
-            not_read += _check_keys(part, {"type", "text"}, "messages: content: ")
-            texts.append(_text(part.get("text"), "text", not_read))
-        return "".join(texts)
-    if not isinstance(value, str):
-        raise BadLine(f"{key!r} must be text, not {_kind(value)}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadLine(f"lone surrogate {ascii(error.object[error.start])}") from None
-    return value
+    texts = [value] if not isinstance(value, list) else [_part(p, key, not_read) for p in value]
+    for text in texts:
+        if not isinstance(text, str):
+            raise BadLine(f"{key!r} must be text, not {_kind(text)}")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise BadLine(f"lone surrogate {ascii(error.object[error.start])}") from None
+    return "".join(texts)
+
+
+def _part(part, key, not_read):
+    kind = part.get("type", "text") if isinstance(part, dict) else None
+    if not isinstance(kind, str) or kind not in TEXT_PARTS:
+        what = f"a part of type {kind!r:.40}" if kind else f"a part that is {_kind(part)}"
+        raise BadLine(f"{key!r} has {what}: only text is read")
+    not_read += _check_keys(part, {"type", "text"}, "messages: content: ")
+    return part.get("text")
 
 
 # ------------------------------------------------------------------------------------ keys, weights
@@ -352,7 +352,7 @@ def _checked_weight(value):
 def _times(message, factor):
     if message.final:
         raise BadLine("its weight is final, as it is in 'items': the line can have none beside it")
-    return dataclasses.replace(message, weight=_checked_weight(message.weight * factor))
+    return message._replace(weight=_checked_weight(message.weight * factor))
 
 
 # ---------------------------------------------------------------------------------------- the class

@@ -175,7 +175,7 @@ def summary(dataset, classes, class_weights):
         out.append(f"dropped, no answer left to learn: {report['without_answer']:,} conversations")
     if report["bad"]:
         out.append(f"dropped as bad (--skip-bad): {report['bad']:,} lines")
-        out += ["  " + text for text in problem_lines(report["problems"])]
+        out += ["  " + text for text in problem_lines(report)]
     if report["not_read"]:
         keys = sorted(report["not_read"].items(), key=lambda item: -item[1])
         shown = [f"{key} ({count:,})" for key, count in keys[:12]]

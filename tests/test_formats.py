@@ -77,6 +77,16 @@ READ = {  # a case's file, with its options: what it must be equal to, written o
     ),
     "j2_prompt_completion.jsonl": ({}, [conversation("Name a tree.", "Oak.")]),
     "j4_messages_null_conversations.jsonl": ({}, HI[:1]),
+    "c1_axolotl_train_false.jsonl": (
+        {}, [{"class": "gpt4", "messages": [
+            {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "5", "weight": 0},
+            {"role": "user", "content": "No. Again."}, {"role": "assistant", "content": "4"}]}],
+    ),
+    "d1_slimorca_weights.jsonl": (  # their 0 and 1 say what is learned; the class keeps its weight
+        {}, [conversation(f"Name tree {n}.", "Oak.", system="Be brief.") for n in range(4)]
+        + [conversation(f"Name fish {n}.", "Eel.", source_class="gpt3.5", system="Be brief.")
+           for n in range(40)],
+    ),
 }  # fmt: skip
 REFUSED = {
     "c4_weight_misspelt.jsonl": "message 2: 'weights' seems to say what is learned",
@@ -117,6 +127,41 @@ def test_what_cannot_be_meant_is_refused_by_name(name, prepare):
     with pytest.raises(ValueError) as refused:
         prepare(case(name))
     assert REFUSED[name] in str(refused.value) and str(CASES / name) in str(refused.value)
+
+
+def test_an_answered_conversation_may_end_with_the_user(prepare, tokenizer):
+    found = prepare(case("g5_ends_with_user.jsonl"))
+    ((ids, weights, _),) = learned(found)
+    assert sum(w != 0 for w in weights) == len(tokenizer.encode("Oak.")) + 1
+    assert ids[-len(tokenizer.encode("Thanks")) - 1 :] == [
+        *tokenizer.encode("Thanks"),
+        tokenizer.eot,
+    ]
+
+
+def test_a_gzipped_case_is_what_it_unpacks_to(prepare, tmp_path):
+    (tmp_path / "k6.jsonl").write_bytes(gzip.decompress(case("k6.jsonl.gz").read_bytes()))
+    expected = [json.loads(text) for text in (tmp_path / "k6.jsonl").read_text().splitlines()]
+    assert learned(prepare(case("k6.jsonl.gz"))) == learned(prepare(tmp_path / "k6.jsonl"))
+    assert len(expected) == len(prepare(case("k6.jsonl.gz")))
+
+
+def test_what_the_models_context_cuts_is_counted(prepare, tokenizer):
+    path = case("n1_long_for_2048.jsonl")
+    whole = [
+        data.encode(json.loads(x), tokenizer, CLASSES)[0] for x in path.read_text().splitlines()
+    ]
+    report = prepare(path, max_length=2048).report
+    assert report["cut"] == sum(len(ids) > 2048 for ids in whole) > 0
+    assert report["tokens_cut"] == sum(max(0, len(ids) - 2048) for ids in whole)
+
+
+def test_steps_of_one_class_are_counted(prepare):
+    found = prepare(case("o1_one_class_steps.jsonl"))
+    steps = data.pack(found.lengths, 512, 1, 0, 0)
+    without = sum(all(found.index["source_class"][np.concatenate(b)] == 1) for b in steps)
+    _, advice = report.weight_by_step(found, steps, CLASSES, WEIGHTS)
+    assert without and advice.startswith(f"{without} of its {len(steps)} steps")
 
 
 def test_of_good_and_bad_lines_the_bad_are_dropped_and_counted(prepare):
@@ -176,9 +221,11 @@ def test_a_weight_on_what_is_never_learned_is_refused(role, prepare, tmp_path):
     for harmless in (0, None):
         of_role["weight"] = harmless
         prepare(write(tmp_path / "a.jsonl", line))
-    of_role["weight"] = 1
-    with pytest.raises(ValueError, match=f"a weight on a {role} message, which is not learned"):
-        prepare(write(tmp_path / "a.jsonl", line))
+    of_role["weight"] = None
+    for said in ({"weight": 1}, {"train": True}, {"loss": True}, {"masked": False}):
+        messages = [m | said if m["role"] == role else m for m in line["messages"]]
+        with pytest.raises(ValueError, match=f"a {role} message that is to be learned"):
+            prepare(write(tmp_path / "a.jsonl", line | {"messages": messages}))
 
 
 def test_the_summary_shows_the_mean_weight_in_force(prepare, tmp_path):
@@ -376,7 +423,16 @@ def test_a_killed_run_goes_on_within_any_container(tokenizer, monkeypatch, tmp_p
 
     for path in containers_of(lines, tmp_path):
         whole = data.prepare([path], tokenizer, CLASSES, tmp_path / "whole", max_length=99)
-        for left in (1, 4):
+        blocks = 0
+
+        def count(*_):
+            nonlocal blocks
+            blocks += 1
+
+        options = {"max_length": 99, "progress": count}
+        data.prepare([path], tokenizer, CLASSES, tmp_path / f"{path.name}-whole", **options)
+        assert blocks > 5
+        for left in (1, 4, blocks - 1):  # the last: between the last block and done.json
             out = tmp_path / f"{path.name}-{left}"
             with pytest.raises(Killed):
                 data.prepare([path], tokenizer, CLASSES, out, max_length=99, progress=killed)
@@ -394,10 +450,9 @@ def test_a_killed_run_goes_on_within_any_container(tokenizer, monkeypatch, tmp_p
         ('[{"a": 1}] {}', "item 1, byte 11: broken JSON: something follows the array"),
         ('[{"a": 1}', "item 1, byte 9: broken JSON: ',' expected, not the end of the file"),
         ('{"data": [{"a": 1}', "',' expected, not the end of the file"),
-        ('[{"a": "\xff"}]', "not UTF-8"),
         ("[" + "[" * 100_000, "nested too deeply"),
     ],
-    ids=range(7),
+    ids=range(6),
 )
 def test_behind_what_is_broken_in_an_array_nothing_is_skipped(text, message, prepare, tmp_path):
     path = tmp_path / "a.json"
@@ -405,6 +460,17 @@ def test_behind_what_is_broken_in_an_array_nothing_is_skipped(text, message, pre
     with pytest.raises(ValueError) as refused:
         prepare(path, skip_bad=True)
     assert message in str(refused.value) and str(path) in str(refused.value)
+
+
+def test_an_item_that_is_not_utf8_is_refused_alone(prepare, tmp_path):
+    lines = [json.dumps(conversation(text, "Ho", source_class="gpt4")) for text in ("A", "é", "B")]
+    raw = ("[" + ",\n".join(lines).replace("\\u00e9", "\udcff") + "]").encode(
+        "utf-8", "surrogateescape"
+    )
+    (tmp_path / "a.json").write_bytes(raw)
+    with pytest.raises(data.BadData, match="a.json: item 2: not UTF-8: byte"):
+        prepare(tmp_path / "a.json")
+    assert prepare(tmp_path / "a.json", skip_bad=True).index["line"].tolist() == [1, 3]
 
 
 def test_a_broken_gzip_file_is_said(prepare, tmp_path):
@@ -418,8 +484,9 @@ def test_what_is_no_file_of_conversations_is_said(prepare, tmp_path):
     (tmp_path / "pointer.jsonl").write_text("version https://git-lfs.github.com/spec/v1\noid x\n")
     with pytest.raises(ValueError, match="a Git LFS pointer, not the file itself, .*git lfs pull"):
         prepare(tmp_path / "pointer.jsonl")
-    with pytest.raises(ValueError, match="hf download openchat/cool --repo-type dataset"):
-        prepare("openchat/cool")
+    for name in ("openchat/cool", "teknium/OpenHermes-2.5"):
+        with pytest.raises(ValueError, match=f"hf download {name} --repo-type dataset"):
+            prepare(name)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="is a pipe or a device"):
         prepare(tmp_path / "pipe")
