@@ -279,6 +279,22 @@ def test_a_field_of_true_and_false_names_classes(prepare, tmp_path):
         prepare(path, **options | {"classes": loss.class_table(classes)})
 
 
+def test_a_patterns_case_does_not_count(prepare, tmp_path):
+    classes = {"a": {"condition": "A", "reward": 1, "match": ["GPT-*"]}}
+    line = {"model": "gpt-5", "messages": conversation("A", "B")["messages"]}
+    path = write(tmp_path / "a.jsonl", line)
+    assert len(prepare(path, classes=loss.class_table(classes), class_field="model")) == 1
+
+
+def test_a_class_beside_the_field_that_names_it_agrees_or_is_counted(prepare, tmp_path):
+    line = conversation("A", "B") | {"model": "gpt-4"}
+    assert learned(prepare(write(tmp_path / "a.jsonl", line), class_field="model"))[0][2] == 0
+    found = prepare(write(tmp_path / "a.jsonl", line | {"class": "maths"}), class_field="model")
+    assert found.report["not_read"] == {"class": 1}
+    with pytest.raises(ValueError, match="'model' says gpt4 but 'class' says gpt3.5"):
+        prepare(write(tmp_path / "a.jsonl", line | {"class": "gpt3.5"}), class_field="model")
+
+
 def test_values_of_no_class_are_listed_with_how_often_they_come(prepare, tmp_path):
     models = ["gpt-4", "claude", "claude", "llama", "claude"]
     lines = [{"model": m, "messages": conversation("A", "B")["messages"]} for m in models]
@@ -291,6 +307,10 @@ def test_values_of_no_class_are_listed_with_how_often_they_come(prepare, tmp_pat
 # ------------------------------------------------------------------------ one meaning, many shapes
 
 
+def parts(text):
+    return [{"type": "text", "text": text[:3]}, {"type": "text", "text": text[3:]}]
+
+
 def shapes_of(messages, chance):
     """The same conversation in every shape that can hold it."""
     system = messages[0]["content"] if messages[0]["role"] == "system" else None
@@ -301,7 +321,7 @@ def shapes_of(messages, chance):
     def named(messages, role, content):
         return [
             {role: chance.choice(names[m["role"]]),
-             content: chance.choice([m["content"], [{"type": "text", "text": m["content"]}]])}
+             content: chance.choice([m["content"], parts(m["content"])])}
             for m in messages
         ]  # fmt: skip
 
@@ -361,6 +381,11 @@ def test_any_unknown_key_at_any_depth_is_refused_or_counted():
             assert nothing or key in harmless, key
 
 
+def test_a_key_in_capitals_is_not_passed_over():
+    with pytest.raises(ValueError, match="'System' is not read: write 'system'"):
+        data.parse_conversation(conversation("A", "B") | {"System": "S"}, CLASSES)
+
+
 def test_what_is_not_read_is_counted_in_the_summary(prepare, tmp_path):
     lines = [conversation("A", "B") | {"id": n} for n in range(30)]
     lines[3]["score"] = 2
@@ -381,7 +406,7 @@ def containers_of(lines, folder):
         "lines": plain, "bom": "\ufeff" + plain, "pretty": pretty,
         "array": json.dumps(lines), "array-lines": "[\n" + ",\n".join(plain.splitlines()) + "\n]\n",
         "array-pretty": "\ufeff " + json.dumps(lines, indent=2, ensure_ascii=False),
-        "data": json.dumps({"version": "1.0", "data": lines, "licence": {"a": [1]}}),
+        "data": json.dumps({"version": 1234567890123, "data": lines, "licence": {"a": [1]}}),
         "data-pretty": json.dumps({"data": lines}, indent=4),
     }  # fmt: skip
     for name, text in texts.items():
