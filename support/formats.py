@@ -107,7 +107,7 @@ def parse_conversation(line, classes, class_field="class", file_class=None):
     """
     messages, not_read = parse_messages(line, {class_field})
     source_class = _source_class(line, classes, class_field, file_class)
-    if class_field != "class" and line.get("class") is not None:
+    if class_field != "class" and line.get("class") not in [None, *classes]:
         not_read.append("class")
     roles = [message.role for message in messages]
     if "assistant" not in roles:
@@ -365,7 +365,7 @@ def _source_class(line, classes, class_field, file_class):
     if line.get(class_field) is not None:
         named = _named_class if class_field == "class" else _matching_class
         found[repr(class_field)] = named(class_field, line[class_field], classes)
-    elif class_field != "class" and line.get("class") in list(classes):
+    if found and class_field != "class" and line.get("class") in list(classes):
         found["'class'"] = line["class"]
     if line.get("condition") is not None:  # OpenChat's name of the class
         found["'condition'"] = _class_of_condition(line["condition"], classes)

@@ -293,6 +293,8 @@ def test_a_class_beside_the_field_that_names_it_agrees_or_is_counted(prepare, tm
     assert found.report["not_read"] == {"class": 1}
     with pytest.raises(ValueError, match="'model' says gpt4 but 'class' says gpt3.5"):
         prepare(write(tmp_path / "a.jsonl", line | {"class": "gpt3.5"}), class_field="model")
+    with pytest.raises(ValueError, match="no 'model'"):
+        prepare(write(tmp_path / "a.jsonl", conversation("A", "B")), class_field="model")
 
 
 def test_values_of_no_class_are_listed_with_how_often_they_come(prepare, tmp_path):
