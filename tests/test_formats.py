@@ -279,6 +279,17 @@ def test_a_field_of_true_and_false_names_classes(prepare, tmp_path):
         prepare(path, **options | {"classes": loss.class_table(classes)})
 
 
+def test_the_field_and_its_patterns_are_of_the_arrays_key(prepare, tmp_path):
+    line = {"model": "gpt-4", "source": "gpt-3.5", "messages": conversation("A", "B")["messages"]}
+    path = write(tmp_path / "a.jsonl", line)
+    assert learned(prepare(path, class_field="model"))[0][2] == 0
+    assert learned(prepare(path, class_field="source"))[0][2] == 1
+    swapped = {"gpt4": {"condition": "GPT4", "reward": 1, "match": ["gpt-3.5"]},
+               "gpt3.5": {"condition": "GPT3", "reward": 0, "match": ["gpt-4"]}}  # fmt: skip
+    options = {"classes": loss.class_table(swapped), "class_field": "model"}
+    assert learned(prepare(path, **options))[0][2] == 1
+
+
 def test_a_patterns_case_does_not_count(prepare, tmp_path):
     classes = {"a": {"condition": "A", "reward": 1, "match": ["GPT-*"]}}
     line = {"model": "gpt-5", "messages": conversation("A", "B")["messages"]}
