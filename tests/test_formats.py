@@ -12,7 +12,7 @@ from small import write
 
 import data
 import loss
-from support import containers, dataset, report
+from support import containers, dataset, formats, report
 
 CASES = Path(__file__).resolve().parents[2] / "shared" / "cases"
 CLASSES = loss.DEFAULT_CLASSES
@@ -392,6 +392,18 @@ def test_any_unknown_key_at_any_depth_is_refused_or_counted():
             assert not nothing and key[:30] in str(error)
         else:
             assert nothing or key in harmless, key
+
+
+def test_an_answer_comes_back_in_the_shape_of_its_question():
+    question = [{"from": "human", "value": "Hi"}]
+    for line in (
+        {"conversations": question}, {"prompt": "Hi"}, {"instruction": "Hi", "output": ""},
+        {"prompt": question, "system": ""}, {"items": [{"role": "user", "content": "Hi"}]},
+    ):  # fmt: skip
+        answered = formats.with_answer(line | {"id": 7}, "Ho")
+        messages, _ = formats.parse_messages(answered)
+        assert [(m.role, m.content) for m in messages] == [("user", "Hi"), ("assistant", "Ho")]
+        assert answered["id"] == 7
 
 
 def test_a_key_in_capitals_is_not_passed_over():

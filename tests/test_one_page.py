@@ -44,6 +44,8 @@ def conversations(lines):
             messages.insert(0, system)
         if number % 7 == 0:
             messages[-1]["weight"] = 0.25
+        if number % 6 == 1:
+            conversation["weight"] = 0.5
     return found
 
 
