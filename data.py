@@ -149,11 +149,12 @@ class Encoder:
             account.counted["tokens_cut"] += lost
             weights = weights[: self.max_length]
             learned, factors = np.count_nonzero(weights), weights[weights > 0]
-            final = -weights[weights < 0] if learned > len(factors) else factors[:0]
             if not learned:
                 account.counted["without_answer"] += 1
                 continue
-            sums = factors.sum(dtype=np.float64), final.sum(dtype=np.float64)
+            sums = [factors.sum(dtype=np.float64), 0.0]
+            if learned > len(factors):  # final weights, of OpenChat's items
+                sums[1] = -weights[weights < 0].sum(dtype=np.float64)
             source_class = names.index(conversation.source_class)
             rows.append((0, len(tokens), source_class, learned, *sums, block.file, number))
             all_tokens.append(tokens)

@@ -121,7 +121,7 @@ def parse_messages(line, obeyed=()):
     A conversation without an answer yet is fine, such as a question to be answered.
     """
     parts, keys = _parts(line)
-    not_read = _check_keys(line, LINE_KEYS, "", {*keys, *obeyed})
+    not_read = _check_keys(line, LINE_KEYS, "", (*keys, *obeyed))
     factor, messages = _factor(line), []
     final = keys == ["items"]
     for number, (role, raw) in enumerate(parts, start=1):
@@ -277,15 +277,15 @@ def _one_of(raw, first, second):
 
 def _text(value, key, not_read):
     """Text, or a list of parts of text, joined."""
-    texts = [value] if not isinstance(value, list) else [_part(p, key, not_read) for p in value]
-    for text in texts:
-        if not isinstance(text, str):
-            raise BadLine(f"{key!r} must be text, not {_kind(text)}")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise BadLine(f"lone surrogate {ascii(error.object[error.start])}") from None
-    return "".join(texts)
+    if isinstance(value, list):
+        value = "".join([_part(part, key, not_read) for part in value])
+    elif not isinstance(value, str):
+        raise BadLine(f"{key!r} must be text, not {_kind(value)}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadLine(f"lone surrogate {ascii(error.object[error.start])}") from None
+    return value
 
 
 def _part(part, key, not_read):
@@ -294,7 +294,9 @@ def _part(part, key, not_read):
         what = f"a part of type {kind!r:.40}" if kind else f"a part that is {_kind(part)}"
         raise BadLine(f"{key!r} has {what}: only text is read")
     not_read += _check_keys(part, {"type", "text"}, "messages: content: ")
-    return part.get("text")
+    if not isinstance(part.get("text"), str):
+        raise BadLine(f"{key!r} has a part without text")
+    return part["text"]
 
 
 # ------------------------------------------------------------------------------------ keys, weights
@@ -361,21 +363,21 @@ def _times(message, factor):
 def _source_class(line, classes, class_field, file_class):
     found = {}  # {who says so: class}
     if file_class is not None:
-        found["the file"] = file_class
+        found["--data"] = file_class
     if line.get(class_field) is not None:
         named = _named_class if class_field == "class" else _matching_class
-        found[repr(class_field)] = named(class_field, line[class_field], classes)
+        found[class_field] = named(class_field, line[class_field], classes)
     if found and class_field != "class" and line.get("class") in list(classes):
-        found["'class'"] = line["class"]
+        found["class"] = line["class"]
     if line.get("condition") is not None:  # OpenChat's name of the class
-        found["'condition'"] = _class_of_condition(line["condition"], classes)
+        found["condition"] = _class_of_condition(line["condition"], classes)
     if not found:
         raise BadLine(
             f"no {class_field!r}: name it in each line, or for a whole file by --data CLASS=FILE, "
             f"or by another field, --class-field KEY ({', '.join(classes)})"
         )
     if len(found) > 1 and len(set(found.values())) > 1:
-        raise BadLine(" but ".join(f"{who} says {name}" for who, name in found.items()))
+        raise BadLine(" but ".join(f"{who!r} says {name}" for who, name in found.items()))
     return next(iter(found.values()))
 
 

@@ -248,7 +248,7 @@ def test_a_file_may_be_of_one_class(prepare, tmp_path):
     with pytest.raises(ValueError, match="gpt5=x.jsonl: 'gpt5' is no class of the table"):
         prepare("gpt5=x.jsonl")
     write(paths[0], conversation("A", "B"))
-    with pytest.raises(ValueError, match="the file says gpt3.5 but 'class' says gpt4"):
+    with pytest.raises(ValueError, match="'--data' says gpt3.5 but 'class' says gpt4"):
         prepare(f"gpt3.5={paths[0]}")
 
 
