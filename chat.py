@@ -119,7 +119,7 @@ class Chat:
     """A loaded model with its tokenizer and the condition it answers under."""
 
     def __init__(self, folder, source_class=None, device=None):
-        classes, conditioned = read_classes(folder)
+        classes, conditioned = read_crlft(folder)
         name = source_class or loss.expert_class(classes)
         if name not in classes:
             raise ValueError(f"--class {name!r} is not one of {', '.join(classes)}")
@@ -161,7 +161,7 @@ class Chat:
             print(note, end="", file=sys.stderr, flush=True)
 
 
-def read_classes(folder):
+def read_crlft(folder):
     path = Path(folder) / "crlft.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -274,7 +274,7 @@ def main(argv=None):
         key: getattr(args, key) for key in ("temperature", "top_p", "max_new_tokens", "seed")
     }
     try:
-        if args.source_class and not read_classes(args.folder)[1]:
+        if args.source_class and not read_crlft(args.folder)[1]:
             raise ValueError("--class: this model was trained without conditions")
         chat = Chat(args.folder, args.source_class)
         if args.batch:

@@ -552,7 +552,7 @@ def read_rows(path, tensors, first_rows=None):
     part of a tensor begins, as in a checkpoint; without it the file holds whole tensors.
     """
 
-    @torch.no_grad()  # it holds for one thread, and these are others
+    @torch.no_grad()  # a setting of each thread, and these are new ones
     def read(name):
         view, tensor = file.get_slice(name), tensors[name]
         low, high = local_rows(tensor)

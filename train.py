@@ -9,6 +9,8 @@ The whole method, with where each part lives:
     the class's reward becomes a weight, w_c = exp((r_c - r_max) / beta)      loss.py, class_weights
     L = Σ w_t · CE_t / Σ w_t over the learned tokens of a step, all ranks      gradients, below
     no reference model, no value model, no sampling: pi_c of Eq. (4) is the data itself
+    another reward, of a line or of a single turn, is a "weight" in the data  support/formats.py
+    the head and the loss without the logits, rows padded where V = 32002     kernels/
 
 Read down: flags, main, the loop, the sharded network, one step, evaluation; then the schedule, the
 order of the data, and the plan of a run. What a run needs and the method does not is in support/.
@@ -77,7 +79,7 @@ class Config:
     # --- a step: ranks x accumulate micro-batches of batch-tokens each
     batch_tokens: int = 8192  # tokens of a micro-batch on one rank
     accumulate: int = 1  # micro-batches a step on each rank
-    max_length: int = None  # cut conversations at so many tokens (default: 4096, or less if needed)
+    max_length: int = None  # tokens of a conversation, longer are cut (default: 4096, or what fits)
     # --- optimizer
     lr: str = "auto"  # peak learning rate; auto: OpenChat's rule from the batch size
     min_lr_ratio: float = 0.1  # the cosine ends at this share of the peak
@@ -96,9 +98,9 @@ class Config:
     # --- the machine
     precision: str = None  # compute in bf16 or fp32 over float32 weights (default: bf16 on CUDA)
     compile: bool = None  # torch.compile every block (default: on CUDA)
-    recompute: int = None  # blocks that make activations again in backward (default: as needed)
+    recompute: int = None  # blocks that recompute activations in backward (default: as needed)
     replicas: int = 1  # hybrid sharding: this many groups of ranks each hold the whole model
-    deterministic: bool = False  # the same bits in every run; always so on CPU, slower on CUDA
+    deterministic: bool = False  # the same bits in every run; always on for a CPU, slower on CUDA
     skip_bad: bool = False  # drop bad lines and count them, instead of stopping
     dry_run: bool = False  # check everything, print plan, memory and a batch; train nothing
     plan_ranks: int = 0  # with --dry-run: plan for this many ranks, none of which need be here
@@ -233,7 +235,7 @@ def train(plan, ranks, out):
     checkpoints = Checkpoints(plan, ranks, out)
     step = checkpoints.resume()  # so many steps are done
     log = report.Log(plan, ranks, out, step)
-    due = ranks.first_does("due", lambda: not_yet_there(plan, log, out, step))
+    due = ranks.first_does("due", lambda: owed_after(plan, log, out, step))
     if step == total and not any(due):
         ranks.say(f"this run is finished: {step} steps are done; the model is {out / 'model'}")
         return True
@@ -299,7 +301,7 @@ def evaluate_and_export(plan, ranks, llama, log, out, step, due):
     return step == plan.order.total or not (any(due) and ranks.asked_to_stop())
 
 
-def not_yet_there(plan, log, out, step):
+def owed_after(plan, log, out, step):
     """What a run that is taken up after `step` steps still owes to that step, as `Plan.due`."""
     evaluation_due, export_due = plan.due(step)
     evaluated, exported = step in log.evaluations, is_exported(plan, out, step, log.expert_losses())
@@ -374,7 +376,7 @@ def load_step(plan, ranks, step):
         batches = [
             data.Batch(*(x.pin_memory().to(device, non_blocking=True) for x in b)) for b in batches
         ]
-    return bins, batches, total_weight or 1.0  # of a step without a weight, all is 0
+    return bins, batches, total_weight or 1.0  # without any weight the loss is 0 / 1
 
 
 def objective(batch, classes):

@@ -172,7 +172,7 @@ def ask(model, eval_data):
 
 
 def conditions(model):
-    conditioned = chat.read_classes(model)[1]
+    conditioned = chat.read_crlft(model)[1]
     return (EXPERT, SUBOPTIMAL) if conditioned else (EXPERT,)
 
 
@@ -358,7 +358,7 @@ def hidden_states(folder, path):
     Every conversation is laid out as in training, under its own class's condition where the model
     has conditions; D is the hidden size.
     """
-    classes, conditioned = chat.read_classes(folder)
+    classes, conditioned = chat.read_crlft(folder)
     talker = chat.Chat(folder, device="cpu")
     features, labels = [], []
     for line in path.read_text().splitlines():

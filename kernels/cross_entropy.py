@@ -28,7 +28,7 @@ def cross_entropy_rows(logits, targets, weights, losses, correct, grad):
     maximum of a row with weight. grad has logits' dtype, or is logits itself; what lies between its
     column V and the end of that vector is overwritten.
 
-    Quickest where rows start on 16 bytes, as those of linear_cross_entropy.padded(V) elements do.
+    Fastest where rows start on 16 bytes, as rows padded by linear_cross_entropy.padded do.
     """
     N, V = logits.shape
     out = logits if grad is None else grad

@@ -10,10 +10,11 @@ A folder is written under another name, synced, and renamed on one rank once all
 its own name it is whole. So a kill at any instant costs the steps since the last checkpoint.
 
 Why a resumed run ends with the same bits: a step depends on the weights and AdamW's two moments,
-kept in float32 as they are; on the number of the step, which decides learning rate, AdamW's bias
-correction and conversations (data.pack is a function of lengths, seed and epoch); and on nothing
-random, as nothing is drawn in training. The evaluation and the export that are due at a step come
-after its checkpoint; each leaves a record (metrics.jsonl, crlft.json), and is made where it lacks.
+saved in float32 as they are; on its number, which decides the learning rate, AdamW's bias
+correction and the conversations (data.pack is a function of lengths, seed and epoch); and on
+nothing random, as nothing is drawn in training. The arithmetic itself repeats on a CPU, and on
+CUDA under --deterministic. The evaluation and the export that are due at a step come after its
+checkpoint; each leaves a record (metrics.jsonl, crlft.json), and one without it is made again.
 """
 
 import contextlib
@@ -287,7 +288,7 @@ RECIPE = {
 
 
 def recipe(plan):
-    """What the run is: of another, no checkpoint is taken."""
+    """What makes this run itself: a checkpoint that differs in any of it is refused."""
     config = plan.config
     values = {
         "data": plan.dataset.folder.name,

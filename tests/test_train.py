@@ -306,7 +306,7 @@ def test_the_ablations_change_prompt_and_weights(few, run, tmp_path):
     tokens = sum(c["tokens"] for c in shares.values())
     for of_class in shares.values():
         assert of_class["weight_share"] == pytest.approx(of_class["tokens"] / tokens)
-    assert chat.read_classes(out / "model")[1] is False
+    assert chat.read_crlft(out / "model")[1] is False
     talker = chat.Chat(out / "model", device="cpu")
     shown = talker.prompt([data.Message("user", "What is 12 + 3?")])
     shown = report.visible(shown, talker.tokenizer)
