@@ -12,6 +12,7 @@ F intermediate, V vocabulary.
 """
 
 import dataclasses
+import functools
 import inspect
 import json
 import math
@@ -237,7 +238,7 @@ class Llama(nn.Module):
         hidden = self.model.embed_tokens(tokens)  # (T, D)
         for index, block in enumerate(self.model.layers):
             if self.training and index < self.recompute:
-                hidden = checkpoint(block, hidden, rotary, attend[index], use_reentrant=False)
+                hidden = recomputed(block, hidden, rotary, attend[index])
             else:
                 hidden = block(hidden, rotary, attend[index])
         if rows is not None:
@@ -246,6 +247,10 @@ class Llama(nn.Module):
         tied = self.config.tie_word_embeddings
         weight = (self.model.embed_tokens if tied else self.lm_head).weight  # (V, D)
         return F.linear(hidden, weight) if objective is None else objective(hidden, weight)
+
+
+# Nothing in a block is random: no generator's state is kept for the second time.
+recomputed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 class Block(nn.Module):
@@ -296,8 +301,9 @@ class SwiGLU(nn.Module):
 class PackedAttention:
     """Causal attention within each conversation of a packed row; called with q, k, v of a layer.
 
-    On CUDA in half precision, torch's varlen_attn. Elsewhere conversations of similar length
-    are padded at the end to a rectangle, where a causal mask alone keeps the padding unseen.
+    On CUDA in half precision, torch's varlen_attn, which is FlashAttention. Elsewhere conversations
+    of similar length are padded at the end to a rectangle, where a causal mask alone keeps the
+    padding unseen.
     """
 
     def __init__(self, cu_seqlens, max_seqlen, sliding_window):
@@ -306,14 +312,20 @@ class PackedAttention:
         self.rectangles = None
 
     def __call__(self, q, k, v):  # (T, H, E), (T, K, E), (T, K, E) -> (T, H, E)
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and varlen_attn is not None:
-            # (left, right): how many tokens besides itself a token sees on either side.
-            left = -1 if self.sliding_window is None else self.sliding_window - 1
-            longest = self.max_seqlen or len(q)
-            offsets = self.cu_seqlens
-            window = {"window_size": (left, 0)} | GQA
-            return varlen_attn(q, k, v, offsets, offsets, longest, longest, **window)
+        half = q.dtype in (torch.bfloat16, torch.float16)
+        if q.is_cuda and half and flash_takes(q.shape[-1]):
+            return self.attend_varlen(q, k, v)
         return self.attend_rectangles(q, k, v)
+
+    def attend_varlen(self, q, k, v):
+        # (left, right): how many tokens besides itself a token sees on either side.
+        left = -1 if self.sliding_window is None else self.sliding_window - 1
+        head_dim, longest, offsets = q.shape[-1], self.max_seqlen or len(q), self.cu_seqlens
+        options = {"window_size": (left, 0), "scale": head_dim**-0.5} | GQA
+        if lacking := -head_dim % 8:  # FlashAttention takes multiples of 8; zeros add nothing
+            q, k, v = (F.pad(x, (0, lacking)) for x in (q, k, v))
+        out = varlen_attn(q, k, v, offsets, offsets, longest, longest, **options)
+        return out[..., :head_dim]
 
     @torch.compiler.disable  # its shapes follow the conversations' lengths
     def attend_rectangles(self, q, k, v):
@@ -331,6 +343,11 @@ class PackedAttention:
             )
             out[index[valid]] = attended.transpose(1, 2)[valid]
         return out
+
+
+def flash_takes(head_dim):
+    """Can varlen_attn attend with heads so wide? FlashAttention 2 ends at 256."""
+    return varlen_attn is not None and head_dim <= 256
 
 
 def rectangles(cu_seqlens):

@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import gc
 import inspect
 import math
 import os
@@ -32,8 +33,11 @@ import time
 from bisect import bisect_left
 from pathlib import Path
 
-# Threads that spin at a barrier hold each other up where other programs share the CPU.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
+# Read when torch is imported. Threads that spin at a barrier hold each other up where other
+# programs share the CPU. Every micro-batch has another number of rows, and a GPU's memory would be
+# left in pieces that are too small for the next one's.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 # ruff: noqa: E402
 import numpy as np
@@ -231,6 +235,8 @@ def train(plan, ranks, out):
     config, total = plan.config, plan.order.total
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may vary
     torch.use_deterministic_algorithms(config.deterministic or not ranks.cuda)
+    if config.deterministic:  # from torch 2.15 on cuDNN may attend instead of FlashAttention,
+        torch.backends.cuda.enable_cudnn_sdp(False)  # which repeats its bits when asked to
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads what it fills
     checkpoints = Checkpoints(plan, ranks, out)
     step = checkpoints.resume()  # so many steps are done
@@ -243,6 +249,8 @@ def train(plan, ranks, out):
     llama, optimizer = build(plan, ranks, with_weights=step == 0)
     if step:
         checkpoints.load(llama, optimizer)
+    gc.collect()  # what stands now stays: later collections need not look at it, a third of a
+    gc.freeze()  # second each
     stopped = not evaluate_and_export(plan, ranks, llama, log, out, step, due)
 
     with ranks.thread() as loader:  # makes the next step's batches during this one
@@ -254,19 +262,16 @@ def train(plan, ranks, out):
             bins, batches, total_weight = pending.result()
             if step < total:
                 pending = batches_of(step + 1)
-            loss, table, losses = gradients(plan, ranks, llama, batches, total_weight)
-            grad_norm = torch.nn.utils.clip_grad_norm_(llama.parameters(), config.clip)
-            grad_norm = grad_norm.full_tensor().item()
+            sums, losses = gradients(plan, ranks, llama, batches, total_weight)
+            lr = learning_rate(step, total, plan.lr, config)
+            update(optimizer, sums, lr, config.clip)
+            loss, grad_norm, signalled, *table = sums.tolist()  # here, and only here, a GPU is
+            seconds = time.perf_counter() - began  # waited for: the step's time is all in
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
                 where = f"step {step}: loss {loss}, gradient norm {grad_norm}"
                 raise ValueError(where + not_finite(plan, ranks, bins, losses))
-            lr = learning_rate(step, total, plan.lr, config)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad()
-            stopped = ranks.asked_to_stop()  # here a GPU is waited for: the step's time is all in
-            log.step(step, bins, loss, lr, grad_norm, table, time.perf_counter() - began)
+            stopped = signalled > 0
+            log.step(step, bins, loss, lr, grad_norm, np.reshape(table, (4, -1)), seconds)
 
             # Once in a while: a checkpoint, and then what may fail without losing anything.
             if plan.saves(step) and not stopped:
@@ -334,8 +339,10 @@ def build(plan, ranks, with_weights=True):
         llama = model.Llama(plan.network)
     llama.recompute = plan.recompute
     if plan.compile:
+        # What costs no matrix product is made again in backward rather than kept: norms, SiLU.
+        torch._functorch.config.activation_memory_budget = 0.9
         for block in llama.model.layers:
-            block.compile(fullgraph=ranks.cuda and plan.bf16, dynamic=False)
+            block.compile(fullgraph=plan.flash, dynamic=False)
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if plan.bf16 else None,
         reduce_dtype=torch.float32,
@@ -408,9 +415,10 @@ def forward(llama, plan, batch):
 
 
 def gradients(plan, ranks, llama, batches, total_weight):
-    """Forward and backward over this rank's micro-batches of one step.
+    """Forward and backward over this rank's micro-batches of one step; nothing here waits for it.
 
-    Returns L, `objective`'s table over all ranks, and this rank's Σ w·CE of each micro-batch.
+    Returns over all ranks, in float64, L, the norm of its gradient, how many ranks have a signal to
+    stop, and `objective`'s table, laid end to end; and this rank's Σ w·CE of each micro-batch.
     """
     losses, table = [], 0
     for batch in batches:
@@ -421,8 +429,28 @@ def gradients(plan, ranks, llama, batches, total_weight):
         losses.append(weighted_sum.detach().double())
         table = table + sums
     losses = torch.stack(losses)
-    summed = ranks.sum(torch.cat([losses.sum()[None], table.flatten()])).tolist()
-    return summed[0] / total_weight, np.array(summed[1:]).reshape(4, -1), losses
+    shards = [model.local_tensor(p.grad) for p in llama.parameters()]
+    norm = torch.nn.utils.get_total_norm(shards).double()  # of what this rank holds
+    sums = [losses.sum(), norm**2, torch.full_like(norm, ranks.signalled is not None)]
+    sums = ranks.sum(torch.cat([torch.stack(sums), table.flatten()]))  # one all-reduce
+    sums[0] /= total_weight
+    sums[1] = (sums[1] / plan.config.replicas).sqrt()  # each of which holds all shards
+    return sums, losses
+
+
+def update(optimizer, sums, lr, clip):
+    """AdamW on the gradient clipped to a norm of `clip`, as clip_grad_norm_ does before it.
+
+    Within AdamW's own pass over the gradients: it divides them by grad_scale, and leaves all as it
+    is where found_inf is 1. So neither waits for the norm to be known here.
+    """
+    grad_norm = sums[1].float()
+    optimizer.grad_scale = (grad_norm / clip).clamp(min=1)
+    optimizer.found_inf = sums[:2].isfinite().all().logical_not().float()
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def not_finite(plan, ranks, bins, losses):
@@ -485,11 +513,12 @@ class Order:
         self.pack = functools.lru_cache(maxsize=1)(  # pack(epoch): all its steps
             functools.partial(data.pack, lengths, config.batch_tokens, bins_per_step, config.seed)
         )
-        self.ends = []  # the last step of each epoch
+        self.ends, self.fullest = [], 0  # last step of each epoch; most conversations of a bin
         for epoch in range(config.epochs):
             begun = self.ends[-1] if self.ends else 0
             if not config.max_steps or begun < config.max_steps:
                 self.ends.append(begun + len(self.pack(epoch)))
+                self.fullest = max(self.fullest, *(len(b) for s in self.pack(epoch) for b in s))
         self.total = min(config.max_steps or math.inf, self.ends[-1])
 
     def epoch_of(self, step):
@@ -517,6 +546,7 @@ class Plan:
     config: Config
     world: int  # ranks
     bf16: bool
+    flash: bool  # does FlashAttention attend?
     compile: bool
     classes: dict  # {name: SourceClass}
     class_weights: np.ndarray | None  # (C,), None without reward: every w is 1
@@ -557,8 +587,6 @@ def make_plan(config, ranks, out):
     _require(world % config.replicas == 0, "replicas", f"a divisor of {world} ranks")
     cuda = ranks.cuda or config.plan_memory > 0  # a GPU is planned for, here or not
     bf16 = (config.precision or ("bf16" if cuda else "fp32")) == "bf16"
-    # Only varlen_attn has fixed shapes; elsewhere each batch would be compiled anew.
-    compile = cuda and bf16 if config.compile is None else config.compile
 
     classes = read_classes(config.classes) if config.classes else DEFAULT_CLASSES
     weights = np.array(list(class_weights(classes, config.beta).values()))
@@ -569,6 +597,9 @@ def make_plan(config, ranks, out):
     pretrained = has_weights(config)
     if pretrained:
         model.check_weights(config.model, network, new_rows)
+    # Only FlashAttention has fixed shapes; elsewhere each batch would be compiled anew.
+    flash = cuda and bf16 and model.flash_takes(network.head_dim)
+    compile = flash if config.compile is None else config.compile
     context = network.max_position_embeddings
     max_length = data.length_limit(config.max_length, config.batch_tokens, context)
 
@@ -589,16 +620,18 @@ def make_plan(config, ranks, out):
     share = dataset.total_weight(slice(None), None) / int(dataset.lengths.sum())
     supervised = config.batch_tokens * world * config.accumulate * share  # tokens a step
 
-    size = memory.Size(world // config.replicas, config.batch_tokens, bf16, compile)
+    offsets = most_offsets(order, eval_dataset, world, config, max_length)
+    sequences = offsets - 1 if flash else 0
+    size = memory.Size(world // config.replicas, config.batch_tokens, bf16, compile, sequences)
     available = memory.of_a_rank(config.plan_memory)
     recompute = config.recompute
     if recompute is None:
         recompute = memory.blocks_to_recompute(network, size, available)
     return Plan(
-        config, world, bf16, compile, classes, weights, tokenizer, network, new_rows,
+        config, world, bf16, flash, compile, classes, weights, tokenizer, network, new_rows,
         identity_of_weights(config, ranks) if pretrained else None,
         max_length, dataset, eval_dataset, order,
-        shape=fixed_shape(order, eval_dataset, world, config, max_length) if compile else None,
+        shape=(config.batch_tokens, offsets, max_length) if compile else None,
         lr=auto_lr(network.model_type, supervised) if config.lr == "auto" else float(config.lr),
         recompute=min(recompute, network.num_hidden_layers),
         memory=memory.estimate(network, size, recompute),
@@ -638,13 +671,13 @@ def identity_of_weights(config, ranks):
     return max(found) or "not read"
 
 
-def fixed_shape(order, eval_dataset, world, config, longest):
-    """(tokens, offsets, longest) for data.collate, with room for twice the fullest bin."""
-    tokens, steps = config.batch_tokens, order.pack(0)
+def most_offsets(order, eval_dataset, world, config, longest):
+    """Offsets that hold the conversations of every bin of the run, and data.collate's padding."""
+    tokens, fullest = config.batch_tokens, order.fullest
     if eval_dataset:
-        steps = steps + data.pack(eval_dataset.lengths, tokens, world, 0, 0)
-    most = max(len(b) for step in steps for b in step) + tokens // longest
-    return tokens, 2 ** math.ceil(math.log2(2 * most + 2)), longest
+        steps = data.pack(eval_dataset.lengths, tokens, world, 0, 0)
+        fullest = max(fullest, *(len(b) for step in steps for b in step))
+    return fullest + math.ceil(tokens / longest) + 1
 
 
 def auto_lr(model_type, supervised_tokens):

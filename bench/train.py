@@ -158,11 +158,9 @@ class ThisProject:
             waited += time.perf_counter() - asked
             if step + 1 < steps.stop:
                 pending = self.loader.submit(train.load_step, plan, ranks, step + 2)
-            self.loss = train.gradients(plan, ranks, self.llama, batches, total_weight)[0]
-            norm = torch.nn.utils.clip_grad_norm_(self.llama.parameters(), plan.config.clip)
-            norm.full_tensor().item()  # as the trainer, which looks at it
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            sums, _ = train.gradients(plan, ranks, self.llama, batches, total_weight)
+            train.update(self.optimizer, sums, plan.lr, plan.config.clip)
+            self.loss = sums.tolist()[0]  # where the trainer waits for the GPU
         return seconds_since(began), waited
 
 

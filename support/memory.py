@@ -16,6 +16,7 @@ class Size:
     tokens: int  # of a micro-batch
     bf16: bool
     compiled: bool
+    sequences: int  # of a batch for FlashAttention; 0 where another attention is used
 
 
 def estimate(network, size, recompute):
@@ -25,9 +26,10 @@ def estimate(network, size, recompute):
     d, f = network.hidden_size, network.intermediate_size
     q = network.num_attention_heads * network.head_dim
     kv = network.num_key_value_heads * network.head_dim
-    # Saved for backward, a token: norms' and projections' inputs, q, k, v, attention, MLP;
-    # not compiled, also what the norms and the MLP's SiLU make on the way.
-    block = width * (4 * d + 2 * q + 2 * kv + 3 * f + (0 if size.compiled else 2 * d + f))
+    # Saved for backward, a token: the block's input and the attention's, q, k, v, attention, and
+    # the MLP's two products; not compiled, also what is otherwise made again from these: the
+    # outputs of both norms, the MLP's SiLU and product, and what lies between them.
+    block = width * (2 * d + 2 * q + 2 * kv + 2 * f + (0 if size.compiled else 4 * d + 2 * f))
     matrices = 1 if network.tie_word_embeddings else 2  # embedding and head
     embedding = network.vocab_size * d
     per_block = (parameters - matrices * embedding) // network.num_hidden_layers
@@ -39,6 +41,8 @@ def estimate(network, size, recompute):
         "AdamW": 8 * parameters // shards,
         "gathered blocks": width * (matrices * embedding + 2 * per_block) + 4 * per_block,
         "activations": t * (stored + width * (6 * d + 3 * f)),  # 3 f: one MLP's gradients
+        # FlashAttention 2's backward sums d_q in float32, each sequence begun on 128 rows.
+        "attention": 4 * q * (t + 128 * size.sequences) if size.sequences else 0,
         "loss workspace": min(1 << 30, width * t * network.vocab_size) + 4 * embedding,
     }
 

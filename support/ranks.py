@@ -32,6 +32,10 @@ class Ranks:
 
     def __init__(self):
         self.cuda = torch.cuda.is_available()
+        self.device = torch.device("cpu")
+        if self.cuda:
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
         backend = "cuda:nccl,cpu:gloo" if self.cuda else "gloo"
         if "RANK" in os.environ:  # torchrun
             store, self.rank, self.world = next(dist.rendezvous("env://"))
@@ -40,17 +44,14 @@ class Ranks:
         self.store = fresh_store(store, self.rank, self.world)
         timeout = datetime.timedelta(minutes=30)
         dist.init_process_group(
-            backend, store=self.store, rank=self.rank, world_size=self.world, timeout=timeout
-        )
+            backend, store=self.store, rank=self.rank, world_size=self.world, timeout=timeout,
+            device_id=self.device if self.cuda else None,  # NCCL starts now, and fails now
+        )  # fmt: skip
         # While files are written the others wait, on a slow disk for hours.
         self.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=6))
         self.first = self.rank == 0
         self.line = StatusLine(sys.stdout, seconds=1.0)
         self.signalled = None  # when the first signal to stop came
-        self.device = torch.device("cpu")
-        if self.cuda:
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(self.device)
 
     def thread(self):
         """An executor of one thread, on this rank's device: a thread starts with device 0."""

@@ -279,7 +279,7 @@ class Log:
         self.began = time.perf_counter()
         self.evaluations = {}  # {step: by_class}, on rank 0, of this evaluation data
         name = torch.cuda.get_device_name() if ranks.cuda else ""
-        self.peak = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+        self.peak = peak_flops(name)
         if ranks.first:
             path = out / "metrics.jsonl"
             keep = [line for line in read_metrics(path) if start and line["step"] <= start]
@@ -379,7 +379,15 @@ def by_class(plan, table):
     }
 
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, SXM
+PEAK_FLOPS = {  # dense bf16, by what torch.cuda.get_device_name() has; NVIDIA's data sheets
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12,
+    "B200": 2250e12, "A100": 312e12,
+}  # fmt: skip
+
+
+def peak_flops(name):
+    """Of the longest name that fits, None of a device that is not listed."""
+    return next((PEAK_FLOPS[key] for key in PEAK_FLOPS if key in name), None)
 
 
 def training_flops(network, tokens, sum_of_squares):

@@ -182,10 +182,9 @@ def losses_of(plan, ranks, steps=5, after_step=lambda step: None):
     losses = []
     for step in range(1, steps + 1):
         _, batches, total_weight = train.load_step(plan, ranks, step)
-        losses.append(train.gradients(plan, ranks, llama, batches, total_weight)[0])
-        torch.nn.utils.clip_grad_norm_(llama.parameters(), plan.config.clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        sums, _ = train.gradients(plan, ranks, llama, batches, total_weight)
+        train.update(optimizer, sums, plan.lr, plan.config.clip)
+        losses.append(float(sums[0]))
         after_step(step)
     return losses
 

@@ -1,6 +1,7 @@
 """The trainer: its step and network in this process, and whole runs as its users start them."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -35,9 +36,9 @@ def gradients_of_first_step(plan, ranks):
     """{parameter: its gradient}, and the step's loss and table."""
     llama, _ = train.build(plan, ranks)
     _, batches, total_weight = train.load_step(plan, ranks, 1)
-    value, table, _ = train.gradients(plan, ranks, llama, batches, total_weight)
+    sums, _ = train.gradients(plan, ranks, llama, batches, total_weight)
     found = {name: p.grad.full_tensor() for name, p in llama.named_parameters()}
-    return found | {"loss": torch.tensor(value), "table": torch.tensor(table)}
+    return found | {"loss": sums[0], "grad_norm": sums[1], "table": sums[3:].reshape(4, -1)}
 
 
 def write_gradients(arguments):
@@ -61,12 +62,20 @@ def one_rank(few, ranks, tmp_path_factory):
     return gradients_of_first_step(plan_of(flags(few, out, batch_tokens=2048), ranks, out), ranks)
 
 
-# Rows that 3 ranks do not divide; micro-batches on each of two ranks, and most of them empty.
-@pytest.mark.parametrize("count, accumulate, batch_tokens", [(3, 1, 768), (2, 2, 512), (2, 32, 64)])
+# Rows that 3 ranks do not divide; micro-batches on each of two ranks, and most of them empty; two
+# replicas, which hold the same shards.
+@pytest.mark.parametrize(
+    "count, shape",
+    [
+        (3, {"batch_tokens": 768}),
+        (2, {"batch_tokens": 512, "accumulate": 2}),
+        (2, {"batch_tokens": 64, "accumulate": 32}),
+        (2, {"batch_tokens": 1024, "replicas": 2}),
+    ],
+)
 def test_ranks_and_accumulation_do_not_change_loss_or_gradient(
-    one_rank, few, tmp_path, count, accumulate, batch_tokens
+    one_rank, few, tmp_path, count, shape
 ):
-    shape = {"accumulate": accumulate, "batch_tokens": batch_tokens}
     other = gradients_of_ranks(count, few, tmp_path, **shape)
     torch.testing.assert_close(other["table"], one_rank["table"], rtol=1e-6, atol=0)
     for name, gradient in one_rank.items():
@@ -77,7 +86,7 @@ def test_ranks_and_accumulation_do_not_change_loss_or_gradient(
 def test_gradients_of_bf16_ranks_are_added_in_float32(one_rank, few, tmp_path):
     """Each rank's are bf16 numbers; their sum has more digits, and errs as bf16 does."""
     found = gradients_of_ranks(2, few, tmp_path, batch_tokens=1024, precision="bf16")
-    for name in found.keys() - {"loss", "table"}:
+    for name in found.keys() - {"loss", "grad_norm", "table"}:
         gradient, exact = found[name], one_rank[name]
         more_digits = gradient.bfloat16().float() != gradient
         assert more_digits.float().mean() > 0.1, name
@@ -103,6 +112,8 @@ def test_gradient_equals_float64_autograd_of_equation_6(one_rank, few):
         normaliser += weights[line["class"]] * mask.sum().item()
     (total / normaliser).backward()
     assert one_rank["loss"].item() == pytest.approx((total / normaliser).item(), rel=1e-6)
+    norm = torch.stack([p.grad.norm() for p in llama.parameters()]).norm()
+    assert one_rank["grad_norm"].item() == pytest.approx(norm.item(), rel=1e-6)
     for name, parameter in llama.named_parameters():
         error = (one_rank[name] - parameter.grad).abs().max() / parameter.grad.abs().max()
         assert error < 1e-5, name
@@ -114,6 +125,48 @@ def test_micro_batches_without_supervised_tokens_or_conversations_are_no_nan(few
     found = gradients_of_ranks(2, one, tmp_path / "out", accumulate=2, batch_tokens=64)
     assert all(tensor.isfinite().all() for tensor in found.values())
     assert found["loss"] > 0
+
+
+@pytest.mark.parametrize("clip", [1e-3, 0.5, 1e3])
+def test_an_update_is_adamw_of_the_clipped_gradient(plan, ranks, clip):
+    """Beside clip_grad_norm_ and an AdamW that is not fused, in float64, over two steps."""
+    of_run = plan(clip=clip)
+    llama, optimizer = train.build(of_run, ranks)
+    plain = model.Llama(of_run.network).double()
+    plain.load_state_dict({n: p.full_tensor() for n, p in llama.named_parameters()}, strict=False)
+    (settings,) = optimizer.param_groups
+    settings = {name: settings[name] for name in ("betas", "eps", "weight_decay")}
+    reference = torch.optim.AdamW(plain.parameters(), lr=2e-3, **settings)
+    for number in (1, 2):
+        _, batches, total_weight = train.load_step(of_run, ranks, number)
+        sums, _ = train.gradients(of_run, ranks, llama, batches, total_weight)
+        for ours, theirs in zip(llama.parameters(), plain.parameters(), strict=True):
+            theirs.grad = ours.grad.full_tensor().double()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), clip)
+        assert sums[1].item() == pytest.approx(norm.item(), rel=1e-6)
+        reference.step()
+        train.update(optimizer, sums, 2e-3, clip)
+        assert all(parameter.grad is None for parameter in llama.parameters())
+    for ours, theirs in zip(llama.parameters(), plain.parameters(), strict=True):
+        # float32 adds each step to a weight with half an ulp of error
+        error = (ours.full_tensor().double() - theirs).abs()
+        assert (error <= 1e-7 * theirs.abs() + 1e-3 * 2e-3).all()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_update_without_a_finite_loss_and_norm_changes_nothing(plan, ranks, which, value):
+    of_run = plan()
+    llama, optimizer = train.build(of_run, ranks)
+    _, batches, total_weight = train.load_step(of_run, ranks, 1)
+    sums, _ = train.gradients(of_run, ranks, llama, batches, total_weight)
+    before = [parameter.full_tensor().clone() for parameter in llama.parameters()]
+    sums[which] = value
+    train.update(optimizer, sums, 1e-3, 1.0)
+    for parameter, old in zip(llama.parameters(), before, strict=True):
+        state = optimizer.state[parameter]
+        assert torch.equal(parameter.full_tensor(), old) and state["step"] == 0
+        assert not state["exp_avg"].full_tensor().any()
 
 
 def test_on_a_cpu_every_step_uses_deterministic_algorithms(plan, ranks, tmp_path, monkeypatch):
