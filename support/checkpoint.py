@@ -176,7 +176,7 @@ class Checkpoints:
         state = read_state(folder)
         for parameter in llama.parameters():  # as AdamW makes it in its first step
             optimizer.state[parameter] = {
-                "step": torch.tensor(float(state["step"]), device=parameter.device)
+                "step": torch.full((), float(state["step"]), device=parameter.device)
             } | {moment: torch.zeros_like(parameter) for moment in MOMENTS}
         tensors, files = state_tensors(llama, optimizer), state["files"]
         with ranks.all_or_none(f"resuming from {folder}"):

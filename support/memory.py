@@ -24,12 +24,15 @@ def estimate(network, size, recompute):
     parameters, shards, t = network.parameter_count(), size.shards, size.tokens
     width = 2 if size.bf16 else 4
     d, f = network.hidden_size, network.intermediate_size
-    q = network.num_attention_heads * network.head_dim
-    kv = network.num_key_value_heads * network.head_dim
+    # FlashAttention gets heads of a multiple of 8, and its output is cut to their width again.
+    lacking = -network.head_dim % 8 if size.sequences else 0
+    q = network.num_attention_heads * (network.head_dim + lacking)
+    kv = network.num_key_value_heads * (network.head_dim + lacking)
+    cut = network.num_attention_heads * network.head_dim if lacking else 0
     # Saved for backward, a token: the block's input and the attention's, q, k, v, attention, and
     # the MLP's two products; not compiled, also what is otherwise made again from these: the
     # outputs of both norms, the MLP's SiLU and product, and what lies between them.
-    block = width * (2 * d + 2 * q + 2 * kv + 2 * f + (0 if size.compiled else 4 * d + 2 * f))
+    block = width * (2 * d + 2 * q + cut + 2 * kv + 2 * f + (0 if size.compiled else 4 * d + 2 * f))
     matrices = 1 if network.tie_word_embeddings else 2  # embedding and head
     embedding = network.vocab_size * d
     per_block = (parameters - matrices * embedding) // network.num_hidden_layers

@@ -131,7 +131,8 @@ class Ranks:
 
     def asked_to_stop(self):
         """Did any rank get a signal to stop? All ranks agree; every rank must ask."""
-        return bool(self.sum(torch.tensor(int(self.signalled is not None), device=self.device)))
+        signalled = torch.zeros((), device=self.device).fill_(self.signalled is not None)
+        return bool(self.sum(signalled))
 
     def stop(self, message):
         """End this rank with a message; torchrun ends the others."""

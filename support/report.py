@@ -386,7 +386,7 @@ PEAK_FLOPS = {  # dense bf16, by what torch.cuda.get_device_name() has; NVIDIA's
 
 
 def peak_flops(name):
-    """Of the longest name that fits, None of a device that is not listed."""
+    """Of the first of them that `name` holds, None of a device that is not listed."""
     return next((PEAK_FLOPS[key] for key in PEAK_FLOPS if key in name), None)
 
 

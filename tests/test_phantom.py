@@ -1,0 +1,107 @@
+"""A whole run of train.py on a GPU without numbers (phantom.py): devices, dtypes, graphs, waits.
+
+Each scenario is a run of three steps with evaluation, checkpoints and exports; each planted fault
+is one that such a run must find.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import phantom
+import pytest
+import torch
+from processes import ROOT, SUMS
+
+import model
+
+NETWORK = model.LlamaConfig(256, 688, 2, 8, 66, 4, 32, max_position_embeddings=512)
+SCENARIOS = {
+    "one GPU": {},
+    "eight, one block recomputed": {"world": 8, "recompute": 1},
+    "two groups of four, tied": {
+        "world": 8, "replicas": 2, "network": {"tie_word_embeddings": True},
+    },
+    "not compiled": {"compile": False},
+    "heads of 20": {"network": {"head_dim": 20}},
+}  # fmt: skip
+FAULTS = {
+    "table_on_the_cpu": "on the same device",
+    "item_in_a_micro_batch": "in a micro-batch the host waits",
+    "longest_of_each_batch": "Recompile",
+    "signal_asked_for_apart": None,
+    "nothing_made_again": None,
+}
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("g++"), reason="the device is 40 lines of C++"),
+    pytest.mark.skipif(torch.version.cuda is not None, reason="for a torch without CUDA's own"),
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """{scenario or fault: its result}, all from one process."""
+    folder = tmp_path_factory.mktemp("phantom")
+    library = phantom.build(tmp_path_factory.mktemp("library"))
+    model.write_json(folder / "config.json", NETWORK.to_json())
+    shutil.copy(SUMS / "tokenizer.model", folder)
+    lines = (SUMS / "train.jsonl").read_text().splitlines(True)
+    expert = [line for line in lines if '"gpt4"' in line][:20]
+    rest = [line for line in lines if '"gpt3.5"' in line][:60]
+    (folder / "few.jsonl").write_text("".join(expert + rest))
+    scenarios = SCENARIOS | {fault: {"fault": fault} for fault in FAULTS}
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "phantom.py", library, folder],
+        input=json.dumps([*scenarios.values()]), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(zip(scenarios, json.loads(done.stdout), strict=True))
+
+
+@pytest.fixture(params=SCENARIOS)
+def seen(results, request):
+    found = results[request.param]
+    assert "error" not in found, found["error"][:3000]
+    return found | SCENARIOS[request.param] | {"name": request.param}
+
+
+def test_a_run_saves_and_exports(seen):
+    assert any(file.startswith("checkpoints/") for file in seen["files"])
+    assert any(file.startswith("epoch-") for file in seen["files"])
+    assert seen["launches"] > 2 * len(seen["waits"])  # and of evaluations
+
+
+def test_a_step_waits_once_and_reduces_once_beside_the_gradients(seen):
+    assert seen["waits"] == [["tolist"]] * len(seen["waits"]) and len(seen["waits"]) >= 2
+    # A group of ranks tells another its gradients: of 2 blocks and the root, by micro-batch.
+    of_gradients = 2 * (NETWORK.num_hidden_layers + 1) if seen.get("replicas") else 0
+    assert seen["all_reduces"] == [1 + of_gradients] * len(seen["waits"])
+
+
+def test_all_blocks_and_steps_share_one_graph(seen):
+    """And one without gradients, of the evaluation before the first step."""
+    expected = 0 if seen.get("compile") is False else 2
+    assert seen["frames"] == [expected] * len(seen["frames"])
+
+
+def test_blocks_keep_for_backward_what_the_plan_says(seen):
+    if seen.get("compile") is False:
+        pytest.skip("tests/test_plan.py has it, of a CPU")
+    d, f = NETWORK.hidden_size, NETWORK.intermediate_size
+    transient = phantom.TOKENS * 2 * (6 * d + 3 * f)  # of the plan's activations, alive in backward
+    assert {*seen["saved"]} == {seen["planned"] - transient}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(results, fault):
+    found = results[fault]
+    if FAULTS[fault]:
+        assert FAULTS[fault] in found.get("error", "")
+        return
+    sound = results["one GPU"]
+    assert "error" not in found
+    if fault == "signal_asked_for_apart":
+        assert found["waits"] != sound["waits"] and found["all_reduces"] != sound["all_reduces"]
+    else:
+        assert found["saved"][0] > 1.2 * sound["saved"][0]
