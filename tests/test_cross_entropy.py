@@ -377,7 +377,8 @@ def interpreter_reads_bounds():
 )
 def test_the_interpreted_kernel_passes_too():
     files = [
-        ROOT / "tests" / f"test_{name}.py" for name in ("cross_entropy", "linear_cross_entropy")
+        ROOT / "tests" / f"test_{name}.py"
+        for name in ("cross_entropy", "linear_cross_entropy", "half")
     ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files],

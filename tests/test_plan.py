@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import processes
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import data
 import model
 import train
 
@@ -187,6 +189,26 @@ def losses_of(plan, ranks, steps=5, after_step=lambda step: None):
         losses.append(float(sums[0]))
         after_step(step)
     return losses
+
+
+def test_every_bin_of_a_compiled_run_has_the_planned_shape(files, ranks, tmp_path):
+    """Of all epochs and of the evaluation; FlashAttention's conditions on the offsets."""
+    plan = plan_of(
+        files, ranks, tmp_path, compile=True, epochs=4, max_length=200, batch_tokens=1000,
+        eval_data=files[1],
+    )  # fmt: skip
+    tokens, offsets, longest = plan.shape
+    steps = [plan.order.bins(step) for step in range(1, plan.order.total + 1)]
+    fullest = max(len(b) for bins in steps for b in bins)
+    assert fullest > max(len(b) for b in steps[0]) and longest == 200
+    steps += data.pack(plan.eval_dataset.lengths, tokens, 1, 0, 0)
+    for bins in [*steps, [np.arange(0)]]:
+        batch = data.collate(plan.dataset, bins[0], plan.class_weights, plan.shape)
+        lengths = batch.cu_seqlens.diff()
+        assert len(batch.tokens) == tokens and len(batch.cu_seqlens) == offsets
+        assert batch.cu_seqlens[0] == 0 and batch.cu_seqlens[-1] == tokens
+        assert (lengths >= 0).all() and lengths.max() <= longest
+    assert offsets <= fullest + 7  # the backward of FlashAttention takes room for each
 
 
 def test_the_compiled_recomputed_step_of_fixed_shape_learns_as_the_plain_one(
