@@ -123,6 +123,7 @@ class Chat:
         name = source_class or loss.expert_class(classes)
         if name not in classes:
             raise ValueError(f"--class {name!r} is not one of {', '.join(classes)}")
+        self.class_name = name
         self.condition = classes[name].condition if conditioned else ""
         self.tokenizer = data.Tokenizer(folder)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -177,6 +178,13 @@ def read_crlft(folder):
 def answer_file(chat, source, target, options):
     """Conversation lines in, the same lines out, each with the assistant's turn appended."""
     lines, cut = list(read_prompts(chat, source)), 0
+    others = sum(line.get("class") not in (None, chat.class_name) for line, _ in lines)
+    if others:
+        print(
+            f"note: answered as class {chat.class_name}; {others} of the lines have another "
+            '"class", which their copies keep',
+            file=sys.stderr,
+        )
     with open(target, "x", encoding="utf-8") as out:
         for start in range(0, len(lines), BATCH):
             batch = lines[start : start + BATCH]
@@ -199,6 +207,7 @@ def read_prompts(chat, path):
             if line is None:
                 continue
             messages, _ = parse_messages(line)  # what is not read is copied
+            json.dumps(line, ensure_ascii=False).encode()  # a lone surrogate fails now
             if not messages or messages[-1].role != "user":
                 raise ValueError("the last message must be the user's")
             if (length := len(chat.prompt(messages))) > context:

@@ -124,7 +124,8 @@ class Encoder:
         account, conversations = Account(), []
         for number, raw in enumerate(block.raw, start=block.number + 1):
             try:
-                if line := parse_json(raw):
+                line = parse_json(raw)
+                if line is not None:
                     conversation = parse_conversation(
                         line, self.classes, self.class_field, block.source.source_class
                     )
@@ -144,13 +145,13 @@ class Encoder:
             tokens = np.concatenate(parts)[: self.max_length]
             values, counts = zip(*weights)
             weights = np.repeat(np.float32(values), counts)
-            lost = max(0, len(weights) - self.max_length)
+            lost, whole = max(0, len(weights) - self.max_length), weights
             account.counted["cut"] += lost > 0
             account.counted["tokens_cut"] += lost
             weights = weights[: self.max_length]
             learned, factors = np.count_nonzero(weights), weights[weights > 0]
             if not learned:
-                account.counted["without_answer"] += 1
+                account.counted["answer_cut" if whole.any() else "weightless"] += 1
                 continue
             sums = [factors.sum(dtype=np.float64), 0.0]
             if learned > len(factors):  # final weights, of OpenChat's items

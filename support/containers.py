@@ -16,7 +16,7 @@ import stat
 import zlib
 from pathlib import Path
 
-from support.formats import LONGEST
+from support.formats import LISTS, LONGEST, check_file_key
 
 BLOCK = 4 << 20  # bytes of text tokenized at a time, and committed together
 CHUNK = 64 << 10  # bytes read at a time from an array, or as many as an unfinished item has
@@ -48,7 +48,7 @@ def split_classes(arguments, classes):
         name, equals, path = argument.partition("=")
         if equals and name in classes:
             found.append((name, Path(path).expanduser()))
-        elif equals and not os.path.exists(argument):
+        elif equals and classes and "/" not in name and not os.path.exists(argument):
             raise ValueError(f"{argument}: {name!r} is no class of the table: {', '.join(classes)}")
         else:
             found.append((None, Path(argument)))
@@ -60,11 +60,16 @@ def split_classes(arguments, classes):
 FOREIGN = {  # the first bytes of a file: what it is, and what helps
     b"PAR1": ("a parquet file", "pandas.read_parquet(FILE).to_json(OUT, orient='records', "
               "lines=True) makes lines of it"),
-    b"ARROW1": ("an Arrow file", "datasets.Dataset.from_file(FILE).to_json(OUT) makes lines of it"),
+    b"ARROW1": ("an Arrow file", "pandas.read_feather(FILE).to_json(OUT, orient='records', "
+               "lines=True) makes lines of it"),
+    b"\xff\xff\xff\xff": ("an Arrow stream", "datasets.Dataset.from_file(FILE).to_json(OUT) makes "
+                          "lines of it"),
+    b"SQLite format 3": ("a SQLite database", "export the table as JSON lines"),
     b"version https://git-lfs": ("a Git LFS pointer, not the file itself", "git lfs pull gets it"),
+    b"\xff\xfe\0\0": ("UTF-32", "iconv -f UTF-32 -t UTF-8 FILE > OUT"),
     b"\xff\xfe": ("UTF-16", "iconv -f UTF-16 -t UTF-8 FILE > OUT"),
     b"\xfe\xff": ("UTF-16", "iconv -f UTF-16 -t UTF-8 FILE > OUT"),
-    b"PK\x03\x04": ("a zip archive", "unzip it"),
+    b"PK\x03\x04": ("a zip archive or a spreadsheet", "unzip it, or export lines of JSON"),
     b"\x28\xb5\x2f\xfd": ("compressed by zstd", "zstd -d FILE"),
     b"BZh": ("compressed by bzip2", "bunzip2 FILE"),
     b"\xfd7zXZ": ("compressed by xz", "unxz FILE"),
@@ -74,6 +79,8 @@ FOREIGN = {  # the first bytes of a file: what it is, and what helps
 
 def _shape(path):
     """(shape, offset of the first item, keys beside "data")."""
+    if "://" in str(path) or re.match(r"https?:/", str(path)):
+        raise ValueError(f"{path}: is an address: download it first, files are read more than once")
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
@@ -84,11 +91,8 @@ def _shape(path):
             head = file.read(1 << 12)
     except FileNotFoundError as error:
         hint = ""
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and path.suffix not in (
-            ".json",
-            ".jsonl",
-            ".gz",
-        ):
+        of_a_file = path.suffix in (".json", ".jsonl", ".gz")
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not of_a_file:
             hint = (
                 f"; if it is a data set of the Hugging Face hub: hf download {path} --repo-type "
                 "dataset, then name the file"
@@ -99,11 +103,17 @@ def _shape(path):
     for start, (what, helps) in FOREIGN.items():
         if head.startswith(start):
             raise ValueError(f"{path}: is {what}, not JSON: {helps}")
-    if path.suffix.lower() in (".csv", ".tsv"):
+    if b"\0" in head[:2]:
         raise ValueError(
-            f"{path}: is a table, not JSON: pandas.read_csv(FILE).to_json(OUT, orient='records', "
-            "lines=True) makes lines of it"
+            f"{path}: has zero bytes, as UTF-16 does: iconv -f UTF-16LE -t UTF-8 FILE > OUT, or "
+            "UTF-16BE"
         )
+    for suffix, tabs in ((".csv", ""), (".tsv", ", sep='\\t'")):
+        if suffix in map(str.lower, path.suffixes):
+            raise ValueError(
+                f"{path}: is a table, not JSON: pandas.read_csv(FILE{tabs}).to_json(OUT, "
+                "orient='records', lines=True) makes lines of it"
+            )
     with opened(path) as (file, _):
         try:
             return _Text(path, file, 0).shape()
@@ -229,13 +239,15 @@ class _Text:
         while True:
             try:
                 _, end = DECODER.raw_decode(self.text, self.at)
-                if end < len(self.text) or self.ended:  # else a number may go on
+                if end + 2 < len(self.text) or self.ended:  # else a number, "1e+", may go on
                     break
             except RecursionError:
                 raise _NotWhole("nested too deeply") from None
             except ValueError as error:
-                if self.ended:
-                    raise _NotWhole(str(error).split(": line")[0]) from None
+                # Wrong far from the end of what was read: not for want of what comes.
+                what, found = str(error).split(": line")[0], error.pos + 16 < len(self.text)
+                if self.ended or (found and not what.startswith("Unterminated")):
+                    raise _NotWhole(what) from None
             if len(self.text) - self.at > LONGEST:
                 raise _NotWhole(f"not a value of at most {LONGEST >> 20} MiB")
             self.more()
@@ -248,7 +260,10 @@ class _Text:
     def key(self):
         key = self.value().decode("utf-8", "replace")
         self.take(":")
-        return str(json.loads(key))[:40]
+        return str(json.loads(key))
+
+    def value_of_key(self):
+        return json.loads(self.value().decode("utf-8", "replace"))
 
     def shape(self):
         """(shape, offset of the first item, keys beside "data"), of a file from its beginning."""
@@ -258,17 +273,18 @@ class _Text:
             return "array", self.offset, ()
         if first != "{":
             return "lines", 0, ()
-        start, self.line_breaks = self.offset, 0
+        start, self.line_breaks, beside = self.offset, 0, []
         self.take("{")
         while self.peek() != "}":
             key = self.key()
-            if key == "data" and self.peek() == "[":
+            if key == "data" and self.peek() == "[" and not any(k in LISTS for k, _ in beside):
                 self.take("[")
                 if self.peek() == "{":
+                    for key, value in beside:
+                        self.not_read += check_file_key(self.path, key, value)
                     return "data", self.offset, tuple(self.not_read)
                 raise _NotWhole("'data' is no list of conversations")
-            self.not_read.append(key)
-            self.value()
+            beside.append((key, self.value_of_key()))
             if self.peek() == ",":
                 self.take(",")
         return ("objects", start, ()) if self.line_breaks else ("lines", 0, ())
@@ -287,17 +303,20 @@ class _Text:
             while self.peek() != "]":
                 if number:
                     self.take(",")
+                    if self.peek() == "]":  # a comma after the last
+                        break
                 number += 1
                 yield self.value(), self.offset
             self.take("]")
             while shape == "data" and self.peek() == ",":
                 self.take(",")
-                self.not_read.append(self.key())
-                self.value()
+                key = self.key()
+                self.not_read += check_file_key(self.path, key, self.value_of_key())
             if shape == "data":
                 self.take("}")
             if self.peek():
-                raise _NotWhole("something follows the array")
+                one = "array" if shape == "array" else "object with 'data'"
+                raise _NotWhole(f"something follows the one {one} that a file may be")
         except _NotWhole as error:
             raise ValueError(
                 f"{self.path}: item {number or 1}, byte {self.offset:,}: broken JSON: {error}; "

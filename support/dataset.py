@@ -21,7 +21,7 @@ import numpy as np
 
 from support.containers import blocks
 
-FORMAT = 2  # of the arrays, and of what is read into them: changes with either
+FORMAT = 3  # of the arrays, and of what is read into them: changes with either
 SHOWN_CAUSES, SHOWN_PLACES = 20, 5  # of what is wrong
 NAMED_KEYS = 100  # different keys that are counted as not read
 MANY = 64 << 20  # bytes from which on several processes tokenize; below, starting them is slower
@@ -70,7 +70,7 @@ def problem_lines(report):
             unit = "lines" if of["lines"] else "items"
             out.append(f"{of['path']}: {of['count']:,} {unit}: {of['cause']} ({places}{more})")
     if report["other_causes"]:
-        out.append(f"... and {report['other_causes']:,} for other causes")
+        out.append(f"... and {report['other_causes']:,} for other causes, or in other files")
     return out
 
 
@@ -89,22 +89,35 @@ def encode_files(sources, encoder, settings, folder, *, skip_bad=False, progress
         return Dataset(folder, sources)
     with _Arrays(folder) as arrays:
         state = arrays.state
-        for block, encoded in encode_blocks(blocks(sources, state), encoder, sum(sizes)):
-            arrays.append(block, *encoded)
-            if progress:
-                done = sum(sizes[: block.file]) + block.done
-                progress(done, sum(sizes), state["conversations"])
+        try:
+            for block, encoded in encode_blocks(blocks(sources, state), encoder, sum(sizes)):
+                arrays.append(block, *encoded)
+                if progress:
+                    done = sum(sizes[: block.file]) + block.done
+                    progress(done, sum(sizes), state["conversations"])
+        except ValueError:  # a broken file, which mended is another
+            shutil.rmtree(folder)
+            raise
         refused = state["bad"] and not skip_bad
         if state["conversations"] and not refused:
             arrays.commit("done.json")
             return Dataset(folder, sources)
     shutil.rmtree(folder)
-    good = state["conversations"] + state["without_answer"]
+    good = state["conversations"] + state["answer_cut"] + state["weightless"]
     if refused or (state["bad"] and not good):
         raise BadData(state, good)
-    names, lost = ", ".join(str(source.path) for source in sources), state["without_answer"]
-    cut = f"; {lost} have no answer to learn within the maximum length" if lost else ""
-    raise ValueError(f"{names}: no conversation to train on{cut}")
+    names = ", ".join(str(source.path) for source in sources)
+    raise ValueError("; ".join([f"{names}: no conversation to train on", *dropped(state)]))
+
+
+def dropped(report):
+    """Lines of text: conversations that were left out because nothing of them is learned."""
+    out = []
+    if report["answer_cut"]:
+        out.append(f"{report['answer_cut']:,} have no answer within the maximum length")
+    if report["weightless"]:
+        out.append(f"{report['weightless']:,} have no answer with a weight above 0")
+    return out
 
 
 def _cache_key(paths, settings):
@@ -119,7 +132,7 @@ class Account:
     """What is told of a block besides its arrays: what was counted, what is wrong, not read."""
 
     def __init__(self):
-        self.counted = {"cut": 0, "tokens_cut": 0, "without_answer": 0, "bad": 0}
+        self.counted = {"cut": 0, "tokens_cut": 0, "answer_cut": 0, "weightless": 0, "bad": 0}
         self.counted["other_causes"] = 0  # bad, of causes beyond the first 20
         self.problems = []  # one a cause of a file, as `problem_lines` shows them
         self.not_read = collections.Counter()
@@ -139,7 +152,7 @@ class Account:
             self._add(problem)
         for key, count in other.not_read.items():
             known = key in self.not_read or len(self.not_read) < NAMED_KEYS
-            self.not_read[key if known else "others"] += count
+            self.not_read[key if known else "keys beyond the first 100"] += count
 
     def _add(self, problem):
         for of in self.problems:

@@ -7,6 +7,7 @@ comes back in `not_read`, to be counted. Whatever is wrong is a BadLine.
 """
 
 import fnmatch
+import itertools
 import json
 import re
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from typing import NamedTuple
 # Where a conversation may stand in a line: under one of these as a list of messages ...
 LISTS = "messages", "conversations", "conversation", "items"
 # ... or as a question under one of these, to be joined with what more of it there is ...
-QUESTIONS, CONTEXTS = ("instruction", "prompt"), ("input", "context")
+QUESTIONS, CONTEXTS = ("instruction", "prompt", "question", "query"), ("input", "context")
 ANSWERS = "output", "completion", "response"  # ... and an answer: a text or a list of messages.
 SYSTEMS = "system", "system_prompt"  # beside any of them, the system message
 
@@ -33,10 +34,12 @@ MESSAGE_KEYS = {*FACTORS, "role", "from", "content", "value"}
 NEEDED = {
     "tools", "tool", "tool_calls", "tool_call", "tool_call_id", "tool_responses", "tool_plan",
     "functions", "function_call", "reasoning", "reasoning_content", "reasoning_details",
-    "thinking", "thinking_blocks", "thought", "thoughts", "images", "image", "videos", "video",
-    "audios", "audio", "input_audio", "documents", "history", "refusal",
+    "thinking", "thinking_blocks", "thought", "thoughts", "images", "image", "image_url", "videos",
+    "video", "audios", "audio", "input_audio", "documents", "attachments", "history", "refusal",
 }  # fmt: skip
-SAYS_WHAT_IS_LEARNED = re.compile("weight|train|loss|mask|learn|reward|advantage")
+SAYS_WHAT_IS_LEARNED = re.compile(
+    "(^|[^a-z])(weight|train|loss|mask|learn|superv|reward|advantage|importance)"
+)
 
 LEAST_WEIGHT, LARGEST_WEIGHT = 1e-6, 1e6  # apart from 0; float32 holds sums of these
 LONGEST = 16 << 20  # bytes of a line, or of an item of an array
@@ -66,7 +69,7 @@ class Conversation(NamedTuple):
 def parse_json(raw):
     """The JSON object of a line or an item, None of a blank one."""
     if raw is None:
-        raise BadLine(f"longer than {LONGEST >> 20} MiB")
+        raise BadLine(f"longer than {LONGEST >> 20} MiB: each line or item is one conversation")
     try:
         text = raw.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
@@ -89,8 +92,8 @@ def parse_json(raw):
 def _without_repeats(pairs):
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
+        seen = set()
+        repeated = next(name for name, _ in pairs if name in seen or seen.add(name))
         raise BadLine(f"{repeated!r:.40} is given twice in one object")
     return found
 
@@ -110,6 +113,9 @@ def parse_conversation(line, classes, class_field="class", file_class=None):
     if class_field != "class" and line.get("class") not in [None, *classes]:
         not_read.append("class")
     roles = [message.role for message in messages]
+    for key in ANSWERS:
+        if roles[-1:] == ["user"] and not says_nothing(line.get(key)):
+            raise BadLine(f"ends with the user's turn, and {key!r} beside the list is not read")
     if "assistant" not in roles:
         raise BadLine("no assistant turn")
     return Conversation(source_class, tuple(messages), tuple(not_read))
@@ -122,22 +128,27 @@ def parse_messages(line, obeyed=()):
     """
     parts, keys = _parts(line)
     not_read = _check_keys(line, LINE_KEYS, "", (*keys, *obeyed))
-    factor, messages = _factor(line), []
+    for key in LISTS:  # such as a text beside the list that is meant
+        if key in line and key not in keys and not says_nothing(line[key]):
+            not_read.append(key)
+    factor, numbered = _factor(line), []
     final = keys == ["items"]
     for number, (role, raw) in enumerate(parts, start=1):
         try:
             message, keys = _message(role, raw, final)
-            if message and message.role == "assistant" and factor != 1:
+            if factor != 1 and message and (message.final or message.role == "assistant"):
                 message = _times(message, factor)
         except BadLine as error:
             raise BadLine(f"message {number}: {error}", error.cause) from None
-        messages += [message] if message else []
+        numbered += [(number, message)] if message else []
         not_read += keys
-    if system := _system(line):
-        if messages and messages[0].role == "system":
+    _check_turns(numbered)
+    messages = [message for _, message in numbered]
+    if system := _system(line, not_read):
+        if not messages or messages[0].role != "system":
+            messages.insert(0, system)
+        elif messages[0].content != system.content:
             raise BadLine("a 'system' at the top and a system message: keep one of them")
-        messages.insert(0, system)
-    _check_turns(messages)
     return messages, not_read
 
 
@@ -148,6 +159,8 @@ def with_answer(line, text):
         return line | {"output" if "instruction" in line else "completion": text}
     (key,) = keys
     last = line[key][-1]
+    if isinstance(last, str):
+        return line | {key: [*line[key], text]}
     role, name = ("role", "assistant") if "role" in last else ("from", "gpt")
     content = "content" if "content" in last else "value"
     return line | {key: [*line[key], {role: name, content: text}]}
@@ -159,7 +172,7 @@ def _kind(value):
 
 
 def says_nothing(value):
-    return value is None or value in ("", [], {})
+    return value is None or value in ("", [], {}) or value != value  # NaN, as pandas writes it
 
 
 # ------------------------------------------------------------------------------ where the turns are
@@ -167,12 +180,13 @@ def says_nothing(value):
 
 def _parts(line):
     """([(role where the key tells it, a message or a text), ...], the keys that they come from)."""
-    lists = [key for key in LISTS if key in line]
-    lists = [key for key in lists if not says_nothing(line[key])] or lists[:1]
+    lists = [key for key in LISTS if isinstance(line.get(key), list) and line[key]]
     if len(lists) > 1:
         raise BadLine(f"both {lists[0]!r} and {lists[1]!r}: keep the one that is meant")
     if lists:
-        return [(None, raw) for raw in _list(line, lists[0])], lists
+        texts = all(isinstance(raw, str) for raw in line[lists[0]])  # question, answer, question
+        roles = itertools.cycle(("user", "assistant") if texts else (None,))
+        return list(zip(roles, line[lists[0]])), lists
     if "chosen" in line or "rejected" in line:
         raise BadLine(
             "'chosen' and 'rejected' are preferences, which C-RLFT does not take: make each a "
@@ -182,6 +196,11 @@ def _parts(line):
     contexts = [key for key in CONTEXTS if not says_nothing(line.get(key))]
     answers = [key for key in ANSWERS if not says_nothing(line.get(key))]
     if not questions and not (contexts and answers):
+        for key in LISTS:
+            if key in line and line[key] != []:
+                raise BadLine(f"{key!r} must be a list, not {_kind(line[key])}")
+            if key in line:
+                return [], [key]
         raise BadLine(
             "no conversation: 'messages', 'conversations', 'conversation' or 'items', or "
             "'instruction' or 'prompt' with 'output', 'completion' or 'response'; the keys are "
@@ -202,33 +221,27 @@ def _turns(role, value):
     return [(None, raw) for raw in value] if isinstance(value, list) else [(role, value)]
 
 
-def _list(line, key):
-    if not isinstance(line[key], list):
-        raise BadLine(f"{key!r} must be a list, not {_kind(line[key])}")
-    return line[key]
-
-
-def _system(line):
+def _system(line, not_read):
     if line.keys().isdisjoint(SYSTEMS):
         return None
     found = {key: line[key] for key in SYSTEMS if not says_nothing(line.get(key))}
     if len(found) > 1:
         raise BadLine("both 'system' and 'system_prompt': keep one of them")
-    for key, text in found.items():
+    for key, value in found.items():
         try:
-            return Message("system", _text(text, key, []))
+            text = _text(value, key, not_read)
         except BadLine as error:
             raise BadLine(f"{key!r}: {error}") from None
+        return Message("system", text) if text.strip() else None
 
 
-def _check_turns(messages):
-    roles = [message.role for message in messages]
-    if "system" in roles[1:]:
+def _check_turns(numbered):
+    if any(message.role == "system" for _, message in numbered[1:]):
         raise BadLine("a system message after the first message")
-    for number, (role, following) in enumerate(zip(roles, roles[1:], strict=False), start=1):
-        if role == following:
+    for (number, message), (other, following) in itertools.pairwise(numbered):
+        if (role := message.role) == following.role:
             raise BadLine(
-                f"messages {number} and {number + 1} are two {role} turns in a row: make them one",
+                f"messages {number} and {other} are two {role} turns in a row: make them one",
                 f"two {role} turns in a row: make them one",
             )
 
@@ -264,15 +277,16 @@ def _message(role, raw, final):
 
 
 def _one_of(raw, first, second):
-    """Whichever of two keys a message has."""
-    if second not in raw and first in raw:
+    """Whichever of two keys a message has; where both say something, they must say the same."""
+    if second not in raw and first in raw:  # nearly always
         return first
-    if raw.get(first) is not None and raw.get(second) is not None:
+    found = [key for key in (first, second) if key in raw]
+    said = [key for key in found if raw[key] not in (None, "")] or found
+    if not found:
+        raise BadLine(f"no {first!r} (nor {second!r})")
+    if len(said) > 1 and raw[first] != raw[second]:
         raise BadLine(f"both {first!r} and {second!r}: keep the one that is meant")
-    for key in (first, second):
-        if key in raw and (raw[key] is not None or second not in raw):
-            return key
-    raise BadLine(f"no {first!r} (nor {second!r})")
+    return said[0]
 
 
 def _text(value, key, not_read):
@@ -289,6 +303,8 @@ def _text(value, key, not_read):
 
 
 def _part(part, key, not_read):
+    if isinstance(part, str):
+        return part
     kind = part.get("type", "text") if isinstance(part, dict) else None
     if not isinstance(kind, str) or kind not in TEXT_PARTS:
         what = f"a part of type {kind!r:.40}" if kind else f"a part that is {_kind(part)}"
@@ -311,7 +327,7 @@ def _check_keys(given, obeyed, prefix, more=()):
         if key in obeyed or key in more or says_nothing(value):
             continue
         name = key.strip().lower()
-        if name in NEEDED:
+        if name in NEEDED and value not in ("[]", "{}", "null"):
             raise BadLine(f"{key!r:.40} is not implemented, and the answer depends on it")
         if name in obeyed:
             raise BadLine(f"{key!r:.40} is not read: write {name!r}")
@@ -322,6 +338,19 @@ def _check_keys(given, obeyed, prefix, more=()):
             )
         not_read.append(prefix + key[:40])
     return not_read
+
+
+def check_file_key(path, key, value):
+    """The key beside a file's list of conversations, not read; ValueError where a line's counts."""
+    if key in {*LINE_KEYS, "data"} and not says_nothing(value):
+        raise ValueError(
+            f"{path}: {key!r} beside the list of conversations is not read: put it into each of "
+            "them, or the class of all into --data CLASS=FILE"
+        )
+    try:
+        return _check_keys({key: value}, set(), "")
+    except BadLine as error:
+        raise ValueError(f"{path}: beside the list of conversations: {error}") from None
 
 
 def _factor(keys):
@@ -366,7 +395,13 @@ def _source_class(line, classes, class_field, file_class):
         found["--data"] = file_class
     if line.get(class_field) is not None:
         named = _named_class if class_field == "class" else _matching_class
-        found[class_field] = named(class_field, line[class_field], classes)
+        try:
+            found[class_field] = named(class_field, line[class_field], classes)
+        except BadLine as error:
+            if file_class is None:
+                raise
+            hint = f"--data says {file_class}; another --class-field, and {class_field!r} is unread"
+            raise BadLine(f"{error}; {hint}") from None
     if found and class_field != "class" and line.get("class") in list(classes):
         found["class"] = line["class"]
     if line.get("condition") is not None:  # OpenChat's name of the class

@@ -1,5 +1,6 @@
 """What a run tells: its header, the data as the model reads it, progress, metrics.jsonl."""
 
+import collections
 import contextlib
 import json
 import os
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from loss import expert_class
-from support.dataset import problem_lines
+from support.dataset import dropped, problem_lines
 from support.files import read_metrics, sync
 from support.tokenizer import END_OF_TURN, SPACES_COLLAPSE
 
@@ -171,16 +172,17 @@ def summary(dataset, classes, class_weights):
             f"cut at the maximum length: {report['cut']:,} conversations, "
             f"{report['tokens_cut']:,} tokens lost"
         )
-    if report["without_answer"]:
-        out.append(f"dropped, no answer left to learn: {report['without_answer']:,} conversations")
+    out += [f"dropped: {text}" for text in dropped(report)]
     if report["bad"]:
         out.append(f"dropped as bad (--skip-bad): {report['bad']:,} lines")
         out += ["  " + text for text in problem_lines(report)]
     if report["not_read"]:
         keys = sorted(report["not_read"].items(), key=lambda item: -item[1])
-        shown = [f"{key} ({count:,})" for key, count in keys[:12]]
+        shown = [f"{_printable(key)} ({count:,})" for key, count in keys[:12]]
         shown += [f"and {len(keys) - 12} other keys"] * (len(keys) > 12)
         out.append(f"not read: {', '.join(shown)}")
+    paths = collections.Counter(source.path.resolve() for source in dataset.sources)
+    out += [f"given {n} times: {path}" for path, n in paths.items() if n > 1]
     return out
 
 
@@ -198,7 +200,7 @@ def weight_by_step(dataset, steps, classes, class_weights):
     weight = np.bincount(cell, weight, len(steps) * len(classes)).reshape(len(steps), -1)  # (S, C)
     names, found = list(classes), np.flatnonzero(weight.any(0))
     if len(found) < 2:
-        return ["one class only: a weight acts relative to other classes, so here it does nothing"]
+        return ["one class only: its weight acts relative to other classes' and does nothing here"]
     learned = weight[weight.any(1)]
     shares = (learned / learned.sum(1, keepdims=True)).mean(0)
     shares = ", ".join(f"{names[c]} {shares[c]:.1%}" for c in found)
@@ -262,10 +264,14 @@ def visible(tokens, tokenizer, colour=False):
 
 def harmless(text, names):
     """A file's text without what could pass for a special token, a mark or an escape sequence."""
-    text = "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)
+    text = _printable(text, besides="\n\t")
     for name in names.values():
         text = text.replace(name, name[0] + "\\" + name[1:])  # <\s>
     return text.replace("⟦", "\ufffd").replace("⟧", "\ufffd")
+
+
+def _printable(text, besides=""):
+    return "".join(c if c in besides or c.isprintable() else "\ufffd" for c in text)
 
 
 # ----------------------------------------------------------------------------------------- the log

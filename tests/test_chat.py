@@ -253,13 +253,14 @@ def asked(*texts, **more):
 
 def test_a_batch_file_comes_back_with_the_answers_appended(folder, talker, run, tmp_path):
     lines = [asked(f"Story {n} of a ball " * (n % 3 + 1), id=n, note="é\u2028") for n in range(18)]
-    lines.append(asked("Hi", "Ho", "Ha", **{"class": "gpt4"}))
+    lines.append(asked("Hi", "Ho", "Ha", **{"class": "gpt3.5"}))
     source, target = (
         write(tmp_path / "in.jsonl", *lines[:3], b"", *lines[3:]),
         tmp_path / "out.jsonl",
     )
     code, out, err = run(chat.main, folder, "--batch", source, "--to", target,
                          "--max-new-tokens", "8")  # fmt: skip
+    assert "answered as class gpt4; 1 of the lines have another" in err
     assert (code, out) == (0, "") and "19/19 answered\n19 answers cut: --max-new-tokens" in err
     answered = [json.loads(text) for text in target.read_text("utf-8").split("\n")[:-1]]
     assert len(answered) == 19
@@ -295,8 +296,9 @@ def test_a_batch_never_overwrites(folder, run, tmp_path):
         (asked(""), "empty user message"),
         (asked("ball " * 600), "tokens, the model's context is 512"),
         (b'"' + b"x" * (17 << 20) + b'"', "longer than 16 MiB"),
+        (asked("Hi", id="\ud800"), "surrogates not allowed"),
     ],
-    ids=[str(i) for i in range(14)],
+    ids=[str(i) for i in range(15)],
 )
 def test_a_bad_line_of_a_batch_is_named_before_anything_is_written(
     bad, message, folder, run, tmp_path

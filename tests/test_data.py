@@ -183,7 +183,8 @@ BAD = [
     ({"class": "gpt4", "messages": {"role": "user"}}, "'messages' must be a list, not an object"),
     ({"class": "gpt4", "items": "Hi"}, "'items' must be a list, not text"),
     ({"class": "gpt4", "conversations": None}, "'conversations' must be a list, not null"),
-    ({"class": "gpt4", "messages": ["Hi"]}, "message 1: must be an object, not text"),
+    ({"class": "gpt4", "messages": ["Hi"]}, "no assistant turn"),
+    ({"class": "gpt4", "messages": ["Hi", {}]}, "message 1: must be an object, not text"),
     (line("Hi", "Ho", source_class="gpt5"),
      "class 'gpt5' is not in the class table (gpt4, gpt3.5)"),
     (line("Hi", "Ho", source_class=4), "'class' must be one of gpt4, gpt3.5, not int 4"),
@@ -204,7 +205,7 @@ BAD = [
     (line("", "Ho"), "message 1: empty user message"),
     (line("Hi", None), "message 2: 'content' must be text, not null"),
     (line("Hi", 4), "message 2: 'content' must be text, not int 4"),
-    (line("Hi", ["Ho"]), "message 2: 'content' has a part that is text: only text is read"),
+    (line("Hi", [["Ho"]]), "message 2: 'content' has a part that is a list: only text is read"),
     ({"class": "gpt4", "conversations": [{"from": "gpt"}]}, "message 1: no 'content' (nor 'val"),
     ({"class": "gpt4", "messages": [*HI, *turns("A", roles=("assistant",))]},
      "messages 2 and 3 are two assistant turns in a row"),
@@ -260,7 +261,9 @@ def test_a_line_of_17_mb_is_passed_over(prepare, tmp_path):
     path = write(tmp_path / "chat.jsonl", line("Hi", "Ho"), long, line("Hi", "He"), b"{")
     with pytest.raises(data.BadData) as refused:
         prepare(path)
-    assert str(refused.value).splitlines()[1] == f"{path}:2: longer than 16 MiB"
+    assert str(refused.value).splitlines()[1] == (
+        f"{path}:2: longer than 16 MiB: each line or item is one conversation"
+    )
     assert str(refused.value).splitlines()[2].startswith(f"{path}:4: broken JSON")
     dataset = prepare(path, skip_bad=True)
     assert dataset.index["line"].tolist() == [1, 3]
@@ -302,7 +305,7 @@ def test_of_more_than_20_causes_the_others_are_counted(prepare, tmp_path):
     with pytest.raises(data.BadData) as refused:
         prepare(write(tmp_path / "a.jsonl", line("Hi", "Ho"), *classes, *classes))
     head, *problems, more, hint = str(refused.value).splitlines()
-    assert head == "60 bad lines:" and more == "... and 20 for other causes"
+    assert head == "60 bad lines:" and more == "... and 20 for other causes, or in other files"
     path = tmp_path / "a.jsonl"
     causes = [f"class 'c{n}' is not in the class table (gpt4, gpt3.5)" for n in range(20)]
     assert problems == [
@@ -383,10 +386,9 @@ def test_only_a_conversation_without_anything_to_learn_is_dropped(prepare, tmp_p
                  line("Q", "A"), line("Q", "A"))  # fmt: skip
     dataset = prepare(path, max_length=60)
     assert dataset.index["line"].tolist() == [1, 4, 5]
-    assert dataset.report["without_answer"] == 2
-    assert "dropped, no answer left to learn: 2 conversations" in report.summary(
-        dataset, CLASSES, WEIGHTS
-    )
+    shown = report.summary(dataset, CLASSES, WEIGHTS)
+    assert "dropped: 1 have no answer within the maximum length" in shown
+    assert "dropped: 1 have no answer with a weight above 0" in shown
 
 
 def test_a_cut_that_takes_the_answer_of_its_own_weight_drops_the_conversation(prepare, tmp_path):
@@ -394,7 +396,7 @@ def test_a_cut_that_takes_the_answer_of_its_own_weight_drops_the_conversation(pr
     items[1]["weight"] = 0.5
     path = write(tmp_path / "a.jsonl", {"class": "gpt4", "items": items}, line("Q", "A"))
     dataset = prepare(path, max_length=60)
-    assert dataset.index["line"].tolist() == [2] and dataset.report["without_answer"] == 1
+    assert dataset.index["line"].tolist() == [2] and dataset.report["answer_cut"] == 1
 
 
 def test_every_conversation_is_stored_as_encode_lays_it_out(few, monkeypatch, tmp_path):

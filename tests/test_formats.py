@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import time
 from pathlib import Path
 
 import numpy as np
@@ -195,7 +196,7 @@ def test_only_in_openchats_items_a_weight_is_final(prepare, tmp_path):
     line["items"] = line.pop("messages")
     line["items"][0]["weight"], line["items"][3]["weight"] = 0.7, 0.4
     assert weights_of_answers(line, prepare, tmp_path) == pytest.approx([0.7, 0.1, 0.4])
-    with pytest.raises(ValueError, match="message 4: its weight is final"):
+    with pytest.raises(ValueError, match="message 1: its weight is final"):
         prepare(write(tmp_path / "a.jsonl", line | {"weight": 0.5}))
 
 
@@ -207,7 +208,9 @@ def test_what_is_marked_as_not_to_be_learned_is_not(said, prepare, tokenizer, tm
     found = prepare(write(tmp_path / "a.jsonl", line))
     (row,) = found.index
     assert row["supervised"] == len(tokenizer.encode("D")) + 1
-    with pytest.raises(ValueError, match="no conversation to train on; 1 have no answer to learn"):
+    with pytest.raises(
+        ValueError, match="no conversation to train on; 1 have no answer with a weight"
+    ):
         prepare(write(tmp_path / "a.jsonl", conversation("A", "B") | said))
     (key,) = said
     with pytest.raises(ValueError, match=f"'{key}' must be true or false, not int 1"):
@@ -348,8 +351,17 @@ def shapes_of(messages, chance):
     for answer in ("completion", "response", "output"):
         yield {"prompt": named(messages[:-1], "role", "content"), answer: messages[-1]["content"]}
         yield {"prompt": messages[:-1], answer: named(messages[-1:], "from", "value")}
+    if not system:
+        yield {"conversations": [m["content"] for m in others]}
+        yield {"messages": named(others, "role", "content"), "system": [parts(" ")[0]]}
+        yield {"messages": named(others, "role", "content"), "system": float("nan")}
+    yield {"messages": named(messages, "role", "content"), "system": system, "conversation": None}
+    yield {"messages": [m | {"from": "", "value": m["content"]} for m in messages]}
+    yield {"messages": [m | {"content": list(m["content"])} for m in messages], "tools": "[]"}
     if len(others) == 2:
-        top = {"system": system} if system else {}
+        top = {"system": system, "messages": []} if system else {"conversation": None}
+        asked = chance.choice(["question", "query"])
+        yield {asked: others[0]["content"], "response": others[1]["content"]} | top
         yield {
             "instruction": others[0]["content"],
             "input": "",
@@ -394,11 +406,57 @@ def test_any_unknown_key_at_any_depth_is_refused_or_counted():
             assert nothing or key in harmless, key
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"response": "Six."}, "ends with the user's turn, and 'response' beside the list"),
+        ({"system": "S", "messages": conversation("A", "B", system="T")["messages"]}, "keep one"),
+        ({"supervise": [0]}, "'supervise' seems to say what is learned"),
+        ({"image_url": "x"}, "'image_url' is not implemented"),
+        ({"a": {f"k{n}": n for n in range(9)} | {"weight": 1}, "weight": "x"}, "weight must be 0"),
+    ],
+    ids=range(5),
+)
+def test_what_would_be_learned_otherwise_is_refused(more, message):
+    line = conversation("A", "B", "C") | more
+    with pytest.raises(formats.BadLine, match=message):
+        data.parse_conversation(line, CLASSES)
+
+
+def test_words_that_only_hold_such_a_word_are_counted():
+    line = conversation("A", "B") | {"constraints": ["x"], "glossary": "y", "conversation": "id1"}
+    found = data.parse_conversation(line, CLASSES).not_read
+    assert sorted(found) == ["constraints", "conversation", "glossary"]
+
+
+def test_two_turns_of_one_role_are_named_by_their_places_in_the_file():
+    line = conversation("A", "A") | {"system": "S"}
+    line["messages"][1]["role"] = "user"
+    line["messages"].insert(0, {"role": "system", "content": " "})
+    with pytest.raises(formats.BadLine, match="messages 2 and 3 are two user turns"):
+        data.parse_conversation(line, CLASSES)
+
+
+def test_a_key_given_twice_is_found_in_a_moment():
+    keys = ", ".join(f'"k{n}": 1' for n in range(200_000))
+    begun = time.process_time()
+    with pytest.raises(formats.BadLine, match="'z' is given twice"):
+        formats.parse_json(f'{{{keys}, "z": 1, "z": 2}}'.encode())
+    assert time.process_time() - begun < 5  # by counting each name anew, minutes
+
+
+def test_a_key_of_odd_characters_is_shown_without_them(prepare, tmp_path):
+    raw = json.dumps(conversation("A", "B") | {"\ud800\x1b[31m\n": 1}).encode()
+    shown = report.summary(prepare(write(tmp_path / "a.jsonl", raw)), CLASSES, WEIGHTS)
+    assert shown[-1] == "not read: \ufffd\ufffd[31m\ufffd (1)"
+
+
 def test_an_answer_comes_back_in_the_shape_of_its_question():
     question = [{"from": "human", "value": "Hi"}]
     for line in (
         {"conversations": question}, {"prompt": "Hi"}, {"instruction": "Hi", "output": ""},
         {"prompt": question, "system": ""}, {"items": [{"role": "user", "content": "Hi"}]},
+        {"conversations": ["Hi"]},
     ):  # fmt: skip
         answered = formats.with_answer(line | {"id": 7}, "Ho")
         messages, _ = formats.parse_messages(answered)
@@ -497,12 +555,17 @@ def test_a_killed_run_goes_on_within_any_container(tokenizer, monkeypatch, tmp_p
     [
         ('[{"a": 1}, {"b": ', "item 2, byte 11: broken JSON: "),
         ('[{"a": 1} {"b": 2}]', "item 1, byte 10: broken JSON: ',' expected, not '{'"),
-        ('[{"a": 1}] {}', "item 1, byte 11: broken JSON: something follows the array"),
+        ('[{"a": 1}] {}', "item 1, byte 11: broken JSON: something follows the one array that"),
+        ('{"data": [{"a": 1}]}\n{}', "something follows the one object with 'data' that a file"),
+        (
+            "[{\"a\": 1}, {'b': 2}, " + '{"c": 3},' * 3_000_000,
+            "item 2, byte 11: broken JSON: Expec",
+        ),
         ('[{"a": 1}', "item 1, byte 9: broken JSON: ',' expected, not the end of the file"),
         ('{"data": [{"a": 1}', "',' expected, not the end of the file"),
         ("[" + "[" * 100_000, "nested too deeply"),
     ],
-    ids=range(6),
+    ids=range(8),
 )
 def test_behind_what_is_broken_in_an_array_nothing_is_skipped(text, message, prepare, tmp_path):
     path = tmp_path / "a.json"
@@ -510,6 +573,75 @@ def test_behind_what_is_broken_in_an_array_nothing_is_skipped(text, message, pre
     with pytest.raises(ValueError) as refused:
         prepare(path, skip_bad=True)
     assert message in str(refused.value) and str(path) in str(refused.value)
+
+
+def test_keys_beside_the_list_of_a_file_are_refused_or_counted_as_a_lines_are(prepare, tmp_path):
+    path, ant = tmp_path / "a.json", conversation("A", "B")
+
+    def with_keys(**keys):
+        texts = [json.dumps(keys)[1:-1], f'"data": {json.dumps([ant])}']
+        for order in (texts, texts[::-1]):
+            path.write_text("{" + ", ".join(order) + "}")
+            yield
+
+    for key, value in [("weight", 0.1), ("system", "S"), ("train", False), ("class", "gpt4")]:
+        for _ in with_keys(**{key: value}):
+            with pytest.raises(ValueError, match=f"'{key}' beside the list .* is not read"):
+                prepare(path)
+    for _ in with_keys(tools=[{"x": 1}]):
+        with pytest.raises(ValueError, match="'tools' is not implemented"):
+            prepare(path)
+    for _ in with_keys(loss_scale=1):
+        with pytest.raises(ValueError, match="'loss_scale' seems to say what is learned"):
+            prepare(path)
+    path.write_text(f'{{"data": {json.dumps([ant])}, "data": {json.dumps([ant])}}}')
+    with pytest.raises(ValueError, match="'data' beside the list"):
+        prepare(path)
+    for _ in with_keys(version=1.5, weight=None):
+        assert prepare(path).report["not_read"] == {"version (of the file)": 1}
+
+
+def test_a_line_with_a_list_data_of_its_own_is_a_line(prepare, tmp_path):
+    lines = [conversation("A", "B") | {"data": [{"k": 1}]}] * 2
+    found = prepare(write(tmp_path / "a.jsonl", *lines))
+    assert len(found) == 2 and found.report["not_read"] == {"data": 2}
+
+
+@pytest.mark.parametrize("number", ["1.5", "1e5", "-1E+30", "12", "0.25e-7"])
+def test_a_number_cut_by_the_end_of_what_was_read_is_one_number(
+    number, prepare, monkeypatch, tmp_path
+):
+    texts = f'{{"data": [{json.dumps(conversation("A", "B"))}], "version": {number}, "z": 1}}'
+    (tmp_path / "a.json").write_text(texts)
+    for chunk in range(1, 9):
+        monkeypatch.setattr(containers, "CHUNK", chunk)
+        found = prepare(tmp_path / "a.json")
+        assert set(found.report["not_read"]) == {"version (of the file)", "z (of the file)"}
+        (found.folder / "done.json").unlink()
+
+
+def test_an_empty_object_is_a_bad_line(prepare, tmp_path):
+    with pytest.raises(data.BadData, match="a.jsonl:2: no conversation"):
+        prepare(write(tmp_path / "a.jsonl", conversation("A", "B"), {}))
+
+
+def test_a_comma_after_the_last_item_is_passed_over(prepare, tmp_path):
+    (tmp_path / "a.json").write_text(f"[{json.dumps(conversation('A', 'B'))},\n]")
+    assert len(prepare(tmp_path / "a.json")) == 1
+
+
+def test_a_broken_array_leaves_no_arrays(prepare, tmp_path):
+    (tmp_path / "a.json").write_text(f"[{json.dumps(conversation('A', 'B'))}")
+    with pytest.raises(ValueError, match="the end of the file"):
+        prepare(tmp_path / "a.json")
+    assert not [*(tmp_path / "tokens").iterdir()]
+
+
+def test_a_file_given_twice_is_said(prepare, tmp_path):
+    path = write(tmp_path / "a.jsonl", conversation("A", "B"))
+    twice = report.summary(prepare(path, f"gpt4={path}"), CLASSES, WEIGHTS)
+    assert f"given 2 times: {path.resolve()}" in twice
+    assert not any("given" in text for text in report.summary(prepare(path), CLASSES, WEIGHTS))
 
 
 def test_an_item_that_is_not_utf8_is_refused_alone(prepare, tmp_path):
@@ -537,6 +669,22 @@ def test_what_is_no_file_of_conversations_is_said(prepare, tmp_path):
     for name in ("openchat/cool", "teknium/OpenHermes-2.5"):
         with pytest.raises(ValueError, match=f"hf download {name} --repo-type dataset"):
             prepare(name)
+    for name, start, words in [
+        ("a.arrow", b"\xff\xff\xff\xff\xd0\0\0\0", "an Arrow stream.*Dataset.from_file"),
+        ("b.arrow", b"ARROW1\0\0", "an Arrow file.*read_feather"),
+        ("a.csv.gz", gzip.compress(b"a,b"), "is a table.*read_csv"),
+        ("a.tsv", b"a\tb", r"is a table.*sep='\\t'"),
+        ("a.jsonl", b"\xff\xfe\0\0{\0\0\0", "is UTF-32"),
+        ("b.jsonl", '{"a": 1}'.encode("utf-16-le"), "has zero bytes, as UTF-16"),
+        ("a.db", b"SQLite format 3\0", "a SQLite database"),
+    ]:
+        (tmp_path / name).write_bytes(start)
+        with pytest.raises(ValueError, match=f"{name}: .*{words}"):
+            prepare(tmp_path / name)
+    with pytest.raises(ValueError, match="https:/.*is an address: download it"):
+        prepare("https://example.org/a.jsonl")
+    with pytest.raises(ValueError, match="runs/lr=1/a.jsonl: cannot be read: No such file"):
+        prepare("runs/lr=1/a.jsonl")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="is a pipe or a device"):
         prepare(tmp_path / "pipe")
