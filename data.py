@@ -21,6 +21,7 @@ Beyond --max-length a conversation loses its end, and is dropped where no answer
 
 import argparse
 import dataclasses
+import itertools
 import os
 import sys
 import tempfile
@@ -60,6 +61,13 @@ def lay_out(messages, contents, tokenizer, condition):
         parts += [prefix, content, [tokenizer.eot]]
         weights += [(0.0, len(prefix)), (weight, len(content) + 1)]
     return parts, weights
+
+
+def cut(weights, length):
+    """As many of [(weight, how many), ...] as make up `length` tokens."""
+    ends = itertools.accumulate(count for _, count in weights)
+    left = [(w, count - max(0, end - length)) for (w, count), end in zip(weights, ends)]
+    return [(weight, count) for weight, count in left if count > 0]
 
 
 def encode(conversation, tokenizer, classes):
@@ -137,34 +145,33 @@ class Encoder:
         texts = [m.content for _, conversation in conversations for m in conversation.messages]
         ids = iter(self.tokenizer.encode_many(texts) if texts else [])
         names = list(self.classes)
-        all_tokens, all_weights, rows = [], [], []
+        all_parts, all_weights, rows = [], [], []  # of weights (weight, how many)
         for number, conversation in conversations:
             contents = [next(ids) for _ in conversation.messages]
             condition = self.conditions[conversation.source_class]
             parts, weights = lay_out(conversation.messages, contents, self.tokenizer, condition)
-            tokens = np.concatenate(parts)[: self.max_length]
-            values, counts = zip(*weights)
-            weights = np.repeat(np.float32(values), counts)
-            lost, whole = max(0, len(weights) - self.max_length), weights
-            account.counted["cut"] += lost > 0
-            account.counted["tokens_cut"] += lost
-            weights = weights[: self.max_length]
-            learned, factors = np.count_nonzero(weights), weights[weights > 0]
+            length, answered = sum(map(len, parts)), any(weight for weight, _ in weights)
+            if length > self.max_length:
+                account.counted["cut"] += 1
+                account.counted["tokens_cut"] += length - self.max_length
+                length, weights = self.max_length, cut(weights, self.max_length)
+                parts = [np.concatenate(parts)[:length]]
+            learned = sum(count for weight, count in weights if weight)
             if not learned:
-                account.counted["answer_cut" if whole.any() else "weightless"] += 1
+                account.counted["answer_cut" if answered else "weightless"] += 1
                 continue
-            sums = [factors.sum(dtype=np.float64), 0.0]
-            if learned > len(factors):  # final weights, of OpenChat's items
-                sums[1] = -weights[weights < 0].sum(dtype=np.float64)
+            factors = sum(weight * count for weight, count in weights if weight > 0)
+            final = sum(-weight * count for weight, count in weights if weight < 0)
             source_class = names.index(conversation.source_class)
-            rows.append((0, len(tokens), source_class, learned, *sums, block.file, number))
-            all_tokens.append(tokens)
-            all_weights.append(weights)
+            rows.append((0, length, source_class, learned, factors, final, block.file, number))
+            all_parts += parts
+            all_weights += weights
         index = np.array(rows, INDEX)
         index["start"] = np.cumsum(index["length"]) - index["length"]
+        values, counts = zip(*all_weights, strict=True) if all_weights else ((), ())
         arrays = {
-            "tokens": np.concatenate(all_tokens or [[]]).astype(ARRAYS["tokens"]),
-            "weights": np.concatenate(all_weights or [[]]).astype(ARRAYS["weights"]),
+            "tokens": np.concatenate(all_parts or [[]]).astype(ARRAYS["tokens"]),
+            "weights": np.repeat(np.array(values, ARRAYS["weights"]), np.array(counts, int)),
             "index": index,
         }
         return arrays, account
