@@ -246,7 +246,8 @@ def compiled_table():
 
 def compiled_cross_entropy(logits, capability):
     """What Triton and ptxas make of the kernel for such rows, on a GPU that need not be here."""
-    asm, shape = compiled(logits, capability)
+    kernel, shape = compiled(logits, logits, capability)
+    asm = kernel.asm
     registers, spilled = assembled(asm["ptx"])
     threads = 32 * shape["num_warps"]
     accesses = collections.Counter(
@@ -263,25 +264,32 @@ def compiled_cross_entropy(logits, capability):
     }  # fmt: skip
 
 
-def compiled(logits, capability):
-    """(Triton's stages of the kernel, launch_shape). Needs a process without TRITON_INTERPRET."""
-    shape = ce.launch_shape(logits, logits)
+def compiled(logits, grad, capability):
+    """(the kernel as Triton compiles it for cross_entropy_rows of these tensors, launch_shape).
+
+    Needs a process without TRITON_INTERPRET.
+    """
+    out = logits if grad is None else grad
+    shape = ce.launch_shape(logits, out)
     name = TRITON_NAMES[logits.dtype]
     pointers = {
         "logits": f"*{name}", "targets": "*i64", "weights": "*fp32",
         "losses": "*fp32", "correct": "*i1", "grads": f"*{name}",
     }  # fmt: skip
+    unaligned = {k for k, rows in (("logits", logits), ("grads", out)) if rows.data_ptr() % 16}
     integers = dict.fromkeys(("V", "stride", "grads_stride"), "i32")
-    constants = {"WITH_GRAD": True, "BLOCK": shape["BLOCK"], "VECTOR": shape["VECTOR"]}
+    constants = {"WITH_GRAD": grad is not None, "BLOCK": shape["BLOCK"], "VECTOR": shape["VECTOR"]}
     arguments = ce.cross_entropy_kernel.arg_names
     source = ASTSource(
         ce.cross_entropy_kernel,
         signature=pointers | integers | dict.fromkeys(constants, "constexpr"),
         constexprs={(arguments.index(k),): v for k, v in constants.items()},
-        attrs={(arguments.index(k),): [["tt.divisibility", 16]] for k in pointers},
+        attrs={
+            (arguments.index(k),): [["tt.divisibility", 16]] for k in pointers if k not in unaligned
+        },
     )
     target, options = GPUTarget("cuda", capability, 32), {"num_warps": shape["num_warps"]}
-    return triton.compile(source, target=target, options=options).asm, shape
+    return triton.compile(source, target=target, options=options), shape
 
 
 def accesses_and_barriers(ptx):
