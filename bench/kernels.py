@@ -250,9 +250,7 @@ def compiled_cross_entropy(logits, capability):
     asm = kernel.asm
     registers, spilled = assembled(asm["ptx"])
     threads = 32 * shape["num_warps"]
-    accesses = collections.Counter(
-        step.split(".", 1)[1] for step in accesses_and_barriers(asm["ptx"]) if step != "bar.sync"
-    )
+    accesses = collections.Counter(widths_of_access(asm["ptx"]))
     return {
         "sm": capability, "dtype": TRITON_NAMES[logits.dtype], "V": logits.shape[1],
         "BLOCK": shape["BLOCK"], "warps": shape["num_warps"],
@@ -292,10 +290,9 @@ def compiled(logits, grad, capability):
     return triton.compile(source, target=target, options=options), shape
 
 
-def accesses_and_barriers(ptx):
-    """Every access to global memory and every barrier, in order: ["ld.b32", "bar.sync", ...]."""
-    found = re.findall(r"\b(?:(ld|st)\.global\S*?((?:v\d\.)?b\d+)|bar\.sync)\b", ptx)
-    return [f"{kind}.{width}" if kind else "bar.sync" for kind, width in found]
+def widths_of_access(ptx):
+    """Of every load and store of global memory: ["b32", "v4.b32", ...]."""
+    return re.findall(r"\b(?:ld|st)\.global\S*?((?:v\d\.)?b\d+)\b", ptx)
 
 
 def barriers_in_loops(ptx):

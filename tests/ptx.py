@@ -18,6 +18,7 @@ Not modelled: ptxas, and what the GPU itself runs; the errors of ex2.approx and 
 rounded correctly here; fma rounds twice, by way of float64; caches and their hints; time.
 """
 
+import functools
 import re
 from typing import NamedTuple
 
@@ -150,7 +151,7 @@ class Warp:
         self.next = np.zeros(LANES, int)
 
     def run(self):
-        """Runs to the end, and yields at each barrier. Of lanes that parted the last goes first."""
+        """Runs to the end, and yields at each barrier. Lanes that are behind go first."""
         while (at := self.next.min()) < len(self.kernel.code):
             instruction = self.kernel.code[at]
             lanes = self.next == at
@@ -230,9 +231,8 @@ class Warp:
     def read(self, operand, kind):
         """Values (32,) of a register, a constant or {parts, lowest first}; of a pair (32, 2)."""
         if operand[0] == "{":
-            # LLVM leaves a half unset that it does not use.
-            names = [name.strip() for name in operand.strip("{ }").split(",")]
-            parts = [self.registers.get(name, self.random(name)) for name in names]
+            names = operand.strip("{ }").split(",")
+            parts = [self.set_or_random(name.strip()) for name in names]  # LLVM may use one half
             bits = np.stack(parts, axis=1).view(NUMPY[kind])[:, 0]
         elif operand in ("%tid.x", "%ctaid.x"):
             bits = self.threads if operand == "%tid.x" else np.full(LANES, self.program)
@@ -255,11 +255,13 @@ class Warp:
         dtype = register_dtype(operand)
         new = values if kind == "pred" else to_bits(values, kind, dtype)
         if not lanes.all():
-            old = self.registers.get(operand)
-            new = np.where(lanes, new, self.random(operand) if old is None else old)
+            new = np.where(lanes, new, self.set_or_random(operand))
         self.registers[operand] = new
 
-    def random(self, register):
+    def set_or_random(self, register):
+        """What a register holds, or what one may hold that was never written."""
+        if register in self.registers:
+            return self.registers[register]
         dtype = register_dtype(register)
         bits = np.frombuffer(self.rng.bytes(LANES * np.dtype(dtype).itemsize), np.uint8)
         return bits % 2 == 1 if dtype == "?" else bits.view(dtype)
@@ -269,6 +271,7 @@ def register_dtype(name):
     return REGISTERS[name.rstrip("0123456789")]
 
 
+@functools.cache
 def constant(text):
     if text.startswith("0f"):
         return np.full(LANES, int(text[2:], 16), np.uint32)
@@ -290,10 +293,8 @@ def to_bits(numbers, kind, dtype):
     if kind in ("bf16", "bf16x2"):
         numbers = np.ascontiguousarray(numbers, np.float32)
         bits = numbers.view(np.uint32)
-        bits = (bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(
-            np.uint16
-        )  # to nearest, ties to even
-        numbers = np.where(np.isnan(numbers), np.uint16(0x7FFF), bits)
+        bits = bits + 0x7FFF + (bits >> 16 & 1) >> 16  # to nearest, ties to even
+        numbers = np.where(np.isnan(numbers), 0x7FFF, bits).astype(np.uint16)
     else:
         numbers = np.ascontiguousarray(numbers.astype(NUMPY[kind], copy=False))
     if kind[0] == "s":
@@ -382,7 +383,7 @@ OPERATIONS = {  # opcode: (kinds of the sources, function, kind of the result)
         f"setp.{name}.{kind}": (f"{kind} {kind}", function, "pred")
         for name, function in COMPARISONS.items()
         for kind in ("b32", "b64", "u32", "s32", "f32")
-        if (name == "ne") == (kind == "b64")
+        if (name, kind) != ("ne", "f32")  # of NaN true in NumPy and false in PTX
     },
     **{f"selp.{kind}": (f"{kind} {kind} pred", choose, kind) for kind in ("b16", "b32", "f32")},
     **{f"cvt.f32.{kind}": (kind, same, "f32") for kind in ("bf16", "f16")},

@@ -29,6 +29,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 KERNEL = CUDA or INTERPRETED
 TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# The interpreted kernel cuts bf16 where a GPU rounds; test_ptx.py has the rounding.
+ROUNDED = DTYPES[:2] if INTERPRETED else DTYPES
 pytestmark = pytest.mark.filterwarnings("ignore:overflow")  # to -inf, in the interpreter's NumPy
 
 
@@ -79,7 +81,7 @@ SHAPES = {  # V, padding, offset
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ROUNDED)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_error_is_within_twice_torchs(shape, dtype):
     V, padding, offset = SHAPES[shape]
@@ -101,8 +103,6 @@ def test_error_is_within_twice_torchs(shape, dtype):
     assert losses.dtype == torch.float32 and grad.dtype == logits.dtype
     assert_within_twice(losses, torch_losses, exact_losses, 1e-6 * exact_losses.abs().amax())
     epsilon = 1e-6 * exact_grad.abs().amax()
-    if INTERPRETED and dtype == torch.bfloat16:  # the interpreter cuts where a GPU rounds
-        epsilon += torch.finfo(dtype).eps * exact_grad.abs().amax()
     assert_within_twice(grad, torch_grad.to(grad.dtype), exact_grad, epsilon)
 
 
@@ -440,21 +440,3 @@ def test_compiled_for_rows_end_to_end_it_moves_what_their_starts_allow():
         found = compiled_cross_entropy(torch.empty(1, V, dtype=torch.bfloat16), 90)
         assert f"{width}:{count}" in found["accesses"].split() and "v4" not in found["accesses"]
         assert found["spilled bytes"] == 0
-
-
-@pytest.mark.skipif(INTERPRETED or not TRITON, reason="needs Triton's compiler")
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_compiled_it_writes_a_gradient_only_between_two_barriers(capability):
-    """In place a row is read by all its threads before one writes, and the target's gradient last.
-
-    No result on a CPU depends on it: the interpreter has one thread.
-    """
-    from bench.kernels import accesses_and_barriers, compiled, padded_rows
-
-    for V in (512, 32002):
-        asm, _ = compiled(padded_rows(1, V, "cpu", torch.bfloat16), capability)
-        steps = accesses_and_barriers(asm["ptx"])
-        after_correct = steps[len(steps) - steps[::-1].index("st.b8") :]
-        assert after_correct == [
-            "bar.sync", "ld.v4.b32", "ld.v4.b32", "st.v4.b32", "st.v4.b32", "bar.sync", "st.b16",
-        ]  # fmt: skip

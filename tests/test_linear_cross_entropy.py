@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[1]
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# The interpreted kernel cuts bf16 where a GPU rounds; test_ptx.py has the rounding.
+ROUNDED = DTYPES[:2] if os.environ.get("TRITON_INTERPRET") == "1" else DTYPES
 pytestmark = pytest.mark.filterwarnings("ignore:overflow")  # to -inf, in the interpreter's NumPy
 
 
@@ -75,7 +77,7 @@ def test_every_chunk_size_gives_the_unfused_result(rows, monkeypatch):
         torch.testing.assert_close(a.double(), c, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ROUNDED)
 @pytest.mark.parametrize("chunks", [1, 16])
 def test_error_is_within_twice_torchs(dtype, chunks, monkeypatch):
     """Also what a d_lm_head summed in bf16 over many chunks would break."""
@@ -85,12 +87,10 @@ def test_error_is_within_twice_torchs(dtype, chunks, monkeypatch):
     found = with_gradients(fused, *arguments)
     torchs = with_gradients(whole, *arguments)
     exact = with_gradients(exactly, *[a.double() for a in arguments[:2]], *arguments[2:])
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and dtype == torch.bfloat16
     for a, b, c in zip(found, torchs, exact, strict=True):
         assert a.dtype == b.dtype
         error, allowed = ((x.double() - c).norm() / c.norm() for x in (a, b))
-        # The interpreter cuts bf16 where a GPU rounds, a bias that grows in the products.
-        assert error <= (6 if interpreted else 2) * allowed + 2e-7
+        assert error <= 2 * allowed + 2e-7
 
 
 def test_d_lm_head_is_summed_in_float32(monkeypatch):

@@ -30,9 +30,9 @@ PADDED = (1030, 10, 0)  # V, padding, offset: 4 warps; neighbours end in a vecto
 OTHER_LAYOUTS = {
     "less than a vector": (3, 5, 0),
     "one warp": (257, 7, 0),
-    "rows end to end, 1 element an access": (1031, 0, 0),
-    "rows end to end, 2 elements an access": (1030, 0, 0),
-    "rows that start anywhere": (1029, 6, 3),
+    "rows end to end, 1 element an access": (515, 0, 0),
+    "rows end to end, 2 elements an access": (518, 0, 0),
+    "rows that start anywhere": (299, 6, 3),
     "two blocks": (8195, 13, 0),
 }
 CASES = [(c, d, grad, PADDED) for c in CAPABILITIES for d in DTYPES for grad in GRADS]
