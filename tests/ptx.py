@@ -376,6 +376,7 @@ OPERATIONS = {  # opcode: (kinds of the sources, function, kind of the result)
     **{f"mad.wide.{kind}32": (f"{kind}32 {kind}32 {kind}64", wide, f"{kind}64") for kind in "su"},
     **{f"and.{kind}": (f"{kind} {kind}", np.bitwise_and, kind) for kind in ("b32", "b64", "pred")},
     **{f"or.{kind}": (f"{kind} {kind}", np.bitwise_or, kind) for kind in ("b32", "b64")},
+    **{f"not.{kind}": (kind, np.bitwise_not, kind) for kind in ("b32", "pred")},
     **{f"shl.{kind}": (f"{kind} u32", shifted(np.left_shift), kind) for kind in ("b32", "b64")},
     "shr.u32": ("u32 u32", shifted(np.right_shift), "u32"),
     "shr.s64": ("s64 u32", shifted(np.right_shift), "s64"),

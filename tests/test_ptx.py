@@ -68,7 +68,8 @@ def rows(dtype, layout, grad, seed=0):
     logits[3, [V // 3, V - 1]] = 8
     weights = torch.tensor([0.1, 0, 1, 0.7, 2])
     losses, correct = torch.full((5,), math.nan), torch.full((5,), 9, dtype=torch.uint8)
-    grads = {"in place": logits, "beside": among_nan(5, layout, dtype), "none": None}
+    beside = among_nan(5, (V, padding + 16, offset), dtype)
+    grads = {"in place": logits, "beside": beside, "none": None}
     return Rows(logits.clone(), logits, targets, weights, losses, correct, grads[grad])
 
 
@@ -146,10 +147,9 @@ def test_a_program_touches_its_own_row_to_its_last_vector_and_not_one_of_weight_
     assert_touched(weights.programs.reader, of.weights[:, None], every)
     assert_touched(losses.programs.writer, of.losses[:, None], every)
     assert_touched(correct.programs.writer, of.correct[:, None], every)
-    assert_touched(grad.programs.writer, of.logits, every if of.grad is not None else ~every)
-    if of.grad is not of.logits:
-        assert (logits.programs.writer == ptx.NOBODY).all()
-    for memory in (targets, weights):
+    if of.grad is not None:
+        assert_touched(grad.programs.writer, of.grad, every)
+    for memory in (targets, weights) if of.grad is of.logits else (targets, weights, logits):
         assert (memory.programs.writer == ptx.NOBODY).all()
 
 
