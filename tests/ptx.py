@@ -9,10 +9,11 @@ Refused, as a Fault that names the instruction and its source: an instruction or
 not in the tables below; an access outside memory or off its alignment; warps or lanes that wait at
 different barriers, or for some that have ended; a shuffle of less than a warp; a register that was
 never written. Where only some lanes wrote a register the others find random bits, and so does who
-reads shared memory before it was written.
+reads shared memory before it is written.
 
 A Race is refused too: two threads that touch a byte, one of them to write it, with no barrier
-between them, or two programs that do so at all. It is found in whatever order the warps ran.
+between them, be they of one warp; or two programs that do so at all. The order in which the warps
+happened to run does not matter to it.
 
 Not modelled: ptxas, and what the GPU itself runs; the errors of ex2.approx and div.full, which are
 rounded correctly here; fma rounds twice, by way of float64; caches and their hints; time.
@@ -42,28 +43,29 @@ def launch(kernel, programs, arguments, tensors, seed=0):
 
     arguments are integers: pointers as data_ptr() gives them, to the storages of `tensors`.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)  # of the order of warps, and of what is not set
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
-    memory = {
+    of_tensors = {
         start: Memory(start, torch.empty(0, dtype=torch.uint8).set_(storage).numpy())
         for start, storage in storages.items()
     }
     for program in programs:
         shared = Memory(0, rng.integers(0, 256, kernel.shared_bytes, np.uint8))
+        memory = {"shared": [shared], "global": list(of_tensors.values())}
         with np.errstate(all="ignore"):
-            run_program(kernel, program, arguments, shared, list(memory.values()), rng)
-    return [memory[t.untyped_storage().data_ptr()] for t in tensors]
+            run_program(kernel, program, arguments, memory, rng)
+    return [of_tensors[t.untyped_storage().data_ptr()] for t in tensors]
 
 
-def run_program(kernel, program, arguments, shared, memory, rng):
+def run_program(kernel, program, arguments, memory, rng):
     warps = [
-        Warp(kernel, program, np.arange(LANES) + first, arguments, shared, memory, rng).run()
+        Warp(kernel, program, np.arange(LANES) + first, arguments, memory, rng).run()
         for first in range(0, kernel.threads, LANES)
     ]
     stops = {"the start"}
     while stops != {"the end"}:
-        for region in (shared, *memory):
-            region.threads.clear()
+        for one in (*memory["shared"], *memory["global"]):
+            one.threads.clear()
         stops = {next(warps[i], "the end") for i in rng.permutation(len(warps))}
         if len(stops) > 1:
             raise Fault(f"warps wait for each other at {' and '.join(sorted(stops))}")
@@ -102,7 +104,8 @@ class Touches:
 
     def refuse_others(self, found, who):
         if (others := (found != NOBODY) & (found != who)).any():
-            raise Race(f"{np.broadcast_to(who, found.shape)[others][0]} and {found[others][0]}")
+            one, other = np.broadcast_to(who, found.shape)[others][0], found[others][0]
+            raise Race(f"{one} and {other} ({SEVERAL}: several) touch a byte, one to write it")
 
 
 class Instruction(NamedTuple):
@@ -128,10 +131,10 @@ class Kernel:
             elif label := re.fullmatch(r"(\$\w+):", line):
                 self.labels[label[1]] = len(self.code)
             elif line and not line.startswith(".reg"):
-                self.code.append(instruction(line, source))
+                self.code.append(parsed(line, source))
 
 
-def instruction(line, source):
+def parsed(line, source):
     read = re.fullmatch(r"(?:@(!?)(%p\d+)\s+)?([a-z][\w.:]*)\s*(.*);", line)
     if not read or not (read[3] in OPERATIONS or read[3] in OTHERS or ACCESS.fullmatch(read[3])):
         raise Fault(f"unknown instruction: {line}  // {source}")
@@ -143,10 +146,10 @@ def instruction(line, source):
 class Warp:
     """32 threads: the registers of all, and each one's next instruction."""
 
-    def __init__(self, kernel, program, threads, arguments, shared, memory, rng):
-        self.kernel, self.program, self.threads, self.rng = kernel, program, threads, rng
+    def __init__(self, kernel, program, threads, arguments, memory, rng):
+        self.kernel, self.program, self.threads = kernel, program, threads
+        self.memory, self.rng = memory, rng
         self.arguments = dict(zip(kernel.parameters, arguments))
-        self.memory = {"shared": [shared], "global": memory}
         self.registers = {}
         self.next = np.zeros(LANES, int)
 
@@ -179,7 +182,7 @@ class Warp:
             self.next[lanes] = len(self.kernel.code)
         elif opcode in POLICIES:
             self.write(operands[0], "b64", np.zeros(LANES, np.uint64), lanes)
-        elif lanes.any() and not lanes.all():
+        elif lanes.any() and not lanes.all():  # what is left takes a whole warp
             raise Fault(f"of a warp only lanes {np.flatnonzero(lanes)}")
         elif opcode == "shfl.sync.bfly.b32" and operands[3:] == ["31", "-1"]:
             partner = np.arange(LANES) ^ int(operands[2])
@@ -199,7 +202,7 @@ class Warp:
             return self.write(operands[0], kind, value, lanes)
         values, address = operands[:2] if way == "ld" else operands[1::-1]
         registers, size = values.strip("{ }").split(","), np.dtype(NUMPY[kind]).itemsize
-        if len(registers) != int(count or 1):
+        if (len(registers), len(operands)) != (int(count or 1), 3 if opcode["hint"] else 2):
             raise Fault("unknown operands")
         memory, places = self.places(space, address, size * len(registers), lanes)
         touches = [(memory.programs, np.full((lanes.sum(), 1), self.program))]
@@ -333,8 +336,14 @@ def wide(a, b, c=0):
     return a.astype(f"{a.dtype.kind}8") * b + c
 
 
-def shifted(shift):
-    return lambda x, by: np.where(by < 8 * x.itemsize, shift(x, by.astype(x.dtype)), 0)
+def shl(x, by):
+    return np.where(by < 8 * x.itemsize, x << by.astype(x.dtype), 0)
+
+
+def shr(x, by):
+    """Signed numbers fill with their sign."""
+    last = 8 * x.itemsize - 1
+    return x >> np.minimum(by, last).astype(x.dtype) >> (by > last).astype(x.dtype)
 
 
 def pair(high, low):
@@ -350,12 +359,14 @@ NUMPY = {
     "s32": "i4", "s64": "i8", "f16": "f2", "f32": "f4", "f16x2": "f2", "f32x2": "f4",
 }  # fmt: skip
 REGISTERS = {"%p": "?", "%rs": "u2", "%r": "u4", "%rd": "u8"}
-COMPARISONS = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "gt": np.greater}
+COMPARISONS = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal}
+COMPARISONS |= {"gt": np.greater, "ge": np.greater_equal}
 REDUCTIONS = {"redux.sync.max.f32": np.fmax.reduce, "redux.sync.min.s32": np.min}
 POLICIES = {f"createpolicy.fractional.L2::evict_{which}.b64" for which in ("first", "last")}
 OTHERS = {"bra", "bra.uni", "ret", "bar.sync", "shfl.sync.bfly.b32", *REDUCTIONS, *POLICIES}
 ACCESS = re.compile(
-    r"(?P<way>ld|st)\.(?P<space>param|shared|global)(\.L1::evict_(first|last)\.L2::cache_hint)?"
+    r"(?P<way>ld|st)\.(?P<space>param|shared|global)"
+    r"(?P<hint>\.L1::evict_(first|last)\.L2::cache_hint)?"
     r"(\.v(?P<count>[24]))?\.(?P<kind>b8|b16|b32|b64|s32)"
 )
 OPERATIONS = {  # opcode: (kinds of the sources, function, kind of the result)
@@ -377,9 +388,9 @@ OPERATIONS = {  # opcode: (kinds of the sources, function, kind of the result)
     **{f"and.{kind}": (f"{kind} {kind}", np.bitwise_and, kind) for kind in ("b32", "b64", "pred")},
     **{f"or.{kind}": (f"{kind} {kind}", np.bitwise_or, kind) for kind in ("b32", "b64")},
     **{f"not.{kind}": (kind, np.bitwise_not, kind) for kind in ("b32", "pred")},
-    **{f"shl.{kind}": (f"{kind} u32", shifted(np.left_shift), kind) for kind in ("b32", "b64")},
-    "shr.u32": ("u32 u32", shifted(np.right_shift), "u32"),
-    "shr.s64": ("s64 u32", shifted(np.right_shift), "s64"),
+    **{f"shl.{kind}": (f"{kind} u32", shl, kind) for kind in ("b32", "b64")},
+    "shr.u32": ("u32 u32", shr, "u32"),
+    "shr.s64": ("s64 u32", shr, "s64"),
     **{
         f"setp.{name}.{kind}": (f"{kind} {kind}", function, "pred")
         for name, function in COMPARISONS.items()
