@@ -382,7 +382,8 @@ OPERATIONS = {  # opcode: (kinds of the sources, function, kind of the result)
     "max.f32": ("f32 f32", maximum, "f32"),
     "max3.f32": ("f32 f32 f32", maximum, "f32"),  # max.f32 of three, from sm_100 on
     "min.s32": ("s32 s32", np.minimum, "s32"),
-    "mul.lo.s64": ("s64 s64", np.multiply, "s64"),
+    "max.s32": ("s32 s32", np.maximum, "s32"),
+    **{f"mul.lo.{kind}": (f"{kind} {kind}", np.multiply, kind) for kind in ("s32", "s64")},
     **{f"mul.wide.{kind}32": (f"{kind}32 {kind}32", wide, f"{kind}64") for kind in "su"},
     **{f"mad.wide.{kind}32": (f"{kind}32 {kind}32 {kind}64", wide, f"{kind}64") for kind in "su"},
     **{f"and.{kind}": (f"{kind} {kind}", np.bitwise_and, kind) for kind in ("b32", "b64", "pred")},
