@@ -64,9 +64,8 @@ def rows(dtype, layout, grad):
     logits = among_nan(5, V, padding, offset, dtype)
     spread = torch.tensor([0.01, math.nan, 3, 1, 10])
     logits[:] = torch.randn(5, V, generator=generator) * spread[:, None]
-    first = V // 3 // 2 * 2
-    logits[3, [first, first + 1, V - 1]] = 8  # two of them in one vector
-    targets = torch.tensor([V // 2, -100, V - 1, first, logits[4].float().argmax()])
+    logits[3, [0, 1, V - 1]] = 8  # in one vector, and at its place in two blocks
+    targets = torch.tensor([V // 2, -100, V - 1, 0, logits[4].float().argmax()])
     weights = torch.tensor([0.1, 0, 1, 0.7, 2])
     losses, correct = torch.full((5,), math.nan), torch.full((5,), 9, dtype=torch.uint8)
     beside = among_nan(5, V, padding + 16, offset, dtype)
@@ -79,7 +78,7 @@ def among_nan(N, V, padding, offset, dtype):
     return buffer.as_strided((N, V), (V + padding, 1), offset)
 
 
-def run(of, capability, programs=range(5), edit=lambda ptx: ptx, seed=0):
+def run(of, capability, programs=range(5), edit=lambda text: text, seed=0):
     """Runs the kernel compiled for these rows, its PTX edited; returns the memory of each tensor.
 
     The first of the programs has the first row, be its number what it may.
@@ -179,11 +178,11 @@ def test_a_barrier_taken_out_is_a_race(layout, of_reductions, grad, capability):
         expected += [grad == "in place", True]
     found = []
 
-    def without(ptx):
-        barriers = list(re.finditer(r"bar\.sync\s+0;", ptx))
+    def without(text):
+        barriers = list(re.finditer(r"bar\.sync\s+0;", text))
         assert len(barriers) == len(expected)
         start, end = barriers[len(found)].span()
-        return ptx[:start] + ptx[end:]
+        return text[:start] + text[end:]
 
     for _ in expected:
         of.logits.copy_(of.before)
