@@ -32,7 +32,6 @@ import numpy as np
 import torch
 
 from loss import BETA, DEFAULT_CLASSES, class_table, class_weights, read_classes
-from model import LlamaConfig
 from support import report
 from support.containers import sources
 from support.dataset import ARRAYS, INDEX, Account, encode_files
@@ -363,6 +362,8 @@ def main(argv=None):
 
 
 def run_preview(args):
+    from model import LlamaConfig  # not above: the processes that tokenize need no network
+
     asked = 1 if args.max_length is None else args.max_length
     if not 1 <= asked <= args.batch_tokens or args.ranks < 1:
         raise ValueError("needs 1 <= --max-length <= --batch-tokens and --ranks of at least 1")
