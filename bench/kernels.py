@@ -26,13 +26,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).parents[1])  # this folder would hide the package `kernels`
+sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a kernels.py
 # ruff: noqa: E402
 
 import torch
 import torch.nn.functional as F
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 import kernels.cross_entropy as ce
@@ -56,7 +57,9 @@ ROUNDS = 20
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--markdown", action="store_true", help="a table to append to RESULTS.md")
-    show = functools.partial(print_table, markdown=parser.parse_args().markdown)
+    parser.add_argument("--only", choices=["logits", "linear"], help="one table of the two")
+    args = parser.parse_args()
+    show = functools.partial(print_table, markdown=args.markdown)
     today = datetime.date.today()
     versions = f"PyTorch {torch.__version__}, Triton {triton.__version__}, {today}"
     if not torch.cuda.is_available():
@@ -64,8 +67,10 @@ def main():
         show(f"Compiled kernels: {versions}", compiled_table())
         return
     device = f"{torch.cuda.get_device_name()}, {versions}"
-    show(f"Weighted cross-entropy of given logits, bf16: {device}", logits_table())
-    show(f"lm_head and weighted cross-entropy, bf16: {device}", linear_table())
+    if args.only != "linear":
+        show(f"Weighted cross-entropy of given logits, bf16: {device}", logits_table())
+    if args.only != "logits":
+        show(f"lm_head and weighted cross-entropy, bf16: {device}", linear_table())
 
 
 def logits_table():
@@ -317,8 +322,7 @@ def assembled(ptx):
         file = Path(folder, "kernel.ptx")
         file.write_text(ptx)
         architecture = re.search(r"\.target (\w+)", ptx)[1]
-        name = "ptxas-blackwell" if int(re.sub(r"\D", "", architecture)) >= 100 else "ptxas"
-        ptxas = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+        ptxas = get_ptxas(int(re.sub(r"\D", "", architecture))).path  # triton 3.9 has another
         command = [ptxas, "-v", f"--gpu-name={architecture}", file, "-o", os.devnull]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill", log)))

@@ -4,8 +4,10 @@
 
 fill        tokens in a bin / capacity, over all steps but the last, which holds the remainder
 dropped     conversations that no step of the epoch trains on
-imbalance   largest / mean Σ len² over the bins of a step, in the mean and the worst step: the
-            attention time of the slowest rank, in units of a perfectly even share
+imbalance   largest / mean over the bins of a step, in the mean step and in the worst: of the
+            operations that a 1B and a 7B do for a bin, 6 · N · tokens and attention by Σ len² (as
+            report.training_flops counts), which is how long the slowest rank takes in units of a
+            perfectly even share; and of Σ len² alone
 drift       correlation of the step's number with the mean length of its conversations
 spread      standard deviation of a step's mean length / that of random steps of as many tokens;
             above 1 some steps are of long conversations, others of short ones
@@ -26,6 +28,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import pack
+from model import LlamaConfig
+from support.report import training_flops
+
+# hidden, intermediate, blocks, heads, vocabulary, key-value heads, head_dim
+NETWORKS = {
+    "1b": LlamaConfig(2048, 5632, 22, 32, 32002, 4, 64, max_position_embeddings=4096),
+    "llama-2-7b": LlamaConfig(4096, 11008, 32, 32, 32002, 32, 128, max_position_embeddings=4096),
+}
 
 
 def main():
@@ -52,8 +62,9 @@ def main():
         f"numpy {np.__version__}\n"
     )
     print(
-        "| capacity | bins | packer | steps | fill % | dropped | imbalance mean | worst "
-        "| drift | spread | seconds | memory MB |\n|" + "---|" * 12
+        "| capacity | bins | packer | steps | fill % | dropped | 1B imbalance | worst "
+        "| 7B imbalance | worst | Σ len² imbalance | worst | drift | spread | seconds | memory MB "
+        "|\n|" + "---|" * 16
     )
     for capacity in args.capacity:
         for bins in args.bins:
@@ -85,16 +96,18 @@ def measure(packer, lengths, capacity, bins):
     def per_bin(values):  # (steps, bins)
         return np.bincount(bin_of, values, len(steps) * bins).reshape(-1, bins)
 
-    tokens, cost, count = per_bin(packed), per_bin(packed**2), per_bin(np.ones_like(packed))
+    tokens, squares, count = per_bin(packed), per_bin(packed**2), per_bin(np.ones_like(packed))
     whole = slice(0, max(1, len(steps) - 1))
-    imbalance = (cost.max(1) / cost.mean(1))[whole]
+    costs = [training_flops(network, tokens, squares) for network in NETWORKS.values()]
+    imbalances = [(cost.max(1) / cost.mean(1))[whole] for cost in [*costs, squares]]
     means = (tokens.sum(1) / count.sum(1))[whole]
     drift = np.corrcoef(np.arange(len(means)), means)[0, 1] if len(means) > 2 else np.nan
     spread = means.std() / random_step_means(lengths, len(steps)).std()
     return (
         f"{len(steps):,} | {100 * tokens[whole].mean() / capacity:.2f} | "
-        f"{len(lengths) - len(packed)} | {imbalance.mean():.3f} | {imbalance.max():.3f} | "
-        f"{drift:+.2f} | {spread:.2f} | {seconds:.2f} | {memory:.0f} |"
+        f"{len(lengths) - len(packed)} | "
+        + "".join(f"{of.mean():.3f} | {of.max():.3f} | " for of in imbalances)
+        + f"{drift:+.2f} | {spread:.2f} | {seconds:.2f} | {memory:.0f} |"
     )
 
 

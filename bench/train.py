@@ -9,7 +9,7 @@ around its model, "Liger" that loop with Liger's patch, which knows no weights.
 
 Each provider is a process of its own; rounds take turns on a CPU, and on a GPU, which may not hold
 two of them, follow each other. Tokens are the conversations' own: no padding counts.
-TFLOP/s as report.training_flops counts, without recomputation; MFU is their share of 989.
+TFLOP/s as report.training_flops counts, without recomputation; MFU is their share of the device's peak.
 The parts are shares of one profiled step: time on the GPU there, else on the CPU.
 """
 
@@ -28,7 +28,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # this folder would hide train.py
+sys.path.insert(0, str(ROOT))  # before this folder, which has a train.py
 # ruff: noqa: E402
 
 import numpy as np
@@ -39,16 +39,15 @@ from torch.profiler import ProfilerActivity, profile
 import data
 import model
 import train
-from bench.packing import like_sharegpt
+from bench.packing import NETWORKS, like_sharegpt
 from support import dataset, report
 
 # hidden, intermediate, blocks, heads, vocabulary, key-value heads, head_dim
-LARGE = {"max_position_embeddings": 4096}
-GEOMETRIES = {
+GEOMETRIES = NETWORKS | {
     "tiny": model.LlamaConfig(256, 688, 6, 8, 2002, 4, 32),
-    "1b": model.LlamaConfig(2048, 5632, 22, 32, 32002, 4, 64, **LARGE),
-    "llama-2-7b": model.LlamaConfig(4096, 11008, 32, 32, 32002, 32, 128, **LARGE),
-    "mistral-7b": model.LlamaConfig(4096, 14336, 32, 32, 32002, 8, 128, "mistral", **LARGE),
+    "mistral-7b": model.LlamaConfig(
+        4096, 14336, 32, 32, 32002, 8, 128, "mistral", max_position_embeddings=4096
+    ),
 }
 SUPERVISED, EXPERTS = 0.76, 0.1  # of a conversation's tokens, of the conversations
 WARMUP = 2  # steps before the first measured one
@@ -476,7 +475,8 @@ def row(name, found, ours, cuda):
         "TFLOP/s": f"{median('TFLOP/s'):.3f}",
     }
     if cuda:
-        cells["MFU"] = f"{median('TFLOP/s') / 989:.1%}"
+        peak = report.peak_flops(torch.cuda.get_device_name())
+        cells["MFU"] = f"{median('TFLOP/s') * 1e12 / peak:.1%}" if peak else "peak not known"
     cells["this project is faster by"] = faster("tokens/s")
     if not cuda:  # unlike the clock's, the same whatever else the machine does
         cells["by processor time"] = faster("tokens/CPU s")
