@@ -38,12 +38,14 @@ def estimate(network, size, recompute):
     per_block = (parameters - matrices * embedding) // network.num_hidden_layers
     # Backward reaches the recomputed blocks last: the others' room is free again by then.
     stored = max(network.num_hidden_layers - recompute, 1) * block + recompute * width * d
+    # One block's at a time: gradients, 3 f of its MLP's, and what is made again where compiled.
+    once = 6 * d + 3 * f + (2 * d + f if size.compiled else 0)
     return {
         "parameters": 4 * parameters // shards,
         "gradients": 4 * parameters // shards,
         "AdamW": 8 * parameters // shards,
         "gathered blocks": width * (matrices * embedding + 2 * per_block) + 4 * per_block,
-        "activations": t * (stored + width * (6 * d + 3 * f)),  # 3 f: one MLP's gradients
+        "activations": t * (stored + width * once),
         # FlashAttention 2's backward sums d_q in float32, each sequence begun on 128 rows.
         "attention": 4 * q * (t + 128 * size.sequences) if size.sequences else 0,
         "loss workspace": min(1 << 30, width * t * network.vocab_size) + 4 * embedding,
