@@ -422,6 +422,7 @@ def gradients(plan, ranks, llama, batches, total_weight):
     """
     losses, table = [], 0
     for batch in batches:
+        llama.set_requires_all_reduce(batch is batches[-1])  # between replicas, once a step
         weighted_sum, sums = forward(llama, plan, batch)
         # Eq. (6), normalised: L = Σ w·CE / Σ w over the tokens of all ranks and micro-batches.
         # This micro-batch's part of L; x ranks, as FSDP takes the mean of their gradients.

@@ -9,8 +9,8 @@ around its model, "Liger" that loop with Liger's patch, which knows no weights.
 
 Each provider is a process of its own; rounds take turns on a CPU, and on a GPU, which may not hold
 two of them, follow each other. Tokens are the conversations' own: no padding counts.
-TFLOP/s as report.training_flops counts, without recomputation; MFU is their share of the device's peak.
-The parts are shares of one profiled step: time on the GPU there, else on the CPU.
+TFLOP/s as report.training_flops counts, without recomputation; MFU is their share of the peak that
+report.py lists. The parts are shares of one profiled step: time on the GPU there, else on the CPU.
 """
 
 import argparse

@@ -74,8 +74,8 @@ def test_a_run_saves_and_exports(seen):
 
 def test_a_step_waits_once_and_reduces_once_beside_the_gradients(seen):
     assert seen["waits"] == [["tolist"]] * len(seen["waits"]) and len(seen["waits"]) >= 2
-    # A group of ranks tells another its gradients: of 2 blocks and the root, by micro-batch.
-    of_gradients = 2 * (NETWORK.num_hidden_layers + 1) if seen.get("replicas") else 0
+    # A group of ranks tells another its gradients, of 2 blocks and the root.
+    of_gradients = NETWORK.num_hidden_layers + 1 if seen.get("replicas") else 0
     assert seen["all_reduces"] == [1 + of_gradients] * len(seen["waits"])
 
 

@@ -70,7 +70,7 @@ def one_rank(few, ranks, tmp_path_factory):
         (3, {"batch_tokens": 768}),
         (2, {"batch_tokens": 512, "accumulate": 2}),
         (2, {"batch_tokens": 64, "accumulate": 32}),
-        (2, {"batch_tokens": 1024, "replicas": 2}),
+        (2, {"batch_tokens": 512, "accumulate": 2, "replicas": 2}),
     ],
 )
 def test_ranks_and_accumulation_do_not_change_loss_or_gradient(
