@@ -1,8 +1,9 @@
 """The paper's ablation (OpenChat, arXiv 2309.11235, Table 2) on a task small enough to watch.
 
-    python examples/ablation.py --quick          the table, one seed: minutes on 2 CPU cores
-    python examples/ablation.py                  all tables and figures, three seeds: within an hour
-    python examples/ablation.py --task noisy     the same on the second task
+    python examples/ablation.py --quick          the table over five seeds: 12 minutes on 2 cores
+    python examples/ablation.py --quick --seeds 1        2.5 minutes, no intervals over seeds
+    python examples/ablation.py                  the table, and the axes over three seeds: hours
+    python examples/ablation.py --task sums      the same on another task
 
 A run is train.py by its own flags, in a process of its own, in runs/ablation/TASK-VERSION/NAME. Its
 score.json is kept there, so the command goes on where it stopped. A score is the share of the
@@ -13,51 +14,57 @@ held-out questions whose answer is exactly the expert's, asked by chat.py under 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
+import multiprocessing
+import multiprocessing.connection
 import os
 import random
+import signal
 import statistics
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import chat  # noqa: E402
 import data  # noqa: E402
+import train  # noqa: E402
+from support.report import clock  # noqa: E402
 
 EXPERT, SUBOPTIMAL = "gpt4", "gpt3.5"
-BATCH = 250  # questions answered at a time
+BATCH = 500  # questions answered at a time
 
-# A row of Table 2: the fields of its Run, and the paper's average over its three benchmarks.
+# A row of Table 2: the fields of its Run, and the paper's average over its three benchmarks; in
+# the paper's order.
 ROWS = {
     "C-RLFT": ({}, 77.3),
     "without reward": ({"reward": False}, 74.0),
-    "without condition": ({"condition": False}, 60.5),
     "SFT, expert only": ({"condition": False, "reward": False, "suboptimal": 0.0}, 64.5),
-    "SFT, sub-optimal only": ({"condition": False, "reward": False, "expert": 0.0}, 42.8),
+    "without condition": ({"condition": False}, 60.5),
     "SFT, all": ({"condition": False, "reward": False}, 52.7),
+    "SFT, sub-optimal only": ({"condition": False, "reward": False, "expert": 0.0}, 42.8),
 }
-# Steps of a run, those of the axis, and how the axes ask: a greedy answer hides noise.
-TASKS = {
-    "sums": {"steps": 700, "axis": (350, 500, 700, 1000), "how": "greedy"},
-    "noisy": {"steps": 400, "axis": (50, 100, 200, 400), "how": "sampled"},
-}
-AXES = {"steps": (), "share": (0.25, 0.5, 0.75, 1.0), "ratio": (0.01, 0.1, 0.3, 1.0)}
+STEPS = {"noisy": 400, "sums": 700}  # of a run of each task
+AXES = {
+    "steps": (50, 100, 200, 400, 800), "share": (0.25, 0.5, 0.75, 1.0),
+    "ratio": (0.01, 0.1, 0.3, 1.0),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    task: str  # folder with flags.txt, train.jsonl and eval.jsonl, such as examples/sums
+    task: str  # folder with flags.txt, train.jsonl and eval.jsonl, such as examples/noisy
     steps: int
     seed: int = 0
     condition: bool = True
@@ -66,6 +73,8 @@ class Run:
     expert: float = 1.0  # share of the expert's conversations that are trained on
     suboptimal: float = 1.0  # share of the others
     shuffled: bool = False  # the class labels permuted over all conversations
+    threads: int = 1  # which changes rounding alone, as the next does
+    divided_before: bool = False  # the weights divided by their sum before the loss, not after
 
     def folder(self, out):
         """OUT/TASK-VERSION/600steps-seed0-reward=False: named by what is not the default."""
@@ -123,35 +132,100 @@ def part(lines, shares, seed):
 # --------------------------------------------------------------------------------------- runs
 
 
-def score_of(run, out, judge, threads=1):
-    """score.json of a run: trained, and judged by `judge(run, folder)`, where it is not there."""
-    folder = run.folder(out)
-    kept = folder / "score.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
-    started = time.perf_counter()
-    train(run.flags(folder), folder, threads)
-    score = {"run": dataclasses.asdict(run), "seconds": time.perf_counter() - started}
-    score |= judge(run, folder)
-    kept.with_suffix(".tmp").write_text(json.dumps(score, indent=2) + "\n")
-    kept.with_suffix(".tmp").replace(kept)
-    return score
+def finish(runs, out, jobs, judge=None, names=None):
+    """{run: its score}, `jobs` runs at a time; those that have a score.json are not run again.
+
+    judge(run, folder) gives a score, without it `answers`; names {run: what it is called here}.
+    RuntimeError where a run fails, with the end of its log; all others are then stopped.
+    """
+    runs, names = list(dict.fromkeys(runs)), names or {}
+    waiting = [run for run in runs if not (run.folder(out) / "score.json").exists()]
+    steps, done, running, began = sum(run.steps for run in waiting), 0, {}, time.perf_counter()
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.getenv("PYTHONPATH")]))
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["train", "chat"])  # imported once, for all runs
+    count = len(runs) - len(waiting)
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                run = waiting.pop(0)
+                process = forks.Process(target=work, args=(run, out, judge or answers), daemon=True)
+                process.start()
+                running[process.sentinel] = run, process
+            for sentinel in multiprocessing.connection.wait(running):
+                run, process = running.pop(sentinel)
+                process.join()
+                folder = run.folder(out)
+                if process.exitcode or not (folder / "score.json").exists():
+                    tail = "\n  ".join((folder / "log.txt").read_text().splitlines()[-8:])
+                    raise RuntimeError(f"{folder}/log.txt ended with {process.exitcode}:\n  {tail}")
+                count, done = count + 1, done + run.steps
+                seconds = time.perf_counter() - began
+                left = clock(seconds / done * (steps - done))
+                name = names.get(run, folder.name)
+                print(f"{count}/{len(runs)}  {name}: {in_short(score_of(run, out))}, {left} left",
+                      flush=True)  # fmt: skip
+    finally:
+        for _, process in running.values():
+            process.kill()
+    return {run: score_of(run, out) for run in runs}
 
 
-def train(flags, folder, threads=1):
-    """`python train.py FLAGS`, what it prints in folder/log.txt; RuntimeError with its end."""
+def score_of(run, out):
+    return json.loads((run.folder(out) / "score.json").read_text())
+
+
+def in_short(score):
+    asked = [name for name in (EXPERT, SUBOPTIMAL) if name in score]
+    return ", ".join(f"{name} {next(iter(score[name].values())):.1%}" for name in asked)
+
+
+def work(run, out, judge):
+    """What a process of its own does: train.py, what it prints in log.txt; then the score."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who started it
+    folder, began = run.folder(out), time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(ROOT / "train.py"), *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with open(folder / "log.txt", "w") as log:
-        code = subprocess.call(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-    if code or not (folder / "model").exists():  # a run that is told to stop ends with 0, too
-        tail = "\n  ".join((folder / "log.txt").read_text().splitlines()[-8:])
-        raise RuntimeError(f"{' '.join(command)}\nended with {code}:\n  {tail}")
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os.chdir(ROOT)
+    torch.set_num_threads(run.threads)
+    with dividing_before(run.divided_before):
+        train.main(run.flags(folder))
+    torch.use_deterministic_algorithms(False)
+    score = {"run": dataclasses.asdict(run), "seconds": time.perf_counter() - began}
+    score |= judge(run, folder)
+    temporary = folder / "score.tmp"
+    temporary.write_text(json.dumps(score, indent=2) + "\n")
+    temporary.replace(folder / "score.json")
 
 
-def answers_as_expert(run, folder):
-    return ask(folder / "model", ROOT / run.task / "eval.jsonl")
+@contextlib.contextmanager
+def dividing_before(wanted):
+    """L = Σ (w / Σ w) · CE instead of Σ w·CE / Σ w: the same but for rounding."""
+    load_step = train.load_step
+
+    def divided(plan, ranks, step):
+        bins, batches, total = load_step(plan, ranks, step)
+        return bins, [b._replace(weights=b.weights / total) for b in batches], 1.0
+
+    train.load_step = divided if wanted else load_step
+    try:
+        yield
+    finally:
+        train.load_step = load_step
+
+
+def answers(run, folder):
+    """What `ask` finds, and of noisy what `slips` finds."""
+    task = ROOT / run.task
+    score = ask(folder / "model", task / "eval.jsonl")
+    if run.task == "examples/noisy":
+        score["slips"] = {
+            "trained": slips(folder / "model", task / "train.jsonl"),
+            "held out": slips(folder / "model", task / "eval.jsonl"),
+        }
+    return score
 
 
 def ask(model, eval_data):
@@ -198,24 +272,34 @@ def right_share(talker, questions, temperature):
     return right / len(questions)
 
 
-def finish(runs, out, jobs, judge=answers_as_expert):
-    """{run: score}, `jobs` runs at a time, each with its share of the cores."""
-    runs = list(dict.fromkeys(runs))
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    scores = {}
-    with ThreadPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
-        pending = {pool.submit(score_of, run, out, judge, threads): run for run in runs}
-        try:
-            for future in as_completed(pending):
-                run, score = pending[future], future.result()
-                scores[run] = score
-                asked = [name for name in (EXPERT, SUBOPTIMAL) if name in score]
-                first = ", ".join(f"{c} {next(iter(score[c].values())):.1%}" for c in asked)
-                print(f"{len(scores)}/{len(runs)}  {run.folder(out).name}: {first}", flush=True)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return scores
+@torch.no_grad()
+def slips(model, path):
+    """Of the sub-optimal answers' wrong digits in a file of noisy: the share that is likeliest.
+
+    Asked as the sub-optimal class, each behind the true beginning of its answer. Of held-out slips,
+    which nothing foretells, it is small; of slips that were trained on, how many are memorised.
+    """
+    talker = chat.Chat(model, SUBOPTIMAL, device="cpu")
+    encode = talker.tokenizer.encode
+    lines = [line for line in map(json.loads, path.open()) if line["class"] == SUBOPTIMAL]
+    given = wrong = 0
+    for start in range(0, len(lines), BATCH):
+        texts, answered, meant = [], [], []  # ids of conversations; of each token there
+        for line in lines[start : start + BATCH]:
+            question, answer = (message["content"] for message in line["messages"])
+            prompt = talker.prompt([data.Message("user", question)])
+            texts.append(torch.tensor([*prompt, *encode(answer)]))
+            right = encode("".join(sorted(question.removeprefix("Sort "))))
+            answered += [False] * len(prompt) + [True] * len(right)
+            meant += [0] * len(prompt) + right
+        tokens, answered, meant = torch.cat(texts), torch.tensor(answered), torch.tensor(meant)
+        ends = torch.tensor([0, *map(len, texts)]).cumsum(0).int()
+        positions = torch.cat([torch.arange(len(text)) for text in texts])
+        likeliest = talker.llama(tokens, positions, ends).argmax(-1).roll(1)  # for its own place
+        slipped = answered & (tokens != meant)
+        wrong += int(slipped.sum())
+        given += int((slipped & (likeliest == tokens)).sum())
+    return given / wrong
 
 
 # ------------------------------------------------------------------------------------- tables
@@ -247,26 +331,67 @@ def cell(runs, scores, condition=EXPERT, how="greedy"):
 
 
 def shown(value):
-    return f"{'':>13}" if value is None else f"{value[0]:6.1%} ±{value[1]:5.1%}"
+    if value is None:
+        return ""
+    return f"{value[0]:6.1%}" + (f" ±{value[1]:5.1%}" if math.isfinite(value[1]) else "")
 
 
 COLUMNS = ((EXPERT, "greedy"), (SUBOPTIMAL, "greedy"), (EXPERT, "sampled"), (SUBOPTIMAL, "sampled"))
 
 
-def table_runs(task, steps, seeds):
+def table_runs(task, steps, seeds, **fields):
     return {
-        row: [Run(task, steps, seed, **fields) for seed in seeds]
-        for row, (fields, _) in ROWS.items()
+        row: [Run(task, steps, seed, **fields | of_row) for seed in seeds]
+        for row, (of_row, _) in ROWS.items()
     }
 
 
 def print_table(rows, scores):
-    """Table 2 of the paper, its numbers in the first column."""
+    """Table 2 of the paper, its numbers in the first column; beside a row, how far it is ahead."""
     names = (f"{condition}, {how}" for condition, how in COLUMNS)
-    print(f"\n{'':22} {'paper':>6}  " + "  ".join(f"{name:>15}" for name in names))
+    print(f"\n{'':22} {'paper':>6}  " + "  ".join(f"{name:>15}" for name in names)
+          + f"  {'ahead of the next':>18}")  # fmt: skip
+    pairs = paired(rows, scores)
     for row, runs in rows.items():
         cells = (f"{shown(cell(runs, scores, *column)):>15}" for column in COLUMNS)
-        print(f"{row:22} {ROWS[row][1]:6.1f}  " + "  ".join(cells))
+        ahead = f"{shown(pairs[row][1:]):>18}" if row in pairs else ""
+        print(f"{row:22} {ROWS[row][1]:6.1f}  " + "  ".join(cells) + f"  {ahead}")
+
+
+def paired(rows, scores):
+    """{row: (the next row, mean, half-width)} of the difference to the next, seed by seed, greedy.
+
+    The interval is Student's over the seeds, 95 %; of one seed there is none, and it is infinite.
+    """
+    found = {}
+    for (row, mine), (following, theirs) in itertools.pairwise(rows.items()):
+        differences = [
+            scores[a][EXPERT]["greedy"] - scores[b][EXPERT]["greedy"]
+            for a, b in zip(mine, theirs, strict=True)
+        ]
+        mean, half = differences[0], math.inf
+        if len(differences) > 1:
+            mean, half = interval(differences, None)
+        found[row] = following, mean, half
+    return found
+
+
+def verdict(rows, scores):
+    """Lines of text: which pairs of the paper's order hold, beyond the intervals or in the mean."""
+    out, seeds = [], len(next(iter(rows.values())))
+    for row, (following, mean, half) in paired(rows, scores).items():
+        if seeds == 1:
+            words = "holds in this one seed" if mean > 0 else "does not hold in this one seed"
+        elif mean > half:
+            words = "holds"
+        else:
+            words = "holds in the mean alone" if mean > 0 else "does not hold"
+        out.append(f"{row} > {following}: {words}")
+    held = sum("does not" not in line and "alone" not in line for line in out)
+    return [
+        f"the paper's order holds in {held} of its {len(out)} pairs, {seeds} seed{'s' * (seeds > 1)}:",
+        *out,
+    ]
 
 
 def axis_runs(axis, task, steps, seeds, values):
@@ -294,46 +419,97 @@ def print_axis(axis, lines, scores, how):
         print(f"{line:26} " + " ".join(cells))
 
 
+def print_slips(lines, scores):
+    """How many of the trained and of the held-out slips a model gives, as training goes on."""
+    values = next(iter(lines.values()))
+    print(f"\n{'slips given, by steps':26} " + " ".join(f"{value:>15}" for value in values))
+    for line in ("C-RLFT", "without reward"):
+        for which in ("trained", "held out"):
+            cells = [slip_cell(runs, scores, which) for runs in lines[line].values()]
+            print(f"{line + ', ' + which:26} " + " ".join(f"{shown(x):>15}" for x in cells))
+
+
+def slip_cell(runs, scores, which):
+    return interval([scores[run]["slips"][which] for run in runs], SLIPS[which])
+
+
+SLIPS = {"trained": 4300, "held out": 1080}  # how many there are of each, about
+
+
 # ------------------------------------------------------------------------------------ figures
 
 COLOURS = {EXPERT: "tab:blue", SUBOPTIMAL: "tab:orange"}
+BARE = "tab:gray"  # of a model that knows no condition
 
 
 def draw_table(rows, scores, path, title):
     """A row's bars under each condition: Table 2, and the conditions at inference as Fig. 5."""
-    figure, panels = subplots(2, 10, 3.6, sharey=True)
+    figure, panels = subplots(2, 10, 3.8, sharey=True)
     for panel, how in zip(panels, ("greedy", "sampled"), strict=True):
-        for offset, (name, colour) in enumerate(COLOURS.items()):
-            for y, runs in enumerate(rows.values()):
-                mean, half = cell(runs, scores, name, how) or (0, 0)
+        for y, runs in enumerate(rows.values()):
+            for offset, name, colour, label in bars(runs[0]):
+                mean, half = cell(runs, scores, name, how)
+                reach = [[min(half, mean)], [min(half, 1 - mean)]]  # within what can be
                 panel.barh(
-                    y + 0.4 * offset, mean, 0.38, xerr=half or None, color=colour, capsize=2,
-                    label=f"asked as {name}" if y == 0 else None,
+                    y + offset, 100 * mean, 0.38, xerr=100 * np.array(reach), color=colour,
+                    capsize=2, label=label,
                 )  # fmt: skip
-        panel.set(xlim=(0, 1.02), xlabel=f"answers as the expert's, {how}")
+        panel.set(xlim=(0, 100), xlabel=f"questions answered as the expert does, {how} (%)")
     panels[0].set_yticks([y + 0.2 for y in range(len(rows))], rows)
     panels[0].invert_yaxis()
-    panels[0].set_title(title)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
-    save(figure, path)
-
-
-def draw_axes(parts, scores, how, path, title):
-    """Accuracy under the expert's condition along each axis; `share` is the paper's Fig. 6."""
-    labels = {"steps": "training steps", "share": "share of the data", "ratio": "w of sub-optimal"}
-    figure, axes = subplots(len(parts), 3.6 * len(parts), 3.2)
-    for panel, (axis, lines) in zip(axes, parts.items(), strict=True):
-        for line, by_value in lines.items():
-            cells = [cell(runs, scores, EXPERT, how) for runs in by_value.values()]
-            means, halves = zip(*cells, strict=True)
-            panel.errorbar(list(by_value), means, halves, marker="o", capsize=3, label=line)
-        panel.set(
-            xlabel=labels[axis], ylim=(0, 1.05), xscale="log" if axis == "ratio" else "linear"
-        )
-        panel.legend(fontsize=8)
-    axes[0].set_ylabel(f"answers as the expert's, {how}")
+    handles = dict(zip(*panels[0].get_legend_handles_labels()[::-1], strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
     figure.suptitle(title)
     save(figure, path)
+
+
+def bars(run):
+    """[(offset, condition, colour, label)] of a row's bars: one where there is no condition."""
+    if not run.condition:
+        return [(0.2, EXPERT, BARE, "asked without a condition")]
+    return [
+        (0.4 * number, name, colour, f"asked as {name}")
+        for number, (name, colour) in enumerate(COLOURS.items())
+    ]
+
+
+def draw_axes(parts, scores, path, title):
+    """Accuracy under the expert's condition along each axis; `share` is the paper's Fig. 6."""
+    labels = {"steps": "training steps", "share": "share of the data (%)", "ratio": "w of the rest"}
+    figure, axes = subplots(len(parts), 3.8 * len(parts), 3.6)
+    for panel, (axis, lines) in zip(axes, parts.items(), strict=True):
+        for number, (line, by_value) in enumerate(lines.items()):
+            x = [100 * value if axis == "share" else value for value in by_value]
+            for how, style in (("greedy", "-"), ("sampled", ":")):
+                cells = [cell(runs, scores, EXPERT, how) for runs in by_value.values()]
+                draw_line(panel, x, cells, f"{line}, {how}", linestyle=style, color=f"C{number}")
+        panel.set(xlabel=labels[axis], ylim=(0, 102))
+        panel.set_xscale("linear" if axis == "share" else "log")
+        panel.legend(fontsize=7)
+    axes[0].set_ylabel("answered as the expert does (%)")
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def draw_slips(lines, scores, path, title):
+    """Memorised noise: trained and held-out slips that a model gives, as training goes on."""
+    figure, (panel,) = subplots(1, 5, 3.8)
+    for number, line in enumerate(("C-RLFT", "without reward")):
+        for which, style in (("trained", "-"), ("held out", ":")):
+            cells = [slip_cell(runs, scores, which) for runs in lines[line].values()]
+            draw_line(panel, list(lines[line]), cells, f"{line}, {which}", linestyle=style,
+                      color=f"C{number}")  # fmt: skip
+    panel.set(xlabel="training steps", ylabel="slips that are likeliest (%)", xscale="log")
+    panel.set_ylim(bottom=0)
+    panel.legend(fontsize=8)
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def draw_line(panel, x, cells, label, **options):
+    means, halves = (100 * np.array(column) for column in zip(*cells, strict=True))
+    reach = np.minimum(halves, means), np.minimum(halves, 100 - means)
+    panel.errorbar(x, means, reach, marker="o", markersize=4, capsize=3, label=label, **options)
 
 
 def subplots(count, width, height, **options):
@@ -349,93 +525,66 @@ def save(figure, path):
     print(f"drawn: {path}")
 
 
-# ------------------------------------------------------------------------------ hidden states
-
-
-def hidden_states(folder, path):
-    """(features (C, D), classes): a held-out conversation's last hidden states, their mean.
-
-    Every conversation is laid out as in training, under its own class's condition where the model
-    has conditions; D is the hidden size.
-    """
-    classes, conditioned = chat.read_crlft(folder)
-    talker = chat.Chat(folder, device="cpu")
-    features, labels = [], []
-    for line in path.read_text().splitlines():
-        conversation = data.parse_conversation(json.loads(line), classes)
-        contents = [talker.tokenizer.encode(m.content) for m in conversation.messages]
-        condition = classes[conversation.source_class].condition if conditioned else ""
-        parts, _ = data.lay_out(conversation.messages, contents, talker.tokenizer, condition)
-        features.append(mean_hidden(talker.llama, data.flat(parts)))
-        labels.append(conversation.source_class)
-    return torch.stack(features), labels
-
-
-@torch.inference_mode()
-def mean_hidden(llama, tokens):
-    T = len(tokens)
-    ends = torch.tensor([0, T], dtype=torch.int32)
-    tokens = torch.tensor(tokens)
-    return llama(tokens, torch.arange(T), ends, lambda hidden, _: hidden.mean(0))  # (D,)
-
-
-def told_apart(features, labels):
-    """Share of the conversations nearest their own class's mean, of means from the other half."""
-    is_expert = torch.tensor([label == EXPERT for label in labels])
-    fitted = torch.arange(len(labels)) % 2 == 0
-    means = [features[fitted & (is_expert == side)].mean(0) for side in (False, True)]
-    nearest = torch.cdist(features[~fitted], torch.stack(means)).argmin(1)
-    return (nearest == is_expert[~fitted]).float().mean().item()
-
-
-def draw_hidden(models, eval_data, path, draw):
-    """Hidden states of both classes on their two principal axes: the paper's t-SNE figure."""
-    figure, axes = subplots(len(models), 4 * len(models), 3.6) if draw else (None, models)
-    print("\nclass told from the hidden states (nearest class mean, held out)")
-    for panel, (name, folder) in zip(axes, models.items(), strict=True):
-        features, labels = hidden_states(folder, eval_data)
-        print(f"{name:22} {told_apart(features, labels):6.1%}")
-        if draw:
-            plane = features @ torch.pca_lowrank(features, 2)[2]
-            for source_class, colour in COLOURS.items():
-                of = [label == source_class for label in labels]
-                panel.scatter(*plane[of].T, s=4, alpha=0.5, color=colour, label=source_class)
-            panel.set(title=f"{name}: hidden states, PCA", xticks=(), yticks=())
-            panel.legend(loc="best")
-    if draw:
-        save(figure, path)
-
-
 # --------------------------------------------------------------------------------------- main
 
 
 def main(argv=None):
     args = parse_arguments(argv)
-    task, seeds, how = f"examples/{args.task}", range(args.seeds), TASKS[args.task]["how"]
-    rows = table_runs(task, args.steps, seeds)
-    parts = {}
-    for axis in args.axes:
-        values = AXES[axis] or TASKS[args.task]["axis"]
-        parts[axis] = axis_runs(axis, task, args.steps, range(args.axis_seeds), values)
-    runs = [run for of_row in rows.values() for run in of_row]
+    task = f"examples/{args.task}"
+    rows = table_runs(
+        task, args.steps, range(args.seeds), threads=args.threads,
+        divided_before=args.divided_before,
+    )  # fmt: skip
+    names = {run: f"{row}, seed {run.seed}" for row, runs in rows.items() for run in runs}
+    parts = {
+        axis: axis_runs(axis, task, args.steps, range(args.axis_seeds), AXES[axis])
+        for axis in args.axes
+    }
+    runs = [
+        run for seed in zip(*rows.values(), strict=True) for run in seed
+    ]  # a seed after another
     runs += [run for lines in parts.values() for by_value in lines.values()
              for of_value in by_value.values() for run in of_value]  # fmt: skip
-    scores = finish(runs, args.out, args.jobs)
+    runs = list(dict.fromkeys(runs))
+    missing = [run for run in runs if not (run.folder(args.out) / "score.json").exists()]
+    minutes = sum(run.steps for run in missing) * SECONDS_A_STEP[args.task] / args.jobs / 60
+    print(
+        f"{len(runs)} runs, {len(missing)} of them to do, {args.jobs} at a time: about "
+        f"{math.ceil(minutes)} minutes; logs in {runs[0].folder(args.out).parent}/*/log.txt"
+    )
+    try:
+        scores = finish(runs, args.out, args.jobs, names=names)
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted: finished runs are kept, and the same command goes on from them")
+    except RuntimeError as error:
+        sys.exit(f"error: {error}")
     print_table(rows, scores)
     for axis, lines in parts.items():
-        print_axis(axis, lines, scores, how)
-    draw = has_matplotlib()
-    name = f"{args.task}-quick" if args.quick else args.task
-    title = f"{args.task}, {args.steps} steps"
-    if draw:
-        draw_table(rows, scores, args.figures / f"{name}-table.png", title)
-    if draw and parts:
-        draw_axes(parts, scores, how, args.figures / f"{name}-axes.png", title)
-    models = {row: rows[row][0].folder(args.out) / "model" for row in SHOWN}
-    draw_hidden(models, ROOT / task / "eval.jsonl", args.figures / f"{name}-hidden.png", draw)
+        for how in ("greedy", "sampled"):
+            print_axis(axis, lines, scores, how)
+    noise = parts.get("steps") if args.task == "noisy" else None
+    if noise:
+        print_slips(noise, scores)
+    print("", *verdict(rows, scores), sep="\n")
+    if has_matplotlib():
+        draw(args, rows, parts, noise, scores)
 
 
-SHOWN = ("SFT, all", "C-RLFT")  # whose hidden states are drawn
+SECONDS_A_STEP = {"noisy": 0.12, "sums": 0.25}  # of one run on a core of its own
+
+
+def draw(args, rows, parts, noise, scores):
+    folder = ROOT / "examples" / "figures" if args.renew else args.out.resolve() / "figures"
+    name = f"{args.task}-{args.steps}steps"
+    bars = "Wilson's 95 % interval" if args.seeds == 1 else f"Student's, 95 %, {args.seeds} seeds"
+    title = f"{args.task}, {args.steps} steps; bars: {bars}"
+    draw_table(rows, scores, folder / f"{name}-table.png", title)
+    seeds = f"{args.axis_seeds} seeds" if args.axis_seeds > 1 else "one seed"
+    title = f"{args.task}, {args.steps} steps where not said otherwise, {seeds}; bars: 95 %"
+    if parts:
+        draw_axes(parts, scores, folder / f"{name}-axes.png", title)
+    if noise:
+        draw_slips(noise, scores, folder / f"{name}-slips.png", f"slips given; {seeds}; bars: 95 %")
 
 
 def has_matplotlib():
@@ -453,21 +602,23 @@ def parse_arguments(argv):
         description="The paper's ablation on a small task, with train.py's flags.",
     )
     add = parser.add_argument
-    add("--task", choices=TASKS, default="sums", help="a folder beside this file (default: sums)")
-    add("--quick", action="store_true", help="the table only, one seed")
-    add("--seeds", type=int, help="runs of every row of the table (default: 3; quick: 1)")
-    add("--axis-seeds", type=int, default=1, help="runs of every point of an axis (default: 1)")
+    add("--task", choices=STEPS, default="noisy", help="a folder beside this file (default: noisy)")
+    add("--quick", action="store_true", help="the table only")
+    add("--seeds", type=int, default=5, help="runs of every row of the table (default: 5)")
+    add("--axis-seeds", type=int, default=3, help="runs of every point of an axis (default: 3)")
     add("--steps", type=int, help="of every run (default: what the task needs)")
     add("--axes", nargs="*", choices=AXES, help="what to vary (default: all; quick: none)")
+    add("--threads", type=int, default=1, help="of every run; they change rounding (default: 1)")
+    add("--divided-before", action="store_true", help="weights over their sum before the loss")
     add("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: a core each)")
-    add("--out", type=Path, default=ROOT / "runs" / "ablation", help="folder of the runs")
-    add("--figures", type=Path, default=ROOT / "examples" / "figures", help="folder of the figures")
+    add("--out", type=Path, default=ROOT / "runs" / "ablation", help="folder of runs and figures")
+    add("--renew", action="store_true", help="draw into examples/figures instead")
     args = parser.parse_args(argv)
-    args.seeds = args.seeds or (1 if args.quick else 3)
-    args.steps = args.steps or TASKS[args.task]["steps"]
+    args.steps = args.steps or STEPS[args.task]
     args.axes = ([] if args.quick else list(AXES)) if args.axes is None else args.axes
-    if not {args.seeds, args.axis_seeds} <= set(range(1, 11)) or min(args.steps, args.jobs) < 1:
-        parser.error("needs --seeds and --axis-seeds from 1 to 10, --steps and --jobs from 1")
+    counts = args.steps, args.jobs, args.threads
+    if not {args.seeds, args.axis_seeds} <= set(range(1, 11)) or min(counts) < 1:
+        parser.error("needs --seeds, --axis-seeds from 1 to 10, --steps, --jobs, --threads from 1")
     return args
 
 
