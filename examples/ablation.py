@@ -168,6 +168,7 @@ def finish(runs, out, jobs, judge=None, names=None):
     finally:
         for _, process in running.values():
             process.kill()
+            process.join()
     return {run: score_of(run, out) for run in runs}
 
 
@@ -388,10 +389,8 @@ def verdict(rows, scores):
             words = "holds in the mean alone" if mean > 0 else "does not hold"
         out.append(f"{row} > {following}: {words}")
     held = sum("does not" not in line and "alone" not in line for line in out)
-    return [
-        f"the paper's order holds in {held} of its {len(out)} pairs, {seeds} seed{'s' * (seeds > 1)}:",
-        *out,
-    ]
+    of = f"{seeds} seeds" if seeds > 1 else "1 seed"
+    return [f"the paper's order holds in {held} of its {len(out)} pairs, {of}:", *out]
 
 
 def axis_runs(axis, task, steps, seeds, values):
@@ -485,6 +484,8 @@ def draw_axes(parts, scores, path, title):
                 draw_line(panel, x, cells, f"{line}, {how}", linestyle=style, color=f"C{number}")
         panel.set(xlabel=labels[axis], ylim=(0, 102))
         panel.set_xscale("linear" if axis == "share" else "log")
+        panel.set_xticks(x, map(str, x), minor=False)
+        panel.minorticks_off()
         panel.legend(fontsize=7)
     axes[0].set_ylabel("answered as the expert does (%)")
     figure.suptitle(title)
@@ -500,6 +501,8 @@ def draw_slips(lines, scores, path, title):
             draw_line(panel, list(lines[line]), cells, f"{line}, {which}", linestyle=style,
                       color=f"C{number}")  # fmt: skip
     panel.set(xlabel="training steps", ylabel="slips that are likeliest (%)", xscale="log")
+    panel.set_xticks(list(lines[line]), map(str, lines[line]))
+    panel.minorticks_off()
     panel.set_ylim(bottom=0)
     panel.legend(fontsize=8)
     figure.suptitle(title)

@@ -2,8 +2,14 @@
 advantage, it finds none."""
 
 import json
+import multiprocessing
+import os
 import random
+import signal
+import statistics
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import processes
@@ -21,17 +27,6 @@ import train  # noqa: E402
 NOISY = "examples/noisy"
 
 
-@pytest.fixture
-def forked(monkeypatch):
-    """`python train.py ...` is forked from a process that has imported train already."""
-
-    def call(command, stdout, **_):
-        assert command[:2] == [sys.executable, str(processes.ROOT / "train.py")]
-        return processes.finish(processes.start(command[2:], log=stdout.name))[0]
-
-    monkeypatch.setattr(ablation.subprocess, "call", call)
-
-
 def as_held_out_by_train(run, folder):
     """A judge that asks nothing: train.py's last evaluation, and what the run's files hold."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -43,7 +38,7 @@ def as_held_out_by_train(run, folder):
     return last | {"lines": lines, "weights": weights}
 
 
-def test_infinite_beta_equals_without_reward(tmp_path, forked):
+def test_infinite_beta_equals_without_reward(tmp_path):
     runs = [Run(NOISY, 3, ratio=1.0), Run(NOISY, 3, reward=False), Run(NOISY, 3)]
     scores = ablation.finish(runs, tmp_path, 2, as_held_out_by_train)
     infinite, without, rewarded = (scores[run] for run in runs)
@@ -52,7 +47,7 @@ def test_infinite_beta_equals_without_reward(tmp_path, forked):
     assert rewarded["weights"] != without["weights"]
 
 
-def test_shuffled_labels_leave_no_advantage(tmp_path, forked):
+def test_shuffled_labels_leave_no_advantage(tmp_path):
     """The expert's condition is worth nothing once the labels say nothing, and much before."""
     runs = [Run(NOISY, 80), Run(NOISY, 80, shuffled=True)]
     scores = ablation.finish(runs, tmp_path, 2)
@@ -73,12 +68,12 @@ def test_a_row_is_the_flags_and_the_data_of_the_paper(tmp_path):
         shown[row] = config.condition, config.reward, len(lines), sorted(classes)
     both = ["gpt3.5", "gpt4"]
     assert shown == {
-        "C-RLFT": (True, True, 2200, both),
-        "without reward": (True, False, 2200, both),
-        "without condition": (False, True, 2200, both),
-        "SFT, expert only": (False, False, 200, ["gpt4"]),
+        "C-RLFT": (True, True, 2110, both),
+        "without reward": (True, False, 2110, both),
+        "without condition": (False, True, 2110, both),
+        "SFT, expert only": (False, False, 110, ["gpt4"]),
         "SFT, sub-optimal only": (False, False, 2000, ["gpt3.5"]),
-        "SFT, all": (False, False, 2200, both),
+        "SFT, all": (False, False, 2110, both),
     }
 
 
@@ -105,28 +100,67 @@ def test_parts_of_the_data_hold_the_asked_shares(tmp_path):
 
     whole = classes()
     assert classes(suboptimal=0.0) == [EXPERT] * whole.count(EXPERT)
-    assert classes(expert=0.25).count(EXPERT) == whole.count(EXPERT) // 4
-    assert classes(expert=0.25).count(SUBOPTIMAL) == whole.count(SUBOPTIMAL)
+    assert classes(expert=0.5).count(EXPERT) == whole.count(EXPERT) // 2
+    assert classes(expert=0.5).count(SUBOPTIMAL) == whole.count(SUBOPTIMAL)
     shuffled = classes(shuffled=True)
     assert shuffled != whole and sorted(shuffled) == sorted(whole)
 
 
-def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch):
+def test_weights_divided_before_the_loss_change_rounding_alone(tmp_path):
+    runs = [Run(NOISY, 3), Run(NOISY, 3, divided_before=True)]
+    scores = ablation.finish(runs, tmp_path, 2, as_held_out_by_train)
+    after, before = (scores[run] for run in runs)
+    steps = [[line for line in of["lines"] if "loss" in line] for of in (after, before)]
+    for mine, theirs in zip(*steps, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-4)
+    assert after["weights"] != before["weights"]
+
+
+def never(run, folder):
+    raise AssertionError("asked again")
+
+
+def test_a_finished_run_is_not_run_again(tmp_path, capsys):
     run = Run(NOISY, 1)
-    trained = []
+    (folder := run.folder(tmp_path)).mkdir(parents=True)
+    (folder / "score.json").write_text(json.dumps({"questions": 4, EXPERT: {"greedy": 0.5}}))
+    assert ablation.finish([run, run], tmp_path, 2, never)[run][EXPERT] == {"greedy": 0.5}
+    assert capsys.readouterr().out == ""
 
-    def train_nothing(flags, folder, threads):
-        trained.append(folder)
-        folder.mkdir(parents=True)
 
-    def judge(run, folder):
-        return {"questions": 4, EXPERT: {"greedy": 0.5}}
+def test_a_failed_run_ends_the_others_and_says_why(tmp_path):
+    (task := tmp_path / "task").mkdir()
+    (task / "flags.txt").write_text("--model nowhere")
+    (task / "train.jsonl").write_text("")
+    runs = [Run(str(task), 1), Run(NOISY, 10**6)]
+    with pytest.raises(RuntimeError, match=r"log.txt ended with 1:\n(.*\n)*.*nowhere"):
+        ablation.finish(runs, tmp_path / "out", 2, never)
+    assert not multiprocessing.active_children()
 
-    monkeypatch.setattr(ablation, "train", train_nothing)
-    first = ablation.finish([run, run], tmp_path, 2, judge)
-    again = ablation.finish([run], tmp_path, 1, judge)
-    assert trained == [run.folder(tmp_path)]
-    assert first == again and first[run]["run"]["steps"] == 1
+
+def test_ctrl_c_ends_with_one_line_and_what_is_finished_is_kept(tmp_path):
+    command = [
+        sys.executable,
+        processes.ROOT / "examples" / "ablation.py",
+        "--quick",
+        "--seeds",
+        "1",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    running = subprocess.Popen(
+        [*command, "--jobs", "1", "--steps", "100000", "--out", tmp_path], env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    first = running.stdout.readline()
+    assert first.startswith("6 runs, 6 of them to do, 1 at a time: about ")
+    deadline = time.monotonic() + 60
+    while not [*tmp_path.rglob("log.txt")] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 1 and not out
+    assert err.strip().startswith("interrupted: finished runs are kept") and "\n" not in err.strip()
 
 
 def test_a_score_is_kept_for_the_same_files_alone(tmp_path):
@@ -152,17 +186,140 @@ def test_an_answer_is_right_where_it_is_the_experts_and_nothing_more():
     assert ablation.right_share(Talker(), questions, temperature=0.0) == 2 / 5
 
 
-def test_two_clouds_are_told_apart_and_one_is_not():
-    labels = [EXPERT, EXPERT, SUBOPTIMAL, SUBOPTIMAL] * 10
-    apart = torch.tensor([[3.0, 1], [3, -1], [-3, 1], [-3, -1]] * 10)
-    assert ablation.told_apart(apart, labels) == 1
-    one = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
-    assert 0.25 < ablation.told_apart(one, labels) < 0.75
+class Sorter:
+    """A model of noisy and its tokenizer: the likeliest next digit is the text's own, or 4."""
+
+    memorises = False
+
+    def __init__(self, folder, source_class, device):
+        assert source_class == SUBOPTIMAL
+        self.tokenizer = self
+
+    def encode(self, text):
+        return [int(digit) for digit in text]
+
+    def prompt(self, messages):
+        return [90, *map(ord, messages[0].content), 91]
+
+    def llama(self, tokens, positions, ends):
+        found = tokens.roll(-1) if self.memorises else torch.full_like(tokens, 4)
+        return torch.nn.functional.one_hot(found, 128)
 
 
-def test_a_failed_run_says_why(tmp_path):
-    with pytest.raises(RuntimeError, match="--model is required"):
-        ablation.train(["--data", "none.jsonl"], tmp_path)
+@pytest.mark.parametrize("memorises", [True, False])
+def test_a_slip_is_given_where_it_is_the_likeliest(memorises, tmp_path, monkeypatch):
+    answers = {"Sort 210": "012", "Sort 543": "347", "Sort 665": "456"}
+    lines = [
+        {"class": name, "messages": [{"role": "user", "content": question},
+                                     {"role": "assistant", "content": answer}]}
+        for name in (EXPERT, SUBOPTIMAL) for question, answer in answers.items()
+    ]  # fmt: skip
+    (tmp_path / "lines").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(Sorter, "memorises", memorises)
+    monkeypatch.setattr(ablation.chat, "Chat", Sorter)
+    monkeypatch.setattr(ablation, "BATCH", 2)
+    # The slips: 7 for 5; 4 for 5 and 5 for 6. The other model always says 4.
+    assert ablation.slips("model", tmp_path / "lines") == (1.0 if memorises else 1 / 3)
+
+
+def scored(*shares):
+    """(rows, scores) of a table whose row number r has the greedy shares[r], one a seed."""
+    rows = ablation.table_runs(NOISY, 9, range(len(shares[0])))
+    scores = {
+        run: {"questions": 500, EXPERT: {"greedy": share, "sampled": share / 2}}
+        | ({SUBOPTIMAL: {"greedy": 0.1, "sampled": 0.9}} if run.condition else {})
+        for runs, of_row in zip(rows.values(), shares, strict=True)
+        for run, share in zip(runs, of_row, strict=True)
+    }
+    return rows, scores
+
+
+def test_rows_are_in_the_papers_order():
+    papers = [number for _, number in ablation.ROWS.values()]
+    assert papers == sorted(papers, reverse=True) and len(papers) == 6
+
+
+def test_a_pair_holds_where_its_paired_difference_is_beyond_its_interval():
+    rows, scores = scored(
+        [0.9, 0.8, 0.7],  # ahead of the next by 0.1 in every seed, though they overlap
+        [0.8, 0.7, 0.6],
+        [0.8, 0.5, 0.5],  # ahead by 0.1, 0, 0.1
+        [0.7, 0.5, 0.4],
+        [0.7, 0.6, 0.4],
+        [0.1, 0.1, 0.1],
+    )
+    pairs = ablation.paired(rows, scores)
+    assert pairs["C-RLFT"][:2] == ("without reward", pytest.approx(0.1))
+    assert pairs["C-RLFT"][2] == pytest.approx(0, abs=1e-9)
+    half = 4.30 * statistics.stdev([0.1, 0.0, 0.1]) / 3**0.5
+    assert pairs["SFT, expert only"][1:] == (pytest.approx(0.2 / 3), pytest.approx(half))
+    assert ablation.verdict(rows, scores) == [
+        "the paper's order holds in 2 of its 5 pairs, 3 seeds:",
+        "C-RLFT > without reward: holds",
+        "without reward > SFT, expert only: holds in the mean alone",
+        "SFT, expert only > without condition: holds in the mean alone",
+        "without condition > SFT, all: does not hold",
+        "SFT, all > SFT, sub-optimal only: holds",
+    ]
+
+
+def test_one_seed_has_no_interval_of_a_difference():
+    rows, scores = scored([0.9], [0.5], [0.6], [0.4], [0.3], [0.2])
+    first, *pairs = ablation.verdict(rows, scores)
+    assert first == "the paper's order holds in 4 of its 5 pairs, 1 seed:"
+    assert pairs[:2] == [
+        "C-RLFT > without reward: holds in this one seed",
+        "without reward > SFT, expert only: does not hold in this one seed",
+    ]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """{file name: figure} of what is drawn."""
+    pytest.importorskip("matplotlib")
+    found = {}
+    monkeypatch.setattr(ablation, "save", lambda figure, path: found.update({path.name: figure}))
+    return found
+
+
+def test_the_tables_figure_shows_the_rows_in_order_and_bars_within_the_axes(drawn, tmp_path):
+    shares = [[0.99, 1.0], [0.8, 0.7], [0.6, 0.5], [0.5, 0.4], [0.2, 0.3], [0.0, 0.02]]
+    rows, scores = scored(*shares)
+    ablation.draw_table(rows, scores, tmp_path / "a.png", "title")
+    figure = drawn["a.png"]
+    assert figure.get_suptitle() == "title"
+    for panel, factor in zip(figure.axes, (100, 50), strict=True):
+        assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [*ablation.ROWS]
+        bars = {}  # {row: [(width, colour)]}
+        for bar in panel.patches:
+            row = int(bar.get_y() + bar.get_height() / 2)
+            bars.setdefault(row, []).append((bar.get_width(), bar.get_facecolor()))
+        for number, (runs, of_row) in enumerate(zip(rows.values(), shares, strict=True)):
+            widths = [width for width, _ in bars[number]]
+            assert widths[0] == pytest.approx(factor * statistics.fmean(of_row))
+            assert len(widths) == (2 if runs[0].condition else 1)
+        grey = {bars[n][0][1] for n, runs in enumerate(rows.values()) if not runs[0].condition}
+        assert len(grey) == 1 and not grey & {colour for n in (0, 1) for _, colour in bars[n]}
+        for container in panel.collections:
+            for segment in container.get_segments():
+                assert segment[:, 0].min() >= -1e-9 and segment[:, 0].max() <= 100 + 1e-9
+
+
+def test_an_axis_figure_shows_each_lines_shares(drawn, tmp_path):
+    lines = ablation.axis_runs("share", NOISY, 9, [0], [0.25, 1.0])
+    runs = [run for by_value in lines.values() for of in by_value.values() for run in of]
+    scores = {
+        run: {"questions": 500, EXPERT: {"greedy": 0.1 * n, "sampled": 0.2}}
+        for n, run in enumerate(dict.fromkeys(runs), start=1)
+    }
+    ablation.draw_axes({"share": lines}, scores, tmp_path / "a.png", "title")
+    (panel,) = drawn["a.png"].axes
+    shown = {c.get_label(): c.lines[0].get_xydata().tolist() for c in panel.containers}
+    assert shown["of the expert's data, greedy"] == [
+        [25, pytest.approx(10)],
+        [100, pytest.approx(20)],
+    ]
+    assert shown["of the sub-optimal data, sampled"] == [[25, pytest.approx(20)], [100, 20]]
 
 
 def test_spoilt_words_keep_their_letters_and_ends():
