@@ -42,7 +42,7 @@ def main():
     train = expert[:EXPERT] + noisy[EXPERT : EXPERT + SUBOPTIMAL]
     rng.shuffle(train)
     test = expert[-HELD_OUT:] + noisy[-HELD_OUT:]
-    sums.write(HERE, train, test, initializer_range=0.1)  # a fast start
+    sums.write(HERE, train, test, head_dim=32, initializer_range=0.1)  # a fast start
 
 
 if __name__ == "__main__":
