@@ -102,6 +102,7 @@ def test_gradient_equals_float64_autograd_of_equation_6(one_rank, few):
     model.random_parameters(llama, seed=0)
     llama.double()
     total, normaliser = 0.0, 0.0
+    table = torch.zeros(4, 2, dtype=torch.float64)  # rows as report.TABLE, columns the classes
     for line in map(json.loads, few.read_text().splitlines()):
         tokens, mask = data.encode(line, tokenizer, classes)
         tokens, mask = torch.tensor(tokens), torch.tensor(mask)
@@ -110,7 +111,12 @@ def test_gradient_equals_float64_autograd_of_equation_6(one_rank, few):
         chosen = log_p.gather(1, tokens[1:, None])[mask[1:]]
         total = total - weights[line["class"]] * chosen.sum()
         normaliser += weights[line["class"]] * mask.sum().item()
+        right = log_p.argmax(1)[mask[1:]] == tokens[1:][mask[1:]]
+        count = mask.sum().item()
+        sums = [count, -chosen.sum().item(), right.sum().item(), count * weights[line["class"]]]
+        table[:, list(classes).index(line["class"])] += torch.tensor(sums, dtype=torch.float64)
     (total / normaliser).backward()
+    torch.testing.assert_close(one_rank["table"], table, rtol=1e-6, atol=0)
     assert one_rank["loss"].item() == pytest.approx((total / normaliser).item(), rel=1e-6)
     norm = torch.stack([p.grad.norm() for p in llama.parameters()]).norm()
     assert one_rank["grad_norm"].item() == pytest.approx(norm.item(), rel=1e-6)
