@@ -97,7 +97,7 @@ def test_gradient_equals_float64_autograd_of_equation_6(one_rank, few):
     """Each conversation alone, unpacked, weighted by its class, in float64 and plain autograd."""
     tokenizer = data.Tokenizer(SUMS)
     classes = loss.DEFAULT_CLASSES
-    weights = loss.class_weights(classes, 0.4343)
+    weights = loss.class_weights(classes, loss.BETA)
     llama = model.Llama(model.LlamaConfig.from_folder(SUMS))
     model.random_parameters(llama, seed=0)
     llama.double()
