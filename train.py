@@ -235,8 +235,9 @@ def train(plan, ranks, out):
     config, total = plan.config, plan.order.total
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may vary
     torch.use_deterministic_algorithms(config.deterministic or not ranks.cuda)
-    if config.deterministic:  # from torch 2.15 on cuDNN may attend instead of FlashAttention,
-        torch.backends.cuda.enable_cudnn_sdp(False)  # which repeats its bits when asked to
+    if config.deterministic:
+        # From torch 2.15 on cuDNN may attend instead of FlashAttention, which repeats its bits.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads what it fills
     checkpoints = Checkpoints(plan, ranks, out)
     step = checkpoints.resume()  # so many steps are done
@@ -249,8 +250,9 @@ def train(plan, ranks, out):
     llama, optimizer = build(plan, ranks, with_weights=step == 0)
     if step:
         checkpoints.load(llama, optimizer)
-    gc.collect()  # what stands now stays: later collections need not look at it, a third of a
-    gc.freeze()  # second each
+    # What stands now stays: later collections, a third of a second each, need not look at it.
+    gc.collect()
+    gc.freeze()
     stopped = not evaluate_and_export(plan, ranks, llama, log, out, step, due)
 
     with ranks.thread() as loader:  # makes the next step's batches during this one
@@ -265,8 +267,9 @@ def train(plan, ranks, out):
             sums, losses = gradients(plan, ranks, llama, batches, total_weight)
             lr = learning_rate(step, total, plan.lr, config)
             update(optimizer, sums, lr, config.clip)
-            loss, grad_norm, signalled, *table = sums.tolist()  # here, and only here, a GPU is
-            seconds = time.perf_counter() - began  # waited for: the step's time is all in
+            # Here, and nowhere else in a step, a GPU is waited for: the step's time is all in.
+            loss, grad_norm, signalled, *table = sums.tolist()
+            seconds = time.perf_counter() - began
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
                 where = f"step {step}: loss {loss}, gradient norm {grad_norm}"
                 raise ValueError(where + not_finite(plan, ranks, bins, losses))

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The first hour on a GPU: what nothing without one can show, most telling first.
 #
-#     bench/first_gpu.sh [PART ...]         all parts, or only those: tests example logits linear 1b 7b
+#     bench/first_gpu.sh [PART ...]      all, or only some of: tests example logits linear 1b 7b
 #
 # Each part ends within 10 minutes, stands alone, and is appended to bench/RESULTS.md as far as it
 # came, also where it fails; logs stay in runs/first_gpu. PYTHON names another interpreter.
@@ -12,7 +12,8 @@ gpu=$(nvidia-smi --query-gpu=name,power.limit,driver_version,memory.total --form
     echo "error: nvidia-smi finds no GPU here" >&2
     exit 1
 }
-versions=$("$python" -c "import torch, triton; print(f'PyTorch {torch.__version__}, Triton {triton.__version__}')") || exit 1
+say="import torch, triton; print(f'PyTorch {torch.__version__}, Triton {triton.__version__}')"
+versions=$("$python" -c "$say") || exit 1
 commit=$(git rev-parse --short HEAD)$(git diff --quiet HEAD || echo " with changes")
 mkdir -p "$logs"
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}  # as train.py

@@ -1,8 +1,8 @@
 """The paper's ablation (OpenChat, arXiv 2309.11235, Table 2) on a task small enough to watch.
 
-    python examples/ablation.py --quick          the table over five seeds: 12 minutes on 2 cores
-    python examples/ablation.py --quick --seeds 1        2.5 minutes, no intervals over seeds
-    python examples/ablation.py                  the table, and the axes over three seeds: hours
+    python examples/ablation.py --quick          the table over five seeds: 14 minutes on 2 cores
+    python examples/ablation.py --quick --seeds 1        one seed: no intervals over seeds
+    python examples/ablation.py                  the table, and the axes over three seeds: 27 more
     python examples/ablation.py --task sums      the same on another task
 
 A run is train.py by its own flags, in a process of its own, in runs/ablation/TASK-VERSION/NAME. Its
@@ -432,7 +432,8 @@ def slip_cell(runs, scores, which):
     return interval([scores[run]["slips"][which] for run in runs], SLIPS[which])
 
 
-SLIPS = {"trained": 4300, "held out": 1080}  # how many there are of each, about
+# Expected of each, for Wilson's interval of a single run: answers x 6 digits x 0.4 x 9 in 10.
+SLIPS = {"trained": 2000 * 6 * 0.36, "held out": 500 * 6 * 0.36}
 
 
 # ------------------------------------------------------------------------------------ figures
@@ -478,7 +479,7 @@ def draw_axes(parts, scores, path, title):
     figure, axes = subplots(len(parts), 3.8 * len(parts), 3.6)
     for panel, (axis, lines) in zip(axes, parts.items(), strict=True):
         for number, (line, by_value) in enumerate(lines.items()):
-            x = [100 * value if axis == "share" else value for value in by_value]
+            x = [round(100 * value) if axis == "share" else value for value in by_value]
             for how, style in (("greedy", "-"), ("sampled", ":")):
                 cells = [cell(runs, scores, EXPERT, how) for runs in by_value.values()]
                 draw_line(panel, x, cells, f"{line}, {how}", linestyle=style, color=f"C{number}")

@@ -203,8 +203,8 @@ def _parts(line):
                 return [], [key]
         raise BadLine(
             "no conversation: 'messages', 'conversations', 'conversation' or 'items', or "
-            "'instruction' or 'prompt' with 'output', 'completion' or 'response'; the keys are "
-            + (", ".join(map(ascii, line))[:200] or "none")
+            "'instruction', 'prompt', 'question' or 'query' with 'output', 'completion' or "
+            "'response'; the keys are " + (", ".join(map(ascii, line))[:200] or "none")
         )
     for found in (questions, contexts, answers):
         if len(found) > 1:

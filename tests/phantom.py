@@ -8,8 +8,8 @@ for it. So train.train runs whole, from the plan to the last export: what meets 
 another dtype, breaks a graph or compiles again is found, and every place where the host would wait
 for the GPU is counted. No numbers, no streams, no NCCL, no kernel's own checks.
 
-A scenario is {"world", "replicas", "tied", "compile", "recompute", "fault"}, each optional; its
-result {"error"}, or what `watched` has seen.
+A scenario is {"world", "replicas", "network", "compile", "recompute", "fault"}, each optional; its
+result {"error"}, or what `run` has seen.
 """
 
 import contextlib
