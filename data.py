@@ -39,6 +39,7 @@ from support.dataset import BadData as BadData  # "as": a name that others take 
 from support.dataset import Dataset as Dataset
 from support.formats import BadLine, Conversation, parse_conversation, parse_json
 from support.formats import Message as Message
+from support.picture import draw_batch, first_of_all_classes, require_matplotlib
 from support.tokenizer import SPACES_COLLAPSE, TEMPLATE
 from support.tokenizer import Tokenizer as Tokenizer
 
@@ -349,6 +350,7 @@ def main(argv=None):
     add("--batch-tokens", type=int, default=8192, help="tokens a bin, for the packing's figures")
     add("--ranks", type=int, default=1, help="bins a step: ranks x --accumulate in train.py")
     add("--show", type=int, default=4, metavar="N", help="conversations to show")
+    add("--draw", metavar="PNG", help="a picture of one bin as a batch: try --batch-tokens 128")
     add("--skip-bad", action="store_true", help="drop bad lines and count them")
     args = parser.parse_args(argv)
     try:
@@ -364,6 +366,8 @@ def main(argv=None):
 def run_preview(args):
     from model import LlamaConfig  # not above: the processes that tokenize need no network
 
+    if args.draw:
+        require_matplotlib()
     asked = 1 if args.max_length is None else args.max_length
     if not 1 <= asked <= args.batch_tokens or args.ranks < 1:
         raise ValueError("needs 1 <= --max-length <= --batch-tokens and --ranks of at least 1")
@@ -399,6 +403,13 @@ def run_preview(args):
                 found, conversation, tokenizer, classes, weights, sys.stdout.isatty()
             )
             print("\n".join(shown))
+        if args.draw:
+            bins = [b for step in steps for b in step]
+            conversations = first_of_all_classes(bins, found.index["source_class"])
+            batch = collate(found, conversations, weights)
+            of_class = found.index["source_class"][conversations].tolist()
+            draw_batch(args.draw, batch, of_class, classes, tokenizer)
+            print(f"drawn: {args.draw}")
 
 
 def varied(dataset, count):
