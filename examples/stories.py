@@ -24,7 +24,17 @@ import sys
 from pathlib import Path
 
 import torch
-from ablation import EXPERT, ROOT, SUBOPTIMAL, cell, conditions, finish, shown, table_runs
+from ablation import (
+    EXPERT,
+    ROOT,
+    SUBOPTIMAL,
+    cell,
+    conditions,
+    finish,
+    interval,
+    shown,
+    table_runs,
+)
 
 import chat
 import data
@@ -139,11 +149,13 @@ def main():
 
 def print_stories(rows, scores):
     """Loss of clean stories, and spoilt words when asked under each condition."""
-    print(f"\n{'':20} {'clean loss':>10}  {'spoilt, ' + EXPERT:>15} {'spoilt, ' + SUBOPTIMAL:>15}")
+    print(f"\n{'':20} {'clean loss':>15}  {'spoilt, ' + EXPERT:>15} {'spoilt, ' + SUBOPTIMAL:>15}")
     for row, runs in rows.items():
-        loss = sum(scores[run]["clean loss"] for run in runs) / len(runs)
+        losses = [scores[run]["clean loss"] for run in runs]
+        loss = f"{sum(losses) / len(losses):.4f}"
+        loss += f" ±{interval(losses, None)[1]:.4f}" if len(losses) > 1 else ""
         cells = (shown(cell(runs, scores, name, "spoilt")) for name in (EXPERT, SUBOPTIMAL))
-        print(f"{row:20} {loss:10.4f}  " + " ".join(f"{text:>15}" for text in cells))
+        print(f"{row:20} {loss:>15}  " + " ".join(f"{text:>15}" for text in cells))
 
 
 if __name__ == "__main__":
