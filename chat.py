@@ -10,7 +10,6 @@ Shapes: B prompts, T tokens of all prompts end to end, S positions kept, H heads
 heads, E head_dim, V vocabulary.
 """
 
-import argparse
 import functools
 import json
 import sys
@@ -23,6 +22,7 @@ import data
 import loss
 import model
 from support.containers import blocks, sources
+from support.flags import Parser
 from support.formats import parse_json, parse_messages, with_answer
 
 BATCH = 16  # conversations answered at a time by --batch
@@ -259,7 +259,7 @@ def readable(text):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="chat.py", description="Class-conditioned generation from an exported folder."
     )
     add = parser.add_argument

@@ -19,7 +19,6 @@ Beyond --max-length a conversation loses its end, and is dropped where no answer
 `python data.py FILE --model DIR` checks files and shows what would be trained on.
 """
 
-import argparse
 import dataclasses
 import itertools
 import os
@@ -37,6 +36,7 @@ from support.containers import sources
 from support.dataset import ARRAYS, INDEX, Account, encode_files
 from support.dataset import BadData as BadData  # "as": a name that others take from here
 from support.dataset import Dataset as Dataset
+from support.flags import Parser
 from support.formats import BadLine, Conversation, parse_conversation, parse_json
 from support.formats import Message as Message
 from support.picture import draw_batch, first_of_all_classes, require_matplotlib
@@ -337,7 +337,7 @@ def length_limit(max_length, batch_tokens, context):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="data.py", description="Check conversations and show what would be trained on."
     )
     add = parser.add_argument
@@ -358,8 +358,10 @@ def main(argv=None):
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
+        report.StatusLine.end()
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
+        report.StatusLine.end()
         sys.exit("interrupted")
 
 
@@ -384,7 +386,7 @@ def run_preview(args):
             class_field=args.class_field, skip_bad=args.skip_bad,
             progress=report.Progress("tokenizing"),
         )  # fmt: skip
-        print("\n".join(report.summary(found, classes, weights)))
+        print(report.wrapped(report.summary(found, classes, weights)))
         if tokenizer.collapses_spaces:
             print(SPACES_COLLAPSE)
         if context is None:
@@ -396,7 +398,7 @@ def run_preview(args):
             f"packing: {len(steps):,} steps of {shape}, {fill:.2%} full, "
             f"conversations up to {max_length:,} tokens"
         )
-        print(*report.weight_by_step(found, steps, classes, weights), sep="\n")
+        print(report.wrapped(report.weight_by_step(found, steps, classes, weights)))
         print(f"\n{report.legend(sys.stdout.isatty())}\n")
         for conversation in varied(found, args.show):
             shown = report.preview(

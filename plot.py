@@ -9,7 +9,6 @@ share of the weight, learning rate, gradient norm, tokens a second. A class keep
 all panels, a run its line style.
 """
 
-import argparse
 import itertools
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from support.files import read_metrics
+from support.flags import Parser
 
 STYLES = ("-", "--", ":", "-.")
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
@@ -93,7 +93,7 @@ def smoothed(values):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="plot.py", description="Curves of runs of train.py.")
+    parser = Parser(prog="plot.py", description="Curves of runs of train.py.")
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folders that train.py wrote (--out)")
     add("--to", metavar="FILE.png", help="default: curves.png in the first RUN")

@@ -13,7 +13,6 @@ held-out questions whose answer is exactly the expert's, asked by chat.py under 
                                   (Fig. 6); the weight of the sub-optimal class, exp((alpha-1)/beta)
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -40,6 +39,7 @@ import torch  # noqa: E402
 import chat  # noqa: E402
 import data  # noqa: E402
 import train  # noqa: E402
+from support.flags import Parser  # noqa: E402
 from support.report import clock  # noqa: E402
 
 EXPERT, SUBOPTIMAL = "gpt4", "gpt3.5"
@@ -601,7 +601,7 @@ def has_matplotlib():
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ablation.py",
         description="The paper's ablation on a small task, with train.py's flags.",
     )

@@ -14,7 +14,6 @@ time, and judged by the loss of held-out clean stories under the expert's condit
 share of words in its own stories that no clean story has, under each condition.
 """
 
-import argparse
 import json
 import os
 import random
@@ -39,6 +38,7 @@ from ablation import (
 import chat
 import data
 import model
+from support.flags import Parser
 
 CLEAN, SPOILT, HELD_OUT = 150, 1500, 100
 LENGTH, BATCH = 128, 128  # tokens of a story; stories told at a time
@@ -127,7 +127,7 @@ def held_out_loss(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="stories.py", description="C-RLFT on tiny stories.")
+    parser = Parser(prog="stories.py", description="C-RLFT on tiny stories.")
     add = parser.add_argument
     add("folder", metavar="DIR", type=Path, help="stories260K as a Hugging Face folder")
     add("--steps", type=int, default=300, help="of every run (default 300)")

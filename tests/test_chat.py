@@ -414,7 +414,7 @@ def test_the_command_runs_as_a_program(folder):
         (["--max-new-tokens", "0"], "--max-new-tokens from 1"),
         (["--batch", "a"], "--batch and --to go together"),
         (["--batch", "a", "--to", "b", "--prompt", "c"], "without --prompt"),
-        (["--heat", "3"], "unrecognized arguments"),
+        (["--heat", "3"], "--heat is not a flag of chat.py"),
     ],
 )
 def test_a_bad_flag_is_an_error_before_anything_is_loaded(flags, message, run, tmp_path):
