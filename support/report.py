@@ -154,8 +154,8 @@ def schedule(plan):
     out += weight_by_step(plan.dataset, first_epoch, plan.classes, plan.class_weights)
     out += [
         f"schedule   {order.total:,} steps, {len(order.ends)} epochs begun, "
-        f"{plan.world} ranks x {config.accumulate} x {config.batch_tokens:,} tokens a step, "
-        f"conversations up to {plan.max_length:,} tokens",
+        f"{plan.world} ranks x {config.accumulate} x {config.batch_tokens:,} tokens a step",
+        f"           conversations up to {plan.max_length:,} tokens",
         f"optimizer  AdamW, peak learning rate {plan.lr:.3g}"
         + (" (OpenChat's rule)" if config.lr == "auto" else ""),
     ]
@@ -167,11 +167,9 @@ def memory_of_a_rank(plan):
     fits = ""
     if plan.available:
         fits = f", {'fits' if plan.fits else 'DOES NOT FIT'} {plan.available / 2**30:.1f}"
-    line = (
-        f"memory     about {_needed(plan)}{fits}: {parts}; "
-        f"{plan.recompute} of {plan.network.num_hidden_layers} blocks recomputed"
-    )
-    return wrapped([line]) + "\n"
+    recomputed = f"{plan.recompute} of {plan.network.num_hidden_layers} blocks recomputed"
+    head = f"memory     about {_needed(plan)}{fits}; {recomputed}"
+    return wrapped([head, " " * 11 + parts, ""])
 
 
 def _needed(plan):
