@@ -89,6 +89,7 @@ class Run:
         beta = math.inf if self.ratio == 1 else -1 / math.log(self.ratio)  # rewards 1 and 0
         flags = [f"@{self.task}/flags.txt", "--data", self.data(folder), "--out", folder]
         flags += ["--epochs", 9999, "--max-steps", self.steps, "--seed", self.seed, "--beta", beta]
+        flags += ["--eval-every", 0]
         flags += ["--no-compile"]  # of so small a network it takes longer than the run
         flags += ["--no-condition"] * (not self.condition) + ["--no-reward"] * (not self.reward)
         return [str(flag) for flag in flags]

@@ -287,7 +287,8 @@ def legend(colour):
     """How to read a preview."""
     spelled = r"a special token that a text only spells: <\s>"
     if colour:
-        return f"not learned: dim; learned: bright, with its weight w; special: reversed; {spelled}"
+        marks = "not learned: dim; learned: bright, with its weight w; special: reversed"
+        return f"{marks}\n{spelled}"
     return f"learned: ⟦between these⟧, with its weight w; {spelled}"
 
 
