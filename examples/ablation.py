@@ -55,9 +55,9 @@ ROWS = {
     "SFT, all": ({"condition": False, "reward": False}, 52.7),
     "SFT, sub-optimal only": ({"condition": False, "reward": False, "expert": 0.0}, 42.8),
 }
-STEPS = {"noisy": 400, "sums": 700}  # of a run of each task
+STEPS = {"noisy": 450, "sums": 700}  # of a run of each task
 AXES = {
-    "steps": (50, 100, 200, 400, 800), "share": (0.25, 0.5, 0.75, 1.0),
+    "steps": (50, 100, 200, 450, 900), "share": (0.25, 0.5, 0.75, 1.0),
     "ratio": (0.01, 0.1, 0.3, 1.0),
 }  # fmt: skip
 

@@ -69,12 +69,12 @@ def test_a_row_is_the_flags_and_the_data_of_the_paper(tmp_path):
         shown[row] = config.condition, config.reward, len(lines), sorted(classes)
     both = ["gpt3.5", "gpt4"]
     assert shown == {
-        "C-RLFT": (True, True, 2110, both),
-        "without reward": (True, False, 2110, both),
-        "without condition": (False, True, 2110, both),
-        "SFT, expert only": (False, False, 110, ["gpt4"]),
+        "C-RLFT": (True, True, 2100, both),
+        "without reward": (True, False, 2100, both),
+        "without condition": (False, True, 2100, both),
+        "SFT, expert only": (False, False, 100, ["gpt4"]),
         "SFT, sub-optimal only": (False, False, 2000, ["gpt3.5"]),
-        "SFT, all": (False, False, 2110, both),
+        "SFT, all": (False, False, 2100, both),
     }
 
 

@@ -1,6 +1,6 @@
 """Makes this folder's data, tokenizer and model config: sorting digits, of mixed quality.
 
-    gpt4    110 conversations by an expert:    Sort 592013   012359
+    gpt4    100 conversations by an expert:    Sort 592013   012359
     gpt3.5  2,000 by someone careless:         Sort 592013   072353
 
 The careless one knows how to sort, but each digit of the answer slips, to a random one, with
@@ -18,7 +18,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 from examples.sums import make as sums  # noqa: E402
 
 DIGITS, SLIP = 6, 0.4
-EXPERT, SUBOPTIMAL, HELD_OUT = 110, 2000, 500
+EXPERT, SUBOPTIMAL, HELD_OUT = 100, 2000, 500
 
 
 def careless(answer, rng):
