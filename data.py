@@ -10,6 +10,8 @@ becomes, in the class-conditioned template of OpenChat v3.2 (arXiv 2309.11235, s
 
 where w is the weight of the conversation's class, times the "weight" of the line and of the
 message where they have one: only what an assistant says, its end of turn included, is learned.
+With Llama 3's tokens (OpenChat 3.6) a turn is <|start_header_id|> GPT4 User <|end_header_id|> and
+two newlines, Hello, <|eot_id|>; support/tokenizer.py has both templates.
 Every text is tokenized on its own with special tokens off, so that no content can forge a turn.
 Beyond --max-length a conversation loses its end, and is dropped where no answer is left.
 
@@ -40,7 +42,6 @@ from support.flags import Parser
 from support.formats import BadLine, Conversation, parse_conversation, parse_json
 from support.formats import Message as Message
 from support.picture import draw_batch, first_of_all_classes, require_matplotlib
-from support.tokenizer import SPACES_COLLAPSE, TEMPLATE
 from support.tokenizer import Tokenizer as Tokenizer
 
 # --------------------------------------------------------------------------- one conversation
@@ -49,7 +50,7 @@ from support.tokenizer import Tokenizer as Tokenizer
 def lay_out(messages, contents, tokenizer, condition):
     """The tokens, in parts, and their weights [(weight, how many), ...]; `contents` are ids.
 
-    <s>, then a turn: prefix, content, <|end_of_turn|>. Content and end of turn weigh what the
+    <s>, then a turn: prefix, content, end of turn. Content and end of turn weigh what the
     message says, stored as support.dataset says; all else 0.
     """
     parts, weights = [[tokenizer.bos]], [(0.0, 1)]
@@ -61,6 +62,10 @@ def lay_out(messages, contents, tokenizer, condition):
         parts += [prefix, content, [tokenizer.eot]]
         weights += [(0.0, len(prefix)), (weight, len(content) + 1)]
     return parts, weights
+
+
+def turn_texts(messages, tokenizer):
+    return [tokenizer.turn_text(message.role, message.content) for message in messages]
 
 
 def cut(weights, length):
@@ -75,7 +80,7 @@ def encode(conversation, tokenizer, classes):
     classes = class_table(classes)
     if not isinstance(conversation, Conversation):
         conversation = parse_conversation(conversation, classes)
-    contents = [tokenizer.encode(message.content) for message in conversation.messages]
+    contents = map(tokenizer.encode, turn_texts(conversation.messages, tokenizer))
     condition = classes[conversation.source_class].condition
     parts, weights = lay_out(conversation.messages, contents, tokenizer, condition)
     return flat(parts), [weight != 0 for weight, count in weights for _ in range(count)]
@@ -83,7 +88,7 @@ def encode(conversation, tokenizer, classes):
 
 def encode_prompt(messages, tokenizer, condition):
     """The tokens after which the model answers: all turns, then 'GPT4 Assistant:'."""
-    contents = [tokenizer.encode(message.content) for message in messages]
+    contents = map(tokenizer.encode, turn_texts(messages, tokenizer))
     parts, _ = lay_out(messages, contents, tokenizer, condition)
     return flat(parts) + tokenizer.prefix(condition, "assistant")
 
@@ -112,7 +117,8 @@ def prepare(
     names = {name: [c.condition, c.match] for name, c in classes.items()}  # as lines name them
     if class_field == "class":
         names = {name: c.condition for name, c in classes.items()}
-    settings = [TEMPLATE, conditions, names, class_field, max_length, tokenizer.identity()]
+    ids = tokenizer.identity()
+    settings = [tokenizer.template.name, conditions, names, class_field, max_length, ids]
     encoder = Encoder(tokenizer, classes, class_field, conditions, max_length)
     return encode_files(files, encoder, settings, folder, skip_bad=skip_bad, progress=progress)
 
@@ -142,7 +148,7 @@ class Encoder:
                         account.not_read.update(conversation.not_read)
             except BadLine as error:
                 account.refuse(block, number, error)
-        texts = [m.content for _, conversation in conversations for m in conversation.messages]
+        texts = [t for _, c in conversations for t in turn_texts(c.messages, self.tokenizer)]
         ids = iter(self.tokenizer.encode_many(texts) if texts else [])
         names = list(self.classes)
         all_parts, all_weights, rows = [], [], []  # of weights (weight, how many)
@@ -342,7 +348,7 @@ def main(argv=None):
     )
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="conversations, or CLASS=FILE: all of one class")
-    add("--model", required=True, metavar="DIR", help="folder with tokenizer.model")
+    add("--model", required=True, metavar="DIR", help="folder with its tokenizer")
     add("--classes", metavar="C", help='JSON: {"gpt4": {"condition": "GPT4", "reward": 1.0}, ...}')
     add("--class-field", default="class", metavar="KEY", help="what names a conversation's class")
     add("--beta", type=float, default=BETA, help="w = exp((reward - best reward) / beta)")
@@ -387,8 +393,8 @@ def run_preview(args):
             progress=report.Progress("tokenizing"),
         )  # fmt: skip
         print(report.wrapped(report.summary(found, classes, weights)))
-        if tokenizer.collapses_spaces:
-            print(SPACES_COLLAPSE)
+        if tokenizer.warning:
+            print(tokenizer.warning)
         if context is None:
             print(f"{args.model} has no config.json: the model's context is not known")
         steps = pack(found.lengths, args.batch_tokens, args.ranks, seed=0, epoch=0)

@@ -508,6 +508,27 @@ def check_weights(folder, config, new_rows=0):
         raise ValueError(f"{folder}: {len(problems)} tensors do not fit config.json:\n  {shown}")
 
 
+def untrained(folder, tokens):
+    """Those of `tokens` that a checkpoint never trained, as a row of embedding or head shows.
+
+    What never comes up leaves its embedding to weight decay, so near zero, and its head row to
+    the gradient that all such rows share, so alike: in Llama 3's base models a turn's tokens are.
+    Trained rows are about as far from each other as they are long; the bound is 1 % of a usual
+    length. A row that stayed as it was drawn does not show.
+    """
+    found = set()
+    for name in filter(is_vocabulary, files := weight_files(folder)):
+        with open_safetensors(files[name]) as file:
+            view = file.get_slice(name)
+            usual = view[:1024].float().norm(dim=1).median()
+            rows = {t: view[t : t + 1].float() for t in tokens if t < view.get_shape()[0]}
+        for token, row in rows.items():
+            others = [torch.zeros_like(row), *(rows[t] for t in rows if t != token)]
+            if min((row - other).norm() for other in others) < 0.01 * usual:
+                found.add(token)
+    return sorted(found)
+
+
 def fingerprint(folder):
     """8 hex digits that tell the weights of one folder from another's, however split into files."""
 
@@ -538,12 +559,13 @@ def _is_redundant(name, config):
 
 
 @torch.no_grad()
-def fill_parameters(llama, folder, new_rows=0, new_token=None):
+def fill_parameters(llama, folder, new_rows=0, new_tokens=(), ordinary=None):
     """Copy a checked folder into `llama`; a sharded parameter reads its own rows alone.
 
-    The last `new_rows` of the vocabulary, which the files lack, and row `new_token`, which they
-    may hold as padding, become the mean of the rows before them: float32, summed in float64
-    so that it is the same for any number of ranks.
+    The last `new_rows` of the vocabulary, which the files lack, and the rows `new_tokens`, which
+    they may hold as padding or untrained, become the mean of the first `ordinary` rows (without it
+    of those before them): float32, summed in float64 so that it is the same for any number of
+    ranks.
     """
     files, parameters = weight_files(folder), dict(llama.named_parameters())
     paths = sorted(set(files.values()))
@@ -555,8 +577,8 @@ def fill_parameters(llama, folder, new_rows=0, new_token=None):
         if scarce:
             _drop_from_page_cache(path)
     for name, parameter in parameters.items():
-        if is_vocabulary(name) and (new_rows or new_token is not None):
-            _fill_new_rows(parameter, new_rows, new_token)
+        if is_vocabulary(name) and (new_rows or new_tokens):
+            _fill_new_rows(parameter, new_rows, new_tokens, ordinary)
 
 
 READERS = 4  # threads, so that the disk has several requests at hand
@@ -589,16 +611,17 @@ def _drop_from_page_cache(path):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _fill_new_rows(parameter, new_rows, new_token):
+def _fill_new_rows(parameter, new_rows, new_tokens, ordinary):
     low, high = local_rows(parameter)
     local, old = local_tensor(parameter), parameter.shape[0] - new_rows
-    known = old if new_token is None else min(old, new_token)
+    known = min([old, *new_tokens]) if ordinary is None else min(old, ordinary)
     total = local[: max(0, known - low)].sum(0, dtype=torch.float64)
     if isinstance(parameter, DTensor):
         dist.all_reduce(total, group=_shard_group(parameter))
     local[max(0, old - low) :] = total / known
-    if new_token is not None and low <= new_token < high:
-        local[new_token - low] = total / known
+    for token in new_tokens:
+        if low <= token < high:
+            local[token - low] = total / known
 
 
 @torch.no_grad()

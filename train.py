@@ -66,7 +66,7 @@ EXAMPLE = ROOT / "examples" / "sums"
 @dataclasses.dataclass(frozen=True)
 class Config:
     # --- what
-    model: str = ""  # folder: config.json, *.safetensors, tokenizer.model
+    model: str = ""  # folder: config.json, *.safetensors, tokenizer.model (or tokenizer.json)
     random_weights: bool = False  # begin with random weights instead of the folder's
     data: list = ()  # training conversations; CLASS=FILE: all of them are of that class
     eval_data: list = ()  # held-out conversations, in files as those of --data
@@ -359,8 +359,10 @@ def build(plan, ranks, with_weights=True):
     fully_shard(llama, mesh=mesh, mp_policy=policy)
     llama.to_empty(device=ranks.device)
     if with_weights and plan.base:  # not where a checkpoint is to be loaded
-        new_token = plan.tokenizer.eot if plan.tokenizer.eot_is_new else None
-        model.fill_parameters(llama, config.model, plan.new_rows, new_token)
+        new_tokens = [plan.tokenizer.eot] if plan.tokenizer.eot_is_new else plan.untrained
+        model.fill_parameters(
+            llama, config.model, plan.new_rows, new_tokens, plan.tokenizer.ordinary
+        )
     elif with_weights:
         model.random_parameters(llama, config.seed)
     optimizer = torch.optim.AdamW(
@@ -576,6 +578,7 @@ class Plan:
     tokenizer: Tokenizer
     network: model.LlamaConfig
     new_rows: int  # that the vocabulary gains over the checkpoint's
+    untrained: list  # special tokens of a turn that the checkpoint has, but never trained
     base: str | None  # what tells the weights of --model from others; None: random ones
     max_length: int
     dataset: data.Dataset
@@ -628,6 +631,7 @@ def make_plan(config, ranks, out):
     pretrained = has_weights(config)
     if pretrained:
         model.check_weights(config.model, network, new_rows)
+    untrained = model.untrained(config.model, tokenizer.marks) if pretrained else []
     # Only FlashAttention has fixed shapes; elsewhere each batch would be compiled anew.
     flash = cuda and bf16 and model.flash_takes(network.head_dim)
     compile = flash if config.compile is None else config.compile
@@ -660,10 +664,10 @@ def make_plan(config, ranks, out):
         recompute = memory.blocks_to_recompute(network, size, available)
     return Plan(
         config, world, bf16, flash, compile, classes, weights, tokenizer, network, new_rows,
-        identity_of_weights(config, ranks) if pretrained else None,
+        untrained, identity_of_weights(config, ranks) if pretrained else None,
         max_length, dataset, eval_dataset, order,
         shape=(config.batch_tokens, offsets, max_length) if compile else None,
-        lr=auto_lr(network.model_type, supervised) if config.lr == "auto" else float(config.lr),
+        lr=auto_lr(network, tokenizer, supervised) if config.lr == "auto" else float(config.lr),
         recompute=min(recompute, network.num_hidden_layers),
         size=size,
         memory=memory.estimate(network, size, recompute),
@@ -712,9 +716,11 @@ def most_offsets(order, eval_dataset, world, config, longest):
     return fullest + math.ceil(tokens / longest) + 1
 
 
-def auto_lr(model_type, supervised_tokens):
-    """OpenChat's rule: 3e-4 (Mistral a sixth) · sqrt(supervised tokens a step / 4e6)."""
-    return (3e-4 / 6 if model_type == "mistral" else 3e-4) * math.sqrt(supervised_tokens / 4e6)
+def auto_lr(network, tokenizer, supervised_tokens):
+    """OpenChat's rule: 3e-4 (Mistral / 6, Llama 3 / 5.3) · sqrt(supervised tokens a step / 4e6)."""
+    llama = 5.3 if tokenizer.template.name == "openchat_3.6" else 1
+    divisor = 6 if network.model_type == "mistral" else llama
+    return 3e-4 / divisor * math.sqrt(supervised_tokens / 4e6)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ import model
 from loss import expert_class
 from support.files import sync
 from support.ranks import SaveFailed
-from support.tokenizer import TEMPLATE
 
 FILE_SIZE = 4 << 30  # bytes: what a rank on a GPU copies into the host's memory at a time
 MOMENTS = "exp_avg", "exp_avg_sq"  # what AdamW keeps of a parameter, besides its count of steps
@@ -383,7 +382,8 @@ def describe_export(plan, folder, step, digest):
     tokens = {"bos_token_id": plan.tokenizer.bos, "eos_token_id": plan.tokenizer.eot}
     model.write_json(folder / "generation_config.json", tokens)
     classes = {name: dataclasses.asdict(c) for name, c in plan.classes.items()}
-    crlft = {"classes": classes, "conditioned": plan.config.condition, "template": TEMPLATE}
+    crlft = {"classes": classes, "conditioned": plan.config.condition}
+    crlft["template"] = plan.tokenizer.template.name
     crlft |= {"steps": step, "checkpoint": digest, "config": dataclasses.asdict(plan.config)}
     model.write_json(folder / "crlft.json", crlft)
 

@@ -16,7 +16,6 @@ from loss import expert_class
 from support import memory
 from support.dataset import dropped, problem_lines
 from support.files import read_metrics, sync
-from support.tokenizer import END_OF_TURN, SPACES_COLLAPSE
 
 # ------------------------------------------------------------------------------------- the terminal
 
@@ -117,9 +116,13 @@ def header(plan):
         f"{network.num_hidden_layers} blocks of {network.hidden_size}, {compute}",
     ]
     if plan.tokenizer.eot_is_new:
-        out.append(f"           {END_OF_TURN} added as token {plan.tokenizer.eot}")
-    if plan.tokenizer.collapses_spaces:
-        out.append(SPACES_COLLAPSE)
+        name = plan.tokenizer.names[plan.tokenizer.eot]
+        out.append(f"           {name} added as token {plan.tokenizer.eot}")
+    if plan.untrained:
+        names = ", ".join(plan.tokenizer.names[token] for token in plan.untrained)
+        out.append(f"           never trained, so their rows begin as the mean of others: {names}")
+    if plan.tokenizer.warning:
+        out.append(plan.tokenizer.warning)
     held_out = plan.eval_dataset and not config.evaluate
     if held_out and plan.eval_dataset.folder == plan.dataset.folder:
         out.append("warning: --eval-data is --data; what is held out should be other data")
@@ -315,15 +318,13 @@ def preview(dataset, conversation, tokenizer, classes, class_weights, colour):
 
 def visible(tokens, tokenizer, colour=False):
     """Text of ids with the special tokens written out, a line a turn."""
-    names = {tokenizer.bos: "<s>", tokenizer.eos: "</s>", tokenizer.eot: END_OF_TURN}
-    text, plain = "", []
+    names, text, plain = tokenizer.names, "", []
     for token in [*tokens, None]:
         if token is not None and token not in names:
             plain.append(token)
             continue
         if plain:
-            space = tokenizer.pieces.id_to_piece(plain[0]).startswith("▁")
-            text, plain = text + " " * space + harmless(tokenizer.decode(plain), names), []
+            text, plain = text + harmless(tokenizer.spell(plain), names), []
         if token is not None:
             text += f"\033[7m{names[token]}\033[27m" if colour else names[token]
             text += "\n" * (token == tokenizer.eot)

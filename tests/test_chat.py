@@ -157,7 +157,7 @@ def export(stories, folder, conditioned=True):
     model.save(llama, folder)
     tokenizer.save(folder, "GPT4" if conditioned else "")
     classes = {name: dataclasses.asdict(c) for name, c in loss.DEFAULT_CLASSES.items()}
-    crlft = {"classes": classes, "conditioned": conditioned, "template": data.TEMPLATE}
+    crlft = {"classes": classes, "conditioned": conditioned, "template": "openchat_v3.2"}
     model.write_json(folder / "crlft.json", crlft)
     return folder
 

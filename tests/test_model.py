@@ -432,7 +432,7 @@ def load_sharded(arguments):
         names = ("replicate", "shard")[-torch.tensor(mesh).dim() :]
         llama = sharded(DeviceMesh("cpu", torch.tensor(mesh), mesh_dim_names=names))
         Counted.read = 0
-        model.fill_parameters(llama, folder, new_rows=60)
+        model.fill_parameters(llama, folder, new_rows=60, new_tokens=[3], ordinary=50)
         full = {key: p.full_tensor().detach().clone() for key, p in llama.named_parameters()}
         held = sum(p.to_local().numel() for p in llama.parameters()) * 4
         result = {"read": torch.tensor(Counted.read), "held": torch.tensor(held)}
@@ -467,7 +467,7 @@ def test_a_sharded_load_equals_an_unsharded_one(mesh, sharded_loads):
     folder, loads = sharded_loads
     alone = model.Llama(config_of(**ODD | {"vocab_size": 111}))
     for fill, key in (
-        (lambda: model.fill_parameters(alone, folder, new_rows=60), "full"),
+        (lambda: model.fill_parameters(alone, folder, 60, [3], 50), "full"),
         (lambda: model.random_parameters(alone, 3), "random"),
     ):
         fill()
@@ -816,7 +816,7 @@ def test_end_of_turn_in_a_padded_vocabulary_becomes_the_mean_too(tmp_path):
     model.random_parameters(llama, seed=0)
     model.save(llama, tmp_path)
     filled = model.Llama(config)
-    model.fill_parameters(filled, tmp_path, new_token=9)
+    model.fill_parameters(filled, tmp_path, new_tokens=[9])
     for stored, found in zip(llama.parameters(), filled.parameters(), strict=True):
         expected = stored.clone()
         if len(stored) == 12:

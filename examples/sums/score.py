@@ -13,7 +13,7 @@ from make import held_out_sums, right, without_carry, written  # noqa: E402
 
 import chat  # noqa: E402
 import data  # noqa: E402
-from support.tokenizer import prefix_text  # noqa: E402
+from support.tokenizer import V32  # noqa: E402
 
 BATCH = 250
 
@@ -44,7 +44,7 @@ def main():
     print(f"\n{folder}: held-out sums, answered greedily")
     print(f"{'condition':28} {'right':>8} {'carry forgotten':>16} {'other':>8}")
     for name in sorted(classes, key=lambda name: -classes[name].reward):
-        prefix = prefix_text(classes[name].condition if conditioned else "", "user")
+        prefix = V32.prefix(classes[name].condition if conditioned else "", "user")
         shares = score(folder, name)
         print(f"{prefix + ' ...':28} {shares[0]:8.1%} {shares[1]:16.1%} {shares[2]:8.1%}")
         if not conditioned:
