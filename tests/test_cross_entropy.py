@@ -77,6 +77,7 @@ SHAPES = {  # V, padding, offset
     "a logit beyond the largest block of a short row": (8193, 63, 0),
     "Llama 2 and its end of turn, padded": (32002, 62, 0),
     "the same end to end": (32002, 0, 0),
+    "Llama 3": (128256, 0, 0),
     "blocks of a long row": (65537, 63, 0),
 }
 

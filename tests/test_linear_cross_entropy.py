@@ -62,11 +62,11 @@ def in_chunks_of(rows, V, dtype, monkeypatch):
     monkeypatch.setattr(chunked, "WORKSPACE_BYTES", budget)
 
 
-# Of 13 rows: each alone, pairs and a last one, 5 + 5 + 3, 12 + 1, all at once.
-@pytest.mark.parametrize("rows", [1, 2, 5, 12, 13])
-def test_every_chunk_size_gives_the_unfused_result(rows, monkeypatch):
-    arguments = case(13, 75, 20, zeros=0.3)
-    in_chunks_of(rows, 75, torch.float32, monkeypatch)
+# Of 13 rows: each alone, pairs and a last one, 5 + 5 + 3, 12 + 1, all at once; Llama 3's V.
+@pytest.mark.parametrize("rows, V", [(1, 75), (2, 75), (5, 75), (12, 75), (13, 75), (5, 128256)])
+def test_every_chunk_size_gives_the_unfused_result(rows, V, monkeypatch):
+    arguments = case(13, V, 20, zeros=0.3)
+    in_chunks_of(rows, V, torch.float32, monkeypatch)
     found = with_gradients(fused, *arguments)
     dense = with_gradients(
         lambda h, w, t, c: loss.weighted_cross_entropy(h @ w.t(), t, c).sum(), *arguments
