@@ -590,7 +590,10 @@ def test_a_terminal_has_history_and_takes_a_paste_of_many_lines_as_one_question(
 
 
 ECHO = """
+import sys
 from types import SimpleNamespace
+
+sys.modules["model"] = SimpleNamespace(write_json=None)  # without torch, which takes seconds
 from support.terminal import converse
 
 conditions = {"gpt4": "GPT4", "gpt3.5": "GPT3"}
