@@ -572,7 +572,7 @@ def test_a_terminal_has_history_and_takes_a_paste_of_many_lines_as_one_question(
             shown += os.read(terminal, 4096)
         shown = shown.partition(awaited)[2]
 
-    type_and_wait(b"", b"> ")
+    type_and_wait(b"", b"\x1b[?2004h> ")  # asks the terminal to bracket what is pasted
     type_and_wait(b"\x1b[200~one\ntwo\x1b[201~\r", b"asked 'one\\ntwo'")
     type_and_wait(b"\x1b[A\x1b[D!\r", b"asked 'one\\ntw!o'")  # up, left
     type_and_wait(b"\x03", b"[Ctrl-C once more ends]")
