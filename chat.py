@@ -11,7 +11,6 @@ Shapes: B prompts, T tokens of all prompts end to end, S positions kept, H heads
 heads, E head_dim, V vocabulary.
 """
 
-import argparse
 import functools
 import json
 import sys
@@ -25,6 +24,7 @@ import data
 import loss
 import model
 from support.batch import answer_file
+from support.flags import Parser
 from support.terminal import converse, readable
 from support.web import PORT, serve
 
@@ -237,7 +237,7 @@ def exported(folder):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="chat.py", description="Class-conditioned generation from an exported folder."
     )
     add = parser.add_argument

@@ -19,7 +19,6 @@ Beyond --max-length a conversation loses its end, and is dropped where no answer
 `python data.py FILE --model DIR` checks files and shows what would be trained on.
 """
 
-import argparse
 import dataclasses
 import itertools
 import os
@@ -37,8 +36,10 @@ from support.containers import sources
 from support.dataset import ARRAYS, INDEX, Account, encode_files
 from support.dataset import BadData as BadData  # "as": a name that others take from here
 from support.dataset import Dataset as Dataset
+from support.flags import Parser
 from support.formats import BadLine, Conversation, parse_conversation, parse_json
 from support.formats import Message as Message
+from support.picture import draw_batch, first_of_all_classes, require_matplotlib
 from support.tokenizer import SPACES_COLLAPSE, TEMPLATE
 from support.tokenizer import Tokenizer as Tokenizer
 
@@ -336,7 +337,7 @@ def length_limit(max_length, batch_tokens, context):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="data.py", description="Check conversations and show what would be trained on."
     )
     add = parser.add_argument
@@ -349,6 +350,7 @@ def main(argv=None):
     add("--batch-tokens", type=int, default=8192, help="tokens a bin, for the packing's figures")
     add("--ranks", type=int, default=1, help="bins a step: ranks x --accumulate in train.py")
     add("--show", type=int, default=4, metavar="N", help="conversations to show")
+    add("--draw", metavar="PNG", help="a picture of one bin as a batch: try --batch-tokens 128")
     add("--skip-bad", action="store_true", help="drop bad lines and count them")
     args = parser.parse_args(argv)
     try:
@@ -356,14 +358,18 @@ def main(argv=None):
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
+        report.StatusLine.end()
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
+        report.StatusLine.end()
         sys.exit("interrupted")
 
 
 def run_preview(args):
     from model import LlamaConfig  # not above: the processes that tokenize need no network
 
+    if args.draw:
+        require_matplotlib()
     asked = 1 if args.max_length is None else args.max_length
     if not 1 <= asked <= args.batch_tokens or args.ranks < 1:
         raise ValueError("needs 1 <= --max-length <= --batch-tokens and --ranks of at least 1")
@@ -380,7 +386,7 @@ def run_preview(args):
             class_field=args.class_field, skip_bad=args.skip_bad,
             progress=report.Progress("tokenizing"),
         )  # fmt: skip
-        print("\n".join(report.summary(found, classes, weights)))
+        print(report.wrapped(report.summary(found, classes, weights)))
         if tokenizer.collapses_spaces:
             print(SPACES_COLLAPSE)
         if context is None:
@@ -392,13 +398,20 @@ def run_preview(args):
             f"packing: {len(steps):,} steps of {shape}, {fill:.2%} full, "
             f"conversations up to {max_length:,} tokens"
         )
-        print(*report.weight_by_step(found, steps, classes, weights), sep="\n")
+        print(report.wrapped(report.weight_by_step(found, steps, classes, weights)))
         print(f"\n{report.legend(sys.stdout.isatty())}\n")
         for conversation in varied(found, args.show):
             shown = report.preview(
                 found, conversation, tokenizer, classes, weights, sys.stdout.isatty()
             )
             print("\n".join(shown))
+        if args.draw:
+            bins = [b for step in steps for b in step]
+            conversations = first_of_all_classes(bins, found.index["source_class"])
+            batch = collate(found, conversations, weights)
+            of_class = found.index["source_class"][conversations].tolist()
+            draw_batch(args.draw, batch, of_class, classes, tokenizer)
+            print(f"drawn: {args.draw}")
 
 
 def varied(dataset, count):

@@ -5,11 +5,10 @@
     python plot.py RUN --to FILE.png
 
 Panels: loss and token accuracy by class (lines: training, smoothed; dots: held out), each class's
-share of the weight, learning rate, gradient norm, tokens a second. A class keeps its colour over
-all panels, a run its line style.
+share of a step's weight, learning rate, gradient norm, tokens a second. A class keeps its colour
+over all panels, a run its line style.
 """
 
-import argparse
 import itertools
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from support.files import read_metrics
+from support.flags import Parser
 
 STYLES = ("-", "--", ":", "-.")
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
@@ -35,6 +35,7 @@ def read(run):
 def draw(runs, path):
     """All curves of `runs`, [(name, (steps, evaluations))], into a PNG."""
     from matplotlib.figure import Figure  # no pyplot: it would look for a window system
+    from matplotlib.ticker import PercentFormatter
 
     figure = Figure((12, 6.5), layout="constrained")
     panels = dict(zip(PANELS, figure.subplots(2, 3).flat, strict=True))
@@ -45,23 +46,26 @@ def draw(runs, path):
             label = f"{name} {source_class}" if len(runs) > 1 else source_class
             by_class(panels, steps, evaluations, source_class, style, colour, label)
     for key, panel in panels.items():
-        panel.set(title=PANELS[key], xlabel="step")
+        title, unit = PANELS[key]
+        panel.set(title=title, xlabel="step", ylabel=unit)
         panel.grid(alpha=0.3)
     panels["loss"].set_yscale("log")
     panels["weight_share"].set_ylim(0, 1)
+    for key in ("accuracy", "weight_share"):
+        panels[key].yaxis.set_major_formatter(PercentFormatter(1))
     panels["loss"].legend(fontsize=8)
     if len(runs) > 1:
         panels["lr"].legend(fontsize=8)
     figure.savefig(path, dpi=100)
 
 
-PANELS = {
-    "loss": "loss by class, unweighted (dots: held out)",
-    "accuracy": "accuracy by class, of tokens (dots: held out)",
-    "weight_share": "share of the weight by class",
-    "lr": "learning rate",
-    "grad_norm": "gradient norm",
-    "tokens_per_second": "tokens a second",
+PANELS = {  # title, and what the numbers are
+    "loss": ("loss by class (dots: held out)", "nats a learned token, unweighted"),
+    "accuracy": ("accuracy by class (dots: held out)", "learned tokens that are the likeliest"),
+    "weight_share": ("weight by class", "share of a step's weight"),
+    "lr": ("learning rate", ""),
+    "grad_norm": ("gradient norm", "before clipping"),
+    "tokens_per_second": ("speed", "tokens a second, all ranks"),
 }
 
 
@@ -93,7 +97,7 @@ def smoothed(values):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="plot.py", description="Curves of runs of train.py.")
+    parser = Parser(prog="plot.py", description="Curves of runs of train.py.")
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folders that train.py wrote (--out)")
     add("--to", metavar="FILE.png", help="default: curves.png in the first RUN")

@@ -22,10 +22,8 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import inspect
 import math
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -50,12 +48,14 @@ import model
 from loss import (
     BETA,
     DEFAULT_CLASSES,
+    class_table,
     class_weights,
     linear_weighted_cross_entropy,
     read_classes,
 )
 from support import memory, report
-from support.checkpoint import Checkpoints, export, is_exported
+from support.checkpoint import Checkpoints, export, is_exported, read_export
+from support.flags import Parser, flag_of
 from support.ranks import Ranks, SaveFailed, held_output, is_lost_rank
 from support.tokenizer import Tokenizer
 
@@ -106,14 +106,12 @@ class Config:
     replicas: int = 1  # hybrid sharding: this many groups of ranks each hold the whole model
     deterministic: bool = False  # the same bits in every run; always on for a CPU, slower on CUDA
     skip_bad: bool = False  # drop bad lines and count them, instead of stopping
+    evaluate: bool = False  # only measure --model on --eval-data; needs no --data and no --out
     dry_run: bool = False  # check everything, print plan, memory and a batch; train nothing
     plan_ranks: int = 0  # with --dry-run: plan for this many ranks, none of which need be here
     plan_memory: float = 0  # with --dry-run: GiB of one rank's GPU
 
     def __post_init__(self):
-        for name in ("model", "data", "out"):
-            if not getattr(self, name) and not (self.dry_run and name == "out"):
-                raise ValueError(f"--{name} is required (no flag at all runs the embedded example)")
         for name in ("plan_ranks", "plan_memory"):
             _require(self.dry_run or not getattr(self, name), name, "used with --dry-run")
         for name, least in LEAST.items():
@@ -140,7 +138,7 @@ LEAST = {
 
 def _require(holds, name, what):
     if not holds:
-        raise ValueError(f"--{name.replace('_', '-')} must be {what}")
+        raise ValueError(f"{flag_of(name)} must be {what}")
 
 
 def _is_number(text):
@@ -151,39 +149,47 @@ def _is_number(text):
 
 def parse_arguments(arguments):
     """A Config from flags; a comment beside its field above is a flag's help."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="train.py",
+        usage=USAGE,
         description="C-RLFT: class-conditioned, reward-weighted fine-tuning of a Llama.",
-        epilog="@FILE reads flags from a file. Without any flag: examples/sums/flags.txt.",
+        epilog="@FILE reads flags from a file; those of the command line win.",
         fromfile_prefix_chars="@",
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,  # Config has the defaults
     )
-    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
-    comments = dict(
-        re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE)
-    )
-    for field in dataclasses.fields(Config):
-        options = {"help": comments[field.name].replace("%", "%%")}
-        if field.type is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif field.type is list:
-            options |= {"nargs": "+", "action": "extend", "metavar": "FILE"}
-        else:
-            options |= {"type": field.type, "metavar": field.type.__name__.upper()}
-            if field.default:
-                options["help"] += f" (default: {field.default})"
-        parser.add_argument("--" + field.name.replace("_", "-"), **options)
-    files = [argument for argument in arguments if argument.startswith("@")]
-    others = [argument for argument in arguments if not argument.startswith("@")]
-    flags = vars(parser.parse_args(files)) | vars(parser.parse_args(others))  # the latter win
+    metavars = {"model": "DIR", "out": "RUN", "classes": "FILE", "class_field": "KEY"}
+    parser.add_fields(Config, metavars)
+    flags = parser.values(arguments)
     for name in flags.keys() & {"model", "data", "eval_data", "classes", "out"}:
         expand = os.path.expanduser  # of ~ in a file of flags, which no shell sees
         flags[name] = [*map(expand, flags[name])] if name.endswith("data") else expand(flags[name])
+    require_files(parser, flags, arguments)
     try:
         return Config(**flags)
     except ValueError as error:
         parser.error(str(error))
+
+
+USAGE = """train.py                       the embedded example
+       train.py --model DIR --data FILE... --out RUN
+       train.py --evaluate --model DIR --eval-data FILE..."""
+
+
+def require_files(parser, flags, arguments):
+    """What a run cannot do without, or an error with the line to run."""
+    needed = ["model", "data", "out"][: 2 if flags.get("dry_run") else 3]
+    if flags.get("evaluate"):
+        needed = ["model", "eval_data"]
+    missing = [flag_of(name) for name in needed if not flags.get(name)]
+    if len(missing) == len(needed) and "data" in needed:  # the embedded example was to be changed
+        there = "" if Path.cwd() == ROOT else f"cd {shlex.quote(str(ROOT))} && "
+        line = shlex.join([f"@{EXAMPLE.relative_to(ROOT)}/flags.txt", *arguments])
+        parser.error(
+            "--model, --data and --out make up a run; to change the embedded example: "
+            f"{there}python train.py {line} --out runs/other"
+        )
+    if missing:
+        parser.error_missing(missing, arguments)
 
 
 def main(arguments=None):
@@ -220,11 +226,16 @@ def run(config, ranks):
     """Plan and train; True where the run is done, False where it was stopped before."""
     with held_output(None if config.dry_run else config.out, ranks) as out:
         plan = make_plan(config, ranks, out)
-        ranks.say("\n".join(report.header(plan)))
+        ranks.say(report.header(plan))
+        if config.evaluate:
+            return evaluate_alone(plan, ranks)
+        ranks.say(report.schedule(plan))
         if config.dry_run:
-            ranks.say("\n".join(report.first_bin(plan)))
-            return False
-        return train(plan, ranks, out)
+            ranks.say(report.first_bin(plan))
+        ranks.say(report.memory_of_a_rank(plan))
+        if not plan.fits:
+            raise ValueError(report.what_would_fit(plan))
+        return not config.dry_run and train(plan, ranks, out)
 
 
 # -------------------------------------------------------------------------------------------- loop
@@ -278,7 +289,7 @@ def train(plan, ranks, out):
 
             # Once in a while: a checkpoint, and then what may fail without losing anything.
             if plan.saves(step) and not stopped:
-                with save_may_fail(ranks, unless=step == total):
+                with ranks.save_may_fail(unless=step == total):
                     checkpoints.save(llama, optimizer, step)
             due = plan.due(step)
             stopped = stopped or not evaluate_and_export(plan, ranks, llama, log, out, step, due)
@@ -303,7 +314,7 @@ def evaluate_and_export(plan, ranks, llama, log, out, step, due):
     if export_due:
         if ranks.asked_to_stop():  # it may take long, and the checkpoint is there
             return False
-        with save_may_fail(ranks, unless=step == plan.order.total):
+        with ranks.save_may_fail(unless=step == plan.order.total):
             export(plan, ranks, llama, out, step, log.expert_losses())
     # After the last step nothing is left to be stopped.
     return step == plan.order.total or not (any(due) and ranks.asked_to_stop())
@@ -314,17 +325,6 @@ def owed_after(plan, log, out, step):
     evaluation_due, export_due = plan.due(step)
     evaluated, exported = step in log.evaluations, is_exported(plan, out, step, log.expert_losses())
     return evaluation_due and not evaluated, export_due and not exported
-
-
-@contextlib.contextmanager
-def save_may_fail(ranks, unless):
-    """What was saved before stands, and training goes on; `unless` no later save is to come."""
-    try:
-        yield
-    except SaveFailed as error:
-        if unless:
-            raise
-        ranks.say(f"warning: {error}; what was saved before is kept, training goes on")
 
 
 # ----------------------------------------------------------------------------------------- network
@@ -497,6 +497,25 @@ def evaluate(plan, ranks, llama):
     return None if stopped else ranks.sum(table).cpu().numpy()
 
 
+def evaluate_alone(plan, ranks):
+    """With --evaluate: loss and accuracy by class of --model's own weights, on --eval-data."""
+    llama, _ = build(plan, ranks)
+    table = evaluate(plan, ranks, llama)
+    ranks.say(report.evaluation(plan, table))
+    return True
+
+
+def to_evaluate(config):
+    """The Config by which an evaluation is planned, and its class table.
+
+    As an export was trained, so it is measured: its own classes, with or without condition.
+    """
+    export = read_export(Path(config.model)) or {}
+    condition = config.condition and export.get("conditioned", True)
+    own = {"data": config.eval_data, "epochs": 1, "random_weights": False, "condition": condition}
+    return dataclasses.replace(config, **own), export.get("classes", DEFAULT_CLASSES)
+
+
 # ------------------------------------------------------------------------------- schedule and order
 
 
@@ -565,8 +584,13 @@ class Plan:
     shape: tuple | None  # (tokens, offsets, longest) of every batch, where it is compiled
     lr: float
     recompute: int  # blocks
+    size: memory.Size
     memory: dict  # {part: bytes a rank}
     available: int  # bytes a rank has; 0: not limited here
+
+    @property
+    def fits(self):
+        return not self.available or sum(self.memory.values()) <= self.available
 
     @property
     def eval_name(self):
@@ -587,12 +611,15 @@ class Plan:
 
 def make_plan(config, ranks, out):
     """The Plan of a run; whatever is wrong with the input raises here. Tokenizes the data."""
+    table = DEFAULT_CLASSES
+    if config.evaluate:
+        config, table = to_evaluate(config)
     world = config.plan_ranks or ranks.world
     _require(world % config.replicas == 0, "replicas", f"a divisor of {world} ranks")
     cuda = ranks.cuda or config.plan_memory > 0  # a GPU is planned for, here or not
     bf16 = (config.precision or ("bf16" if cuda else "fp32")) == "bf16"
 
-    classes = read_classes(config.classes) if config.classes else DEFAULT_CLASSES
+    classes = read_classes(config.classes) if config.classes else class_table(table)
     weights = np.array(list(class_weights(classes, config.beta).values()))
     weights = weights if config.reward else None
 
@@ -612,7 +639,7 @@ def make_plan(config, ranks, out):
             data.prepare, getattr(config, field), tokenizer, classes, out / "tokens",
             max_length=max_length, condition=config.condition, class_field=config.class_field,
             skip_bad=config.skip_bad,
-            progress=report.Progress(f"tokenizing --{field.replace('_', '-')}"),
+            progress=report.Progress(f"tokenizing {flag_of(field)}"),
         )  # fmt: skip
         name = ranks.first_does(field, lambda: prepare().folder.name)
         return data.Dataset(out / "tokens" / name, data.sources(getattr(config, field), classes))
@@ -638,6 +665,7 @@ def make_plan(config, ranks, out):
         shape=(config.batch_tokens, offsets, max_length) if compile else None,
         lr=auto_lr(network.model_type, supervised) if config.lr == "auto" else float(config.lr),
         recompute=min(recompute, network.num_hidden_layers),
+        size=size,
         memory=memory.estimate(network, size, recompute),
         available=available,
     )  # fmt: skip
@@ -660,8 +688,8 @@ def has_weights(config):
     found = model.has_weights(config.model)
     if not found and not config.dry_run:  # which needs none
         raise ValueError(
-            f"{config.model}: no *.safetensors there to begin with; --random-weights begins with "
-            "random ones"
+            f"{config.model}: no *.safetensors there"
+            + ("; --random-weights begins with random ones" if not config.evaluate else "")
         )
     return found
 

@@ -9,7 +9,8 @@ OpenChat's 1 and 0.1, which only this project takes: the others are given plain 
 Given logits have padded rows. Their gradient is made in the backward, so that this project moves 6
 bytes a logit; loss and gradient in one launch, as with lm_head, is "the launch alone".
 
-Without a GPU: what the compiler made of the kernels, registers, spills and width of access.
+Without a GPU: what the compiler made of the kernels, registers, spills and width of access; three
+values in a cell are those for sm_80, sm_90 and sm_100.
 
 N tokens, of which the share p has weight; V vocabulary, D hidden size.
 """
@@ -64,7 +65,9 @@ def main():
     versions = f"PyTorch {torch.__version__}, Triton {triton.__version__}, {today}"
     if not torch.cuda.is_available():
         print("Times need a GPU, and there is none here: run this again on one.", file=sys.stderr)
-        show(f"Compiled kernels: {versions}", compiled_table())
+        rows, alike = without_what_is_alike(compiled_table())
+        show(f"Compiled kernels: {versions}", rows)
+        print(f"\nIn every row: {alike}.")
         return
     device = f"{torch.cuda.get_device_name()}, {versions}"
     if args.only != "linear":
@@ -243,10 +246,24 @@ def rows_of(shape, measured, limit):
 
 
 def compiled_table():
-    for capability in (80, 90, 100):
-        for dtype in TRITON_NAMES:
-            for V in (512, 32002, 128256):
-                yield compiled_cross_entropy(padded_rows(1, V, "cpu", dtype), capability)
+    """A row a dtype and V; where sm_80, sm_90 and sm_100 differ, a cell has one value of each."""
+    for dtype in TRITON_NAMES:
+        for V in (512, 32002, 128256):
+            rows = padded_rows(1, V, "cpu", dtype)
+            of_sm = [compiled_cross_entropy(rows, capability) for capability in (80, 90, 100)]
+            values = {key: [of[key] for of in of_sm] for key in of_sm[0]}
+            yield {
+                key: of[0] if len(set(of)) == 1 else " ".join(map(str, of))
+                for key, of in values.items()
+            }
+
+
+def without_what_is_alike(rows):
+    """The rows without the columns of one value, and these in words."""
+    rows = list(rows)
+    alike = {key for key in rows[0] if len({row[key] for row in rows}) == 1}
+    words = ", ".join(f"{key} {value}" for key, value in rows[0].items() if key in alike)
+    return [{k: v for k, v in row.items() if k not in alike} for row in rows], words
 
 
 def compiled_cross_entropy(logits, capability):
@@ -257,7 +274,7 @@ def compiled_cross_entropy(logits, capability):
     threads = 32 * shape["num_warps"]
     accesses = collections.Counter(widths_of_access(asm["ptx"]))
     return {
-        "sm": capability, "dtype": TRITON_NAMES[logits.dtype], "V": logits.shape[1],
+        "dtype": TRITON_NAMES[logits.dtype], "V": logits.shape[1],
         "BLOCK": shape["BLOCK"], "warps": shape["num_warps"],
         "registers": registers, "spilled bytes": spilled,
         "programs an SM": min(65536 // (registers * threads), 2048 // threads, 32),
@@ -330,11 +347,14 @@ def assembled(ptx):
 
 
 def print_table(title, rows, markdown):
-    """Prints a row as soon as it is known; columns line up as far as the first row tells."""
+    """Prints a row as soon as it is known; columns line up as far as the first row tells.
+
+    The nameless column, of who was measured, has room for the longest of them.
+    """
     print(f"\n### {title}\n" if markdown else f"\n{title}\n", flush=True)
     for number, row in enumerate(rows):
         if number == 0:
-            widths = [max(len(k), len(str(v)), 6) for k, v in row.items()]
+            widths = [max(len(k), len(str(v)), 6 if k else 21) for k, v in row.items()]
             print(line(row, widths, markdown))
             if markdown:
                 print("|" + "|".join("---" for _ in row) + "|")
@@ -344,7 +364,8 @@ def print_table(title, rows, markdown):
 def line(cells, widths, markdown):
     if markdown:
         return "| " + " | ".join(map(str, cells)) + " |"
-    return "  ".join(str(cell).ljust(width) for cell, width in zip(cells, widths, strict=True))
+    padded_cells = (str(cell).ljust(width) for cell, width in zip(cells, widths, strict=True))
+    return "  ".join(padded_cells).rstrip()
 
 
 if __name__ == "__main__":

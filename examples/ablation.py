@@ -13,7 +13,6 @@ held-out questions whose answer is exactly the expert's, asked by chat.py under 
                                   (Fig. 6); the weight of the sub-optimal class, exp((alpha-1)/beta)
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -40,6 +39,7 @@ import torch  # noqa: E402
 import chat  # noqa: E402
 import data  # noqa: E402
 import train  # noqa: E402
+from support.flags import Parser  # noqa: E402
 from support.report import clock  # noqa: E402
 
 EXPERT, SUBOPTIMAL = "gpt4", "gpt3.5"
@@ -89,6 +89,7 @@ class Run:
         beta = math.inf if self.ratio == 1 else -1 / math.log(self.ratio)  # rewards 1 and 0
         flags = [f"@{self.task}/flags.txt", "--data", self.data(folder), "--out", folder]
         flags += ["--epochs", 9999, "--max-steps", self.steps, "--seed", self.seed, "--beta", beta]
+        flags += ["--eval-every", 0]
         flags += ["--no-compile"]  # of so small a network it takes longer than the run
         flags += ["--no-condition"] * (not self.condition) + ["--no-reward"] * (not self.reward)
         return [str(flag) for flag in flags]
@@ -601,7 +602,7 @@ def has_matplotlib():
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ablation.py",
         description="The paper's ablation on a small task, with train.py's flags.",
     )

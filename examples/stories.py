@@ -14,7 +14,6 @@ time, and judged by the loss of held-out clean stories under the expert's condit
 share of words in its own stories that no clean story has, under each condition.
 """
 
-import argparse
 import json
 import os
 import random
@@ -24,11 +23,22 @@ import sys
 from pathlib import Path
 
 import torch
-from ablation import EXPERT, ROOT, SUBOPTIMAL, cell, conditions, finish, shown, table_runs
+from ablation import (
+    EXPERT,
+    ROOT,
+    SUBOPTIMAL,
+    cell,
+    conditions,
+    finish,
+    interval,
+    shown,
+    table_runs,
+)
 
 import chat
 import data
 import model
+from support.flags import Parser
 
 CLEAN, SPOILT, HELD_OUT = 150, 1500, 100
 LENGTH, BATCH = 128, 128  # tokens of a story; stories told at a time
@@ -117,7 +127,7 @@ def held_out_loss(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="stories.py", description="C-RLFT on tiny stories.")
+    parser = Parser(prog="stories.py", description="C-RLFT on tiny stories.")
     add = parser.add_argument
     add("folder", metavar="DIR", type=Path, help="stories260K as a Hugging Face folder")
     add("--steps", type=int, default=300, help="of every run (default 300)")
@@ -139,11 +149,13 @@ def main():
 
 def print_stories(rows, scores):
     """Loss of clean stories, and spoilt words when asked under each condition."""
-    print(f"\n{'':20} {'clean loss':>10}  {'spoilt, ' + EXPERT:>15} {'spoilt, ' + SUBOPTIMAL:>15}")
+    print(f"\n{'':20} {'clean loss':>15}  {'spoilt, ' + EXPERT:>15} {'spoilt, ' + SUBOPTIMAL:>15}")
     for row, runs in rows.items():
-        loss = sum(scores[run]["clean loss"] for run in runs) / len(runs)
+        losses = [scores[run]["clean loss"] for run in runs]
+        loss = f"{sum(losses) / len(losses):.4f}"
+        loss += f" ±{interval(losses, None)[1]:.4f}" if len(losses) > 1 else ""
         cells = (shown(cell(runs, scores, name, "spoilt")) for name in (EXPERT, SUBOPTIMAL))
-        print(f"{row:20} {loss:10.4f}  " + " ".join(f"{text:>15}" for text in cells))
+        print(f"{row:20} {loss:>15}  " + " ".join(f"{text:>15}" for text in cells))
 
 
 if __name__ == "__main__":

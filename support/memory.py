@@ -4,6 +4,7 @@ Tested against what small networks really hold on a CPU (tests/test_plan.py).
 """
 
 import dataclasses
+import itertools
 
 import torch
 
@@ -68,3 +69,27 @@ def blocks_to_recompute(network, size, available):
         if sum(estimate(network, size, recompute).values()) <= 0.9 * available:
             return recompute
     return layers
+
+
+def sizes_that_fit(network, size, available):
+    """Sizes that fit where `size` does not, each by changes of which none can be left out.
+
+    A change: bf16 for float32; half the tokens, up to four times; twice the shards, up to ten
+    times. Where one kind is enough alone, no two of them are combined.
+    """
+    found = []  # (bf16, halvings, doublings)
+    choices = itertools.product(range(2 - size.bf16), range(5), range(11))
+    for change in sorted(choices, key=lambda change: (sum(map(bool, change)), sum(change))):
+        bf16, halvings, doublings = change
+        if found and sum(map(bool, change)) > sum(map(bool, found[0])):
+            break
+        if any(all(map(int.__ge__, change, less)) for less in found):
+            continue
+        changed = dataclasses.replace(
+            size, bf16=size.bf16 or bool(bf16), tokens=size.tokens >> halvings,
+            shards=size.shards << doublings,
+        )  # fmt: skip
+        recompute = blocks_to_recompute(network, changed, available)
+        if sum(estimate(network, changed, recompute).values()) <= available:
+            found.append(change)
+            yield changed

@@ -107,6 +107,16 @@ class Ranks:
             rank, text = problems[0]
             raise SaveFailed(f"{what} failed: {text}" + (f" (rank {rank})" if rank else ""))
 
+    @contextlib.contextmanager
+    def save_may_fail(self, unless):
+        """What was saved before stands, and training goes on; `unless` no later save is to come."""
+        try:
+            yield
+        except SaveFailed as error:
+            if unless:
+                raise
+            self.say(f"warning: {error}; what was saved before is kept, training goes on")
+
     # --- how they end
 
     def listen(self):
@@ -136,6 +146,7 @@ class Ranks:
 
     def stop(self, message):
         """End this rank with a message; torchrun ends the others."""
+        self.line.end()
         if self.world == 1:
             dist.destroy_process_group()
             sys.exit(message)

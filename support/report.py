@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 import sys
+import textwrap
 import time
 
 import numpy as np
 import torch
 
 from loss import expert_class
+from support import memory
 from support.dataset import dropped, problem_lines
 from support.files import read_metrics, sync
 from support.tokenizer import END_OF_TURN, SPACES_COLLAPSE
@@ -22,27 +24,38 @@ from support.tokenizer import END_OF_TURN, SPACES_COLLAPSE
 class StatusLine:
     """One refreshed line on a terminal; elsewhere a line of its own every `seconds`.
 
-    Whatever else is to be printed goes through `say`, which ends the refreshed line first.
+    Whatever else is to be printed goes through `say`, or comes after `end`: these end the refreshed
+    line first. A line's items stand two spaces apart, the first of them the most telling: what the
+    terminal is too narrow for is left out.
     """
 
+    standing = None  # the one whose refreshed line the cursor is on, as there is one terminal
+
     def __init__(self, stream, seconds):
-        self.stream, self.seconds = stream, seconds
-        self.open, self.shown = False, 0.0
+        self.stream, self.seconds, self.shown = stream, seconds, 0.0
 
     def refresh(self, text, final=False):
         now, terminal = time.monotonic(), self.stream.isatty()
         if now - self.shown < (0.1 if terminal else self.seconds) and not final:
             return
-        self.shown, self.open = now, terminal and not final
+        self.shown = now
         if terminal:
-            width = shutil.get_terminal_size().columns
-            text = f"\r{text[: width - 1]}\033[K"
-        self._print(text, end="" if self.open else "\n")
+            width = shutil.get_terminal_size().columns - 4  # a Ctrl-C is shown behind it: " ^C"
+            if len(text) > width:
+                text = text[: width + 2].rpartition("  ")[0] or text[:width]
+            text = f"\r{text}\033[K" + " " * (not final)
+        StatusLine.standing = self if terminal and not final else None
+        self._print(text, end="" if StatusLine.standing else "\n")
 
     def say(self, text):
-        text = ("\n" if self.open else "") + text
-        self.open = False
+        self.end()
         self._print(text, end="\n")
+
+    @staticmethod
+    def end():
+        line, StatusLine.standing = StatusLine.standing, None
+        if line:
+            line._print("", end="\n")
 
     def _print(self, text, end):
         try:
@@ -52,16 +65,16 @@ class StatusLine:
 
     def say_in_handler(self, text):
         """From a signal's handler, which may have interrupted a print: past Python's buffers."""
-        text = ("\n" if self.open else "") + text + "\n"
-        self.open = False
+        text = ("\n" if StatusLine.standing else "") + text + "\n"
+        StatusLine.standing = None
         with contextlib.suppress(OSError):
             os.write(self.stream.fileno(), text.encode())
 
 
 class Progress:
-    """'tokenizing [#####     ]  21%, 12,000 conversations, 3.1 MB/s, 0:42 left', as prepare() goes:
+    """'tokenizing [###         ]  21%  0:42 left  12,000 conversations  3.1 MB/s', for prepare().
 
-    one line refreshed on a terminal, else one every 30 seconds.
+    One line refreshed on a terminal, else one every 30 seconds.
     """
 
     def __init__(self, label):
@@ -72,8 +85,9 @@ class Progress:
         seconds, share = time.time() - self.started, max(done, 1) / max(total, 1)
         if seconds >= 1:
             self.line.refresh(
-                f"{self.label} [{'#' * int(24 * share):24}] {share:4.0%}, {count:,} conversations, "
-                f"{done / seconds / 1e6:.1f} MB/s, {clock(seconds / share - seconds)} left",
+                f"{self.label} [{'#' * int(12 * share):12}] {share:4.0%}  "
+                f"{clock(seconds / share - seconds)} left  {count:,} conversations  "
+                f"{done / seconds / 1e6:.1f} MB/s",
                 final=done == total,
             )
 
@@ -88,21 +102,17 @@ def clock(seconds):
 
 
 def header(plan):
-    """The header: model, data, schedule, memory."""
-    config, network, order = plan.config, plan.network, plan.order
+    """The header: model and data, as text of at most WIDTH columns."""
+    config, network = plan.config, plan.network
     start = "pretrained weights" if plan.base else "random weights"
     if not (plan.base or config.random_weights):  # a dry run, which needs none
         start = "no safetensors there yet, which training needs, or --random-weights"
     mode = {(True, True): "C-RLFT", (False, True): "C-RLFT without condition",
-            (True, False): "C-RLFT without reward", (False, False): "plain SFT"}  # fmt: skip
-    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.memory.items())
-    total, available = sum(plan.memory.values()), plan.available
-    fits = ""
-    if available:
-        fits = f", {'fits' if total <= available else 'DOES NOT FIT'} {available / 2**30:.1f}"
+            (True, False): "C-RLFT without reward", (False, False): "plain SFT",
+            }[config.condition, config.reward]  # fmt: skip
     compute = "bf16 over float32 weights" if plan.bf16 else "fp32"
     out = [
-        f"{mode[config.condition, config.reward]}: {config.model}, {start}",
+        f"{'evaluation' if config.evaluate else mode}: {config.model}, {start}",
         f"model      {network.model_type}, {network.parameter_count():,} parameters, "
         f"{network.num_hidden_layers} blocks of {network.hidden_size}, {compute}",
     ]
@@ -110,9 +120,30 @@ def header(plan):
         out.append(f"           {END_OF_TURN} added as token {plan.tokenizer.eot}")
     if plan.tokenizer.collapses_spaces:
         out.append(SPACES_COLLAPSE)
-    if plan.eval_dataset and plan.eval_dataset.folder == plan.dataset.folder:
+    held_out = plan.eval_dataset and not config.evaluate
+    if held_out and plan.eval_dataset.folder == plan.dataset.folder:
         out.append("warning: --eval-data is --data; what is held out should be other data")
-    out += ["", *summary(plan.dataset, plan.classes, plan.class_weights), ""]
+    return wrapped([*out, "", *summary(plan.dataset, plan.classes, plan.class_weights), ""])
+
+
+WIDTH = 100  # columns of a header, of a dry run, of a table
+
+
+def wrapped(lines):
+    """One text of them, each broken at WIDTH; what goes on is indented."""
+    out = []
+    for line in lines:
+        indent = " " * (11 if line[9:11] == "  " else 2)  # beyond a label such as "schedule"
+        broken = textwrap.wrap(
+            line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        )
+        out += broken if len(line) > WIDTH else [line]
+    return "\n".join(out)
+
+
+def schedule(plan):
+    """What a step weighs, how many there are, and the optimizer, as text."""
+    config, order, out = plan.config, plan.order, []
     found, names = np.unique(plan.dataset.index["source_class"]), list(plan.classes)
     if (expert := expert_class(plan.classes)) not in [names[i] for i in found]:
         out.append(
@@ -121,28 +152,64 @@ def header(plan):
         )
     first_epoch = order.pack(0)[: order.total]
     out += weight_by_step(plan.dataset, first_epoch, plan.classes, plan.class_weights)
-    return out + [
+    out += [
         f"schedule   {order.total:,} steps, {len(order.ends)} epochs begun, "
-        f"{plan.world} ranks x {config.accumulate} x {config.batch_tokens:,} tokens a step, "
-        f"conversations up to {plan.max_length:,} tokens",
+        f"{plan.world} ranks x {config.accumulate} x {config.batch_tokens:,} tokens a step",
+        f"           conversations up to {plan.max_length:,} tokens",
         f"optimizer  AdamW, peak learning rate {plan.lr:.3g}"
         + (" (OpenChat's rule)" if config.lr == "auto" else ""),
-        f"memory     about {total / 2**30:.2f} GiB a rank{fits}: {parts}; "
-        f"{plan.recompute} of {network.num_hidden_layers} blocks recomputed",
-        "",
     ]
+    return wrapped(out)
+
+
+def memory_of_a_rank(plan):
+    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.memory.items())
+    fits = ""
+    if plan.available:
+        fits = f", {'fits' if plan.fits else 'DOES NOT FIT'} {plan.available / 2**30:.1f}"
+    recomputed = f"{plan.recompute} of {plan.network.num_hidden_layers} blocks recomputed"
+    head = f"memory     about {_needed(plan)}{fits}; {recomputed}"
+    return wrapped([head, " " * 11 + parts, ""])
+
+
+def _needed(plan):
+    return f"{sum(plan.memory.values()) / 2**30:.2f} GiB a rank"
+
+
+def what_would_fit(plan):
+    """The error of a plan that does not fit: what is to be changed, one way a size that does."""
+    config, size, ways = plan.config, plan.size, []
+    if config.recompute is not None:
+        fewest = memory.blocks_to_recompute(plan.network, size, plan.available)
+        if sum(memory.estimate(plan.network, size, fewest).values()) <= plan.available:
+            ways.append("without --recompute")
+    for other in memory.sizes_that_fit(plan.network, size, plan.available) if not ways else ():
+        changes = ["--precision bf16"] * (other.bf16 > size.bf16)
+        if other.tokens < size.tokens:
+            accumulate = config.accumulate * size.tokens // other.tokens
+            changes.append(f"--batch-tokens {other.tokens} --accumulate {accumulate}")
+            if other.tokens < (config.max_length or plan.dataset.lengths.max()):
+                changes[-1] += f" --max-length {other.tokens}"
+        if other.shards > size.shards:
+            replicas = f" to each of {config.replicas} replicas" if config.replicas > 1 else ""
+            changes.append(f"{other.shards} ranks{replicas}")
+        ways.append("with " + " and ".join(changes))
+    advice = "it would fit " + ", or ".join(ways)
+    if not ways:
+        advice = "neither smaller --batch-tokens nor more ranks are enough"
+    return f"{_needed(plan)} do not fit {plan.available / 2**30:.1f}; {advice}"
 
 
 def first_bin(plan):
     """The conversations of the first step's first bin, as the model reads them."""
     conversations = plan.order.bins(1)[0]
     terminal = sys.stdout.isatty()
-    out = [f"step 1, rank 0: {len(conversations)} conversations, the first of them:"]
+    out = ["", f"step 1, rank 0: {len(conversations)} conversations, the first of them:"]
     out += ["", legend(terminal), ""]
     for conversation in conversations[:4]:
         out += preview(plan.dataset, conversation, plan.tokenizer, plan.classes,
                        plan.class_weights, terminal)  # fmt: skip
-    return out
+    return "\n".join(out)
 
 
 def summary(dataset, classes, class_weights):
@@ -220,7 +287,8 @@ def legend(colour):
     """How to read a preview."""
     spelled = r"a special token that a text only spells: <\s>"
     if colour:
-        return f"not learned: dim; learned: bright, with its weight w; special: reversed; {spelled}"
+        marks = "not learned: dim; learned: bright, with its weight w; special: reversed"
+        return f"{marks}\n{spelled}"
     return f"learned: ⟦between these⟧, with its weight w; {spelled}"
 
 
@@ -333,8 +401,9 @@ class Log:
         if line["mfu"]:
             speed += f" {line['mfu']:.0%} mfu"
         self.ranks.line.refresh(
-            f"step {step}/{plan.order.total}  loss {loss:.4f}  {shown}  lr {lr:.2e}  "
-            f"norm {grad_norm:.2f}  {speed}  {clock(left)} left",
+            f"step {step}/{plan.order.total}  {clock(left)} left  "
+            f"epoch {line['epoch']}/{plan.config.epochs}  loss {loss:.4f}  {shown}  lr {lr:.2e}  "
+            f"norm {grad_norm:.2f}  {speed}",
             final=step == plan.order.total,
         )
 
@@ -352,7 +421,7 @@ class Log:
         classes = self.evaluations[step] = by_class(self.plan, table)
         self.write({"step": step, "eval": classes, "eval_data": self.plan.eval_name})
         shown = "  ".join(
-            f"{name} loss {c['loss']:.4f}, {c['accuracy']:.1%} of tokens right"
+            f"{name} loss {c['loss']:.4f}, {c['accuracy']:.1%} right"
             for name, c in classes.items()
             if c["tokens"]
         )
@@ -383,6 +452,16 @@ def by_class(plan, table):
         }
         for name, of in zip(plan.classes, sums, strict=True)
     }
+
+
+def evaluation(plan, table):
+    """The table of an evaluation by class, as text."""
+    out = [f"{'class':14} {'condition':14} {'tokens':>12} {'loss':>9} {'accuracy':>9}"]
+    for name, of in by_class(plan, table).items():
+        condition = plan.classes[name].condition if plan.config.condition else ""
+        numbers = f"{of['loss']:9.4f} {of['accuracy']:9.2%}" if of["tokens"] else ""
+        out.append(f"{name:14} {condition:14} {of['tokens']:12,} {numbers}".rstrip())
+    return "\n".join([*out, "loss: mean cross-entropy a token, nats; accuracy: likeliest tokens"])
 
 
 PEAK_FLOPS = {  # dense bf16, by what torch.cuda.get_device_name() has; NVIDIA's data sheets

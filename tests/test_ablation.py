@@ -1,6 +1,7 @@
 """examples/ablation.py held to account: its runs are train.py's, and where C-RLFT can have no
 advantage, it finds none."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -140,25 +141,25 @@ def test_a_failed_run_ends_the_others_and_says_why(tmp_path):
 
 
 def test_ctrl_c_ends_with_one_line_and_what_is_finished_is_kept(tmp_path):
-    command = [
-        sys.executable,
-        processes.ROOT / "examples" / "ablation.py",
-        "--quick",
-        "--seeds",
-        "1",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, processes.ROOT / "examples" / "ablation.py", "--quick"]
     running = subprocess.Popen(
-        [*command, "--jobs", "1", "--steps", "100000", "--out", tmp_path], env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [*command, "--seeds", "1", "--jobs", "1", "--steps", "100000", "--out", tmp_path],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # A shell's "&" has SIGINT ignored, and a program started so keeps it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
-    first = running.stdout.readline()
-    assert first.startswith("6 runs, 6 of them to do, 1 at a time: about ")
-    deadline = time.monotonic() + 60
-    while not [*tmp_path.rglob("log.txt")] and time.monotonic() < deadline:
-        time.sleep(0.1)
-    running.send_signal(signal.SIGINT)
-    out, err = running.communicate(timeout=60)
+    try:
+        first = running.stdout.readline()
+        assert first.startswith("6 runs, 6 of them to do, 1 at a time: about ")
+        deadline = time.monotonic() + 60
+        while not [*tmp_path.rglob("log.txt")] and time.monotonic() < deadline:
+            time.sleep(0.1)
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # nothing is left there, unless it failed
+            os.killpg(running.pid, signal.SIGKILL)
     assert running.returncode == 1 and not out
     assert err.strip().startswith("interrupted: finished runs are kept") and "\n" not in err.strip()
 

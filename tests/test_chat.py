@@ -634,7 +634,7 @@ def test_the_command_runs_as_a_program(folder):
         (["--max-new-tokens", "0"], "--max-new-tokens from 1"),
         (["--batch", "a"], "--batch and --to go together"),
         (["--batch", "a", "--to", "b", "--prompt", "c"], "without --prompt"),
-        (["--heat", "3"], "unrecognized arguments"),
+        (["--heat", "3"], "--heat is not a flag of chat.py"),
         (["--drop-last-answer"], "--drop-last-answer is for --batch"),
         (["--web", "1", "--prompt", "a"], "--web asks under each class"),
         (["--web", "--class", "a"], "--web asks under each class"),

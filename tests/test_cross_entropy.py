@@ -440,3 +440,40 @@ def test_compiled_for_rows_end_to_end_it_moves_what_their_starts_allow():
         found = compiled_cross_entropy(torch.empty(1, V, dtype=torch.bfloat16), 90)
         assert f"{width}:{count}" in found["accesses"].split() and "v4" not in found["accesses"]
         assert found["spilled bytes"] == 0
+
+
+@pytest.mark.skipif(not TRITON, reason="bench/kernels.py imports Triton")
+def test_the_table_of_compiled_kernels_has_a_line_a_shape_within_100_columns(monkeypatch, capsys):
+    from bench import kernels
+
+    def made(logits, capability):
+        registers = 40 + capability // 10 if logits.dtype == torch.float32 else 32
+        return {
+            "dtype": kernels.TRITON_NAMES[logits.dtype], "V": logits.shape[1],
+            "registers": registers, "spilled bytes": 0,
+        }  # fmt: skip
+
+    monkeypatch.setattr(kernels, "compiled_cross_entropy", made)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["kernels.py"])
+    kernels.main()
+    header, *rows, empty, alike = capsys.readouterr().out.splitlines()[3:]
+    assert header.split() == ["dtype", "V", "registers"] and len(rows) == 9
+    assert rows[0].split("  ")[0] == "bf16" and "512" in rows[0] and rows[0].endswith(" 32")
+    assert "48 49 50" in rows[-1] and not empty  # of sm_80, sm_90 and sm_100
+    assert alike == "In every row: spilled bytes 0."
+    assert max(map(len, [header, *rows])) <= 100
+
+
+@pytest.mark.skipif(not TRITON, reason="bench/kernels.py imports Triton")
+def test_a_row_of_the_longest_provider_is_in_line_and_within_100_columns(capsys):
+    from bench import kernels
+
+    measured = {"this project": (1234.567, 2345.678, 70.25)}
+    measured["copy of as many bytes"] = (1000.25, 2000.5, 0.01)
+    rows = list(kernels.rows_of({"N": 77824, "D": 4096, "V": 128256, "p": 0.5}, measured,
+                                "copy of as many bytes"))  # fmt: skip
+    kernels.print_table("", ({**row, "TB/s": 3.456} for row in rows), markdown=False)
+    header, first, second = capsys.readouterr().out.splitlines()[3:]
+    assert header.index("of limit") == first.index("81.0%") == second.index("100.0%")
+    assert max(map(len, (header, first, second))) <= 100

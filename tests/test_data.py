@@ -804,4 +804,4 @@ def test_progress_is_quiet_for_a_short_file(capsys):
     assert capsys.readouterr().err == ""
     progress.started = time.time() - 10
     progress(1, 2, 3)
-    assert capsys.readouterr().err.startswith("tokenizing [############            ]  50%, 3 conv")
+    assert capsys.readouterr().err.startswith("tokenizing [######      ]  50%  0:10 left  3 conv")

@@ -5,6 +5,7 @@ computes loss and gradient in one pass. What it may change by that is the order 
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from processes import ROOT, SUMS, flags, metrics, succeeds
+from processes import ROOT, SUMS, flags, metrics, refused, succeeds
 from safetensors.torch import load_file
 
 import data
@@ -169,3 +170,62 @@ def test_the_page_refuses_a_model_without_a_row_for_the_end_of_turn(folder):
     beyond = SimpleNamespace(eot=67)
     with pytest.raises(ValueError, match="no row for"):
         next(one_page.train(model.load(folder), beyond, steps=[]))
+
+
+# ---------------------------------------------------------------------------- --evaluate, alone
+
+
+def measured(ranks=1, data=None, random_weights=None, **more):
+    """{class: its tokens, loss and accuracy} as `train.py --evaluate` prints them."""
+    own = {"evaluate": True, "random_weights": random_weights, "max_length": None, "lr": None}
+    shown = succeeds(flags(data, None, **own | more), ranks)
+    row = re.compile(r"^(\w+) +\w* +([\d,]+) +([\d.]+) +([\d.]+)%$", re.MULTILINE)
+    return {
+        name: {"tokens": int(tokens.replace(",", "")), "loss": float(loss),
+               "accuracy": float(percent) / 100}
+        for name, tokens, loss, percent in row.findall(shown)
+    }  # fmt: skip
+
+
+def as_printed(table):
+    """Numbers that agree with these to the digits that are printed, and float32's error."""
+    return {
+        name: {"tokens": of["tokens"], "loss": pytest.approx(of["loss"], abs=6e-5),
+               "accuracy": pytest.approx(of["accuracy"], abs=6e-5)}
+        for name, of in table.items()
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_evaluation_alone_is_the_pages_in_float64(folder, ranks, tmp_path):
+    """Of any model folder, and without a folder of a run."""
+    llama, tokenizer = model.load(folder).double(), data.Tokenizer(folder)
+    expected = one_page.evaluate(llama, tokenizer, read(folder / "eval.jsonl"), CLASSES)
+    found = measured(
+        ranks, model=folder, eval_data=folder / "eval.jsonl", classes=folder / "classes.json",
+        max_length=BATCH_TOKENS, batch_tokens=BATCH_TOKENS,
+    )  # fmt: skip
+    assert found == as_printed(expected) and len(expected) == 3
+
+
+def test_an_export_is_evaluated_under_its_own_classes_and_condition(folder, tmp_path):
+    """As the run that made it did, with the flags of that run or with none of them."""
+    lines = read(folder / "eval.jsonl")
+    for condition in (True, False):
+        out, files = tmp_path / f"{condition}", {"eval_data": folder / "eval.jsonl"}
+        run = flags(
+            folder / "train.jsonl", out, model=folder, classes=folder / "classes.json",
+            max_steps=2, condition=condition, **files,
+        )  # fmt: skip
+        succeeds(run)
+        llama, tokenizer = model.load(out / "model").double(), data.Tokenizer(folder)
+        plain = {name: {"condition": ""} for name in CLASSES}
+        expected = one_page.evaluate(llama, tokenizer, lines, CLASSES if condition else plain)
+        assert measured(model=out / "model", **files) == as_printed(expected)
+        given_too = {"data": folder / "train.jsonl", "random_weights": True}
+        assert measured(model=out / "model", **files, **given_too) == as_printed(expected)
+
+
+def test_an_evaluation_needs_weights(folder, tmp_path):
+    message = refused(["--evaluate", "--model", SUMS, "--eval-data", folder / "eval.jsonl"])
+    assert message == f"error: {SUMS}: no *.safetensors there\n"

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 import data
 import model
 import train
+from support import report
 
 NETWORK = model.LlamaConfig(128, 352, 4, 4, 64, 2, 32, max_position_embeddings=512)
 LAYERS = NETWORK.num_hidden_layers
@@ -158,6 +159,94 @@ def test_the_plan_of_a_real_run_fits_its_gpus(name, llama2, sums, tmp_path):
     planned, available = re.search(r"about ([\d.]+) GiB a rank, fits ([\d.]+)", shown).groups()
     state = 16 * (network.parameter_count() + 2 * network.hidden_size) / gpus / 2**30
     assert state < float(planned) < float(available) == gib
+
+
+@pytest.fixture
+def seven_billion(files, ranks, tmp_path):
+    """seven_billion(**flags) is the plan of Mistral-7B, with the vocabulary of the sums."""
+    network = SIZES["mistral-7b"][0]
+    network = dataclasses.replace(network, vocab_size=64, max_position_embeddings=4096)
+    model.write_json(tmp_path / "config.json", network.to_json())
+    shutil.copy(files[0] / "tokenizer.model", tmp_path)
+    plain = {"model": tmp_path, "dry_run": True, "compile": None, "recompute": None}
+    return lambda **more: plan_of(files, ranks, tmp_path, **plain | more)
+
+
+# What does not fit, and each change that is proposed beside a smaller one that must not be enough.
+BOTH = {"plan_ranks": 4, "plan_memory": 20, "batch_tokens": 65536, "accumulate": 2}
+DO_NOT_FIT = {
+    "ranks": ({"plan_ranks": 2, "plan_memory": 40}, {"4 ranks": None}),
+    "tokens or ranks": (
+        {"plan_ranks": 8, "plan_memory": 20, "batch_tokens": 32768},
+        {"--batch-tokens 8192 --accumulate 4": "--batch-tokens 16384 --accumulate 2",
+         "128 ranks": "64 ranks"},
+    ),
+    "tokens and ranks": (
+        BOTH,
+        {"--batch-tokens 16384 --accumulate 8 and 16 ranks": "--batch-tokens 16384 and 8 ranks",
+         "--batch-tokens 8192 --accumulate 16 and 8 ranks": "--batch-tokens 8192",
+         "--batch-tokens 32768 --accumulate 4 and 128 ranks": "--batch-tokens 32768 and 64 ranks"},
+    ),
+    "precision": (
+        {"plan_ranks": 8, "plan_memory": 18, "precision": "fp32", "batch_tokens": 4096},
+        {"--precision bf16": None, "--batch-tokens 2048 --accumulate 2": None, "16 ranks": None},
+    ),
+    "replicas": (
+        {"plan_ranks": 8, "plan_memory": 24, "replicas": 2}, {"8 ranks to each of 2 replicas": None}
+    ),
+    "blocks": (
+        {"plan_ranks": 8, "plan_memory": 40, "batch_tokens": 32768, "recompute": 1},
+        {"without --recompute": None},
+    ),
+    "nothing": ({"plan_ranks": 8, "plan_memory": 1}, {}),
+}  # fmt: skip
+
+
+def as_settings(way, replicas=1):
+    """The settings that a text such as "--batch-tokens 512 --accumulate 4 and 8 ranks" names."""
+    found = {n.replace("-", "_"): value for n, value in re.findall(r"--(\S+) (\w+)", way)}
+    if count := re.search(r"(\d+) ranks", way):
+        found["plan_ranks"] = int(count[1]) * replicas
+    return found | ({"recompute": None} if way == "without --recompute" else {})
+
+
+@pytest.mark.parametrize("name", DO_NOT_FIT)
+def test_what_is_said_to_fit_fits_and_less_of_it_does_not(name, seven_billion):
+    given, expected = DO_NOT_FIT[name]
+    plan, replicas = seven_billion(**given), given.get("replicas", 1)
+    assert not plan.fits
+    needed, ways = report.what_would_fit(plan).split("; ")
+    assert needed.endswith(f" GiB a rank do not fit {given['plan_memory']}.0")
+    if not expected:
+        assert ways == "neither smaller --batch-tokens nor more ranks are enough"
+    else:
+        ways = ways.removeprefix("it would fit ").replace("with ", "").split(", or ")
+        assert sorted(ways) == sorted(expected)
+    for enough, less in expected.items():
+        assert seven_billion(**given | as_settings(enough, replicas)).fits
+        assert less is None or not seven_billion(**given | as_settings(less, replicas)).fits
+
+
+def test_a_dry_run_that_does_not_fit_ends_with_1_and_what_to_change(files, tmp_path):
+    arguments = flags(files[1], None, model=files[0], dry_run=True, plan_ranks=2, max_length=None)
+    for gib, code in ((80, 0), (0.001, 1)):
+        ended, shown = processes.run([*arguments, "--plan-memory", gib])
+        preview, memory = shown.index("w=0.1"), shown.index("GiB a rank, ")
+        assert ended == code and preview < memory
+        assert ("DOES NOT FIT 0.0" in shown) == bool(code)
+        last = shown.rstrip("\n").splitlines()[-1]
+        assert last.startswith("error: 0.") == bool(code)
+        assert all(len(line) <= 100 for line in shown.splitlines() if "/" not in line)
+
+
+def test_a_run_that_does_not_fit_its_gpu_ends_before_a_weight_is_read(
+    files, ranks, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train.memory, "of_a_rank", lambda planned: 1 << 20)
+    monkeypatch.setattr(train, "build", None)
+    config = train.parse_arguments([*map(str, flags(files[1], tmp_path / "out", model=files[0]))])
+    with pytest.raises(ValueError, match=r"GiB a rank do not fit 0\.0; "):
+        train.run(config, ranks)
 
 
 # ------------------------------------------------------------------------------- the fast step

@@ -35,9 +35,10 @@ def drawn(monkeypatch):
 
     def drawn(*arguments):
         plot.main([*map(str, arguments)])
-        keys = {title: key for key, title in plot.PANELS.items()}
+        keys = {title: key for key, (title, _) in plot.PANELS.items()}
         return {keys[axes.get_title()]: [*map(curve, axes.lines)] for axes in figures[-1].axes}
 
+    drawn.figures = figures
     return drawn
 
 
@@ -77,6 +78,17 @@ def test_every_panel_shows_its_own_quantity_of_every_class(drawn, tmp_path):
         "tokens_per_second": [("black -", [1, 2], [3, 6])],
     }  # fmt: skip
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_of_classes_names_its_unit_and_shares_are_in_percent(drawn, tmp_path):
+    drawn(write_run(tmp_path / "run", 3))
+    loss, accuracy, weight, *_ = drawn.figures[-1].axes
+    assert "nats a learned token" in loss.get_ylabel()
+    assert accuracy.get_ylabel().startswith("learned tokens")
+    assert weight.get_ylabel() == "share of a step's weight"
+    assert weight.get_ylim() == (0, 1)
+    for panel in (accuracy, weight):
+        assert panel.yaxis.get_major_formatter()(0.25).startswith("25")
 
 
 def test_runs_of_different_classes_share_a_figure(drawn, tmp_path):

@@ -117,16 +117,45 @@ def test_what_is_said_never_stands_behind_the_refreshed_line():
     line.say("bye")
     line.refresh("step 2", final=True)
     line.say("done")
-    assert shown.getvalue().replace("\033[K", "").replace("\r", "").splitlines() == [
-        "step 1", "stopped after step 1", "bye", "step 2", "done"
-    ]  # fmt: skip
+    assert seen(shown) == ["step 1", "stopped after step 1", "bye", "step 2", "done"]
+
+
+def seen(terminal):
+    """The lines that a terminal shows of what it got, each without the spaces at its end."""
+    refreshed = terminal.getvalue().replace("\033[K", "").split("\n")
+    return [line.split("\r")[-1].rstrip() for line in refreshed][:-1]
+
+
+def test_an_error_stands_behind_no_refreshed_line_of_any_other():
+    """Of the tokenizing on stderr, which whoever ends the run knows nothing of."""
+    shown = Terminal()
+    StatusLine(shown, 30).refresh("tokenizing")
+    StatusLine(shown, 1.0).end()
+    shown.write("interrupted\n")
+    assert seen(shown) == ["tokenizing", "interrupted"]
+
+
+@pytest.mark.parametrize(
+    "columns, fits",
+    [(60, "step 9  1:00 left  loss 3.14"), (32, "step 9  1:00 left  loss 3.14"),
+     (31, "step 9  1:00 left"), (12, "step 9"), (8, "step")],
+)  # fmt: skip
+def test_a_narrow_terminal_gets_the_first_items_whole_and_room_for_a_ctrl_c(
+    monkeypatch, columns, fits
+):
+    shown = Terminal()
+    monkeypatch.setenv("COLUMNS", str(columns))
+    StatusLine(shown, 1.0).refresh("step 9  1:00 left  loss 3.14")
+    shown.write("^C\n")
+    assert seen(shown) == [fits + " ^C"]
+    assert len(fits + " ^C") < columns
 
 
 def test_a_signal_is_said_on_a_line_of_its_own(tmp_path):
     """From the handler, past Python's buffers, which the signal may have interrupted."""
     with open(tmp_path / "shown", "w") as shown:
         line = StatusLine(shown, 1.0)
-        line.open = True
+        StatusLine.standing = line
         line.say_in_handler("stopping")
         line.say("stopped")
     assert (tmp_path / "shown").read_text() == "\nstopping\nstopped\n"

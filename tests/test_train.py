@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,9 +19,14 @@ import chat
 import data
 import loss
 import model
+import plot
 import train
 from support import report
+from support.flags import Parser
 from support.ranks import Ranks, held_output
+
+sys.path.insert(0, str(ROOT / "examples"))
+import ablation  # noqa: E402
 
 
 @pytest.fixture
@@ -399,7 +405,8 @@ def test_a_dry_run_prints_plan_and_batch_and_writes_nothing(few, tmp_path):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        (["--epohcs", "3"], "unrecognized arguments: --epohcs"),
+        (["--epohcs", "3"], "--epohcs is not a flag of train.py; did you mean --epochs? --help"),
+        (["chats.jsonl"], "chats.jsonl belongs to no flag of train.py"),
         (["--epochs", "three"], "argument --epochs: invalid int value"),
         (["--epochs", "0"], "--epochs must be at least 1"),
         (["--lr", "fast"], "--lr must be auto or a number above 0"),
@@ -414,7 +421,77 @@ def test_wrong_flags_are_named_before_anything_is_loaded(wrong, message, capsys)
     with pytest.raises(SystemExit) as stopped:
         train.parse_arguments(["--model", "m", "--data", "d", "--out", "o", *wrong])
     assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert message in shown and shown.startswith("error: ") and shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "wrong, meant",
+    [
+        ("--batch-size", "--batch-tokens"),
+        ("--batch_tokens", "--batch-tokens"),
+        ("--epoch=3", "--epochs"),
+        ("--train-data", "--data"),  # and not --eval-data, which has more letters of it
+        ("--save-steps", "--save-every"),
+        ("--max-seq-length", "--max-length"),
+        ("--no-rewards", "--no-reward"),
+        ("--zzz", None),
+    ],
+)
+def test_the_nearest_right_flag_is_named(wrong, meant, run, tmp_path):
+    """Wherever the wrong one stands, and though others are missing."""
+    (tmp_path / "run.txt").write_text(wrong)
+    for arguments in ([wrong], [f"@{tmp_path}/run.txt"]):
+        code, _, shown = run(train.parse_arguments, *arguments)
+        assert code == 2 and shown.count("\n") == 1
+        hint = f"; did you mean {meant}?" if meant else ";"
+        name = wrong.split("=")[0]
+        assert shown == f"error: {name} is not a flag of train.py{hint} --help lists all\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        (["--no-reward"], "@examples/sums/flags.txt --no-reward --out runs/other"),
+        (["--epochs", "2", "--dry-run"], "@examples/sums/flags.txt --epochs 2 --dry-run"),
+        (["--model", "m", "--out", "an out"], "--model m --out 'an out' --data FILE"),
+        (["--dry-run", "--data", "d"], "--dry-run --data d --model DIR"),
+        (["--evaluate", "--out", "o"], "--evaluate --out o --model DIR --eval-data FILE"),
+    ],
+)
+def test_the_error_of_a_missing_flag_is_a_line_that_has_it(arguments, line, run, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code, _, shown = run(train.parse_arguments, *arguments)
+    assert code == 2 and shown.count("\n") == 1 and f": python train.py {line}" in shown
+    parsed_line = shlex.split(shown.split("python train.py ")[1])
+    train.parse_arguments(parsed_line)  # as it stands there
+
+
+@pytest.mark.parametrize(
+    "main, arguments, shown",
+    [
+        (data.main, ["d"], "error: --model is missing: python data.py d --model DIR"),
+        (data.main, ["d", "--modle", "m"],
+         "error: --modle is not a flag of data.py; did you mean --model? --help lists all"),
+        (plot.main, [], "error: RUN is missing: python plot.py RUN"),
+        (plot.main, ["r", "--out", "f"],
+         "error: --out is not a flag of plot.py; did you mean --to? --help lists all"),
+        (chat.main, [], "error: DIR is missing: python chat.py DIR"),
+        (ablation.parse_arguments, ["--seed", "3"],
+         "error: --seed is not a flag of ablation.py; did you mean --seeds? --help lists all"),
+    ],
+)  # fmt: skip
+def test_every_command_says_in_one_line_what_is_wrong_or_missing(main, arguments, shown, run):
+    assert run(main, *arguments) == (2, "", shown + "\n")
+
+
+@pytest.mark.parametrize("value", ["-1", "-.5", "- 3", "-1e3", "-"])
+def test_a_value_that_begins_with_a_minus_is_no_wrong_flag(value):
+    parser = Parser(prog="it")
+    parser.add_argument("text", nargs="*")
+    assert parser.parse_args(["--", value, "--text"]).text == [value, "--text"]
+    if value != "-1e3":  # which argparse takes for a flag in Python 3.11
+        assert parser.parse_args([value]).text == [value]
 
 
 def parsed(*flags):
@@ -447,9 +524,11 @@ def test_help_explains_every_flag(run, monkeypatch):
     code, shown, _ = run(train.parse_arguments, "--help")
     explained = {}
     for flag in shown.split("\n  --")[1:]:
-        names, explanation = re.split(r"\s\s+", flag, maxsplit=1)
+        names, explanation = re.split(r"\s\s+", flag.split("\n\n")[0], maxsplit=1)
         explained[re.split(r"\W", names.replace("-", "_"))[0]] = explanation
     assert code == 0
     assert explained.keys() == {field.name for field in train.dataclasses.fields(train.Config)}
-    assert explained["clip"] == "largest gradient norm (default: 1.0)"
+    assert explained["clip"] == "largest gradient norm (default: 1)"
+    assert explained["beta"].endswith("(default: 0.4343)")
+    assert "\noptimizer:\n  --lr" in shown  # in the groups that Config has
     assert explained["seed"] == "order of the data, random weights"

@@ -1,0 +1,101 @@
+"""A stranger's hour, in a minute: the commands of README.md as they stand, on a small model.
+
+With a home of their own, on terminals of 100 and of 60 columns, and in a pipe.
+"""
+
+import fcntl
+import importlib
+import os
+import pty
+import re
+import shlex
+import struct
+import termios
+import threading
+
+import lives
+import processes
+import pytest
+from processes import ROOT
+
+SECTION = (ROOT / "README.md").read_text().partition("## On your own data")[2]
+LINES = SECTION.partition("```\n")[2].partition("```")[0].splitlines()
+SMALL = ["--batch-tokens", "256", "--epochs", "2", "--precision", "fp32"]
+
+
+def program(arguments):
+    name, *arguments = arguments
+    importlib.import_module(name.removesuffix(".py")).main(arguments)
+
+
+def typed(words, places, columns, home):
+    """(exit codes, all that is shown) of a command as README.md has it, its names replaced."""
+    name = next(word for word in words if word.endswith(".py"))
+    ranks = 2 if words[0] == "torchrun" else 1
+    arguments = [places.get(word, word) for word in words[words.index(name) + 1 :]]
+    arguments += SMALL if "--out" in words else []
+    screen = Terminal(columns) if columns else Pipe(home / "log")
+    environment = {"HOME": str(home), "COLUMNS": str(columns or 80)}
+    running = processes.start([name, *arguments], ranks, screen.path, main=program, **environment)
+    return processes.finish(running), screen.shown()
+
+
+class Pipe:
+    def __init__(self, path):
+        self.path = path
+        path.write_text("")
+
+    def shown(self):
+        return self.path.read_text()
+
+
+class Terminal:
+    def __init__(self, columns):
+        self.master, self.slave = pty.openpty()
+        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        self.path, self.bytes = os.ttyname(self.slave), b""
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
+
+    def read(self):
+        while not self.bytes.endswith(END):
+            self.bytes += os.read(self.master, 1 << 16)
+
+    def shown(self):
+        os.write(self.slave, END)
+        self.reader.join(60)
+        os.close(self.slave)
+        os.close(self.master)
+        return self.bytes.removesuffix(END).decode()
+
+
+END = b"\x04 end \x04"
+
+
+@pytest.mark.parametrize("columns", [100, 60, None])
+def test_the_commands_of_the_readme_run_as_they_stand(few, tmp_path, columns):
+    home = tmp_path / "home"
+    home.mkdir()
+    folder = lives.small_model(tmp_path / "small", tied=False)
+    places = {"DIR": folder, "chats.jsonl": few, "held_out.jsonl": few, "RUN": tmp_path / "RUN"}
+    places["RUN/model"] = tmp_path / "RUN" / "model"
+    programs = [re.search(r"\w+\.py", line)[0] for line in LINES]
+    assert programs == ["data.py", "train.py", "train.py", "plot.py", "train.py", "chat.py"]
+    screens = {}
+    for line in LINES:
+        words = shlex.split(line, comments=True)
+        codes, shown = typed(words, places, columns, home)
+        assert set(codes) == {0} and "Traceback" not in shown, (line, shown[-3000:])
+        screens[line] = shown
+    everything = "\n".join(screens.values())
+    plain = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", everything)
+    for row in plain.split("\n"):
+        *refreshed, last = row.rstrip("\r").split("\r")
+        assert all(len(text) < columns for text in refreshed if columns), row
+        # A path may be as long as it is, and a log's line of a step has all of its numbers.
+        of_a_log = str(tmp_path) in last or (not columns and last.startswith("step "))
+        assert len(last) <= 100 or of_a_log, last
+    (training,) = [shown for line, shown in screens.items() if line.startswith("torchrun")]
+    assert re.search(r"step \d+/\d+  \d+:\d\d left", training)
+    assert "class gpt4" in everything and "w=0.1" in everything.replace(" \x1b[0m", "")
+    assert (tmp_path / "RUN" / "curves.png").exists()

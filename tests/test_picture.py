@@ -1,0 +1,76 @@
+"""The picture of a packed batch shows what the network is given, by an account of its own."""
+
+import sys
+
+import numpy as np
+import pytest
+
+import data
+from support import picture
+
+
+@pytest.fixture
+def panels(monkeypatch, tmp_path):
+    """panels(*flags) are the four axes of the picture that data.py draws of some sums."""
+    figure, figures = pytest.importorskip("matplotlib.figure").Figure, []
+    save = figure.savefig
+    monkeypatch.setattr(figure, "savefig", lambda f, *to, **how: figures.append(f) or save(f, *to))
+
+    def panels(*flags):
+        path = tmp_path / "batch.png"
+        files = ["examples/sums/train.jsonl", "--model", "examples/sums", "--max-length", "64"]
+        data.main([*files, "--show", "0", "--draw", str(path), *flags])
+        assert path.read_bytes()[:4] == b"\x89PNG"
+        return figures[-1].axes
+
+    return panels
+
+
+def bars(panel):
+    return {round(bar.get_x()): bar.get_height() for bar in panel.patches}
+
+
+def to_hex(colour):
+    return "#" + "".join(f"{round(255 * part):02x}" for part in colour[:3])
+
+
+def test_weights_stand_on_the_answers_and_rows_one_before(panels):
+    packed, positions, weights, head = panels("--batch-tokens", "112")
+    texts = [text.get_text() for text in packed.texts]
+    starts = [at for at, text in enumerate(texts) if text == "<s>"]
+    learned, w, answering = {}, 0.0, False
+    for at, text in enumerate(texts):  # read as a person would, from the tokens written out
+        if text == "GPT":
+            w = {"4": 1.0, "3": 0.1}[texts[at + 1]]
+        if text in ("GPT", "<s>"):
+            answering = False
+        if answering:
+            learned[at] = w
+        answering = answering or texts[at - 1 : at + 1] == ["Assistant", ":"]
+    assert set(learned.values()) == {1.0, 0.1} and len(starts) >= 3
+    assert bars(weights) == pytest.approx(learned)
+    assert sorted(bars(head)) == [at - 1 for at in sorted(learned)]
+    ends = [*starts, len(texts)]
+    counted = [at for a, b in zip(ends, ends[1:]) for at in range(b - a)]
+    assert positions.lines[0].get_ydata().tolist() == counted
+    lines = [line.get_xdata()[0] for line in packed.lines]
+    assert lines == ends
+    drawn = [to_hex(span.get_facecolor()) for span in packed.patches]
+    assert drawn == [{"4": "#1f77b4", "3": "#ff7f0e"}[texts[at + 2]] for at in starts]
+
+
+def test_a_long_batch_is_drawn_without_its_texts(panels):
+    packed, _, weights, _ = panels("--batch-tokens", "1024")
+    assert not packed.texts and len(bars(weights)) > 100
+
+
+def test_the_bin_with_most_classes_is_shown():
+    chosen = picture.first_of_all_classes([[0, 1], [1, 2], [2, 3]], np.array([0, 0, 1, 1]))
+    assert chosen == [1, 2]
+
+
+def test_without_matplotlib_it_says_what_to_install_before_reading(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(picture.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install -r requirements-dev.txt"):
+        data.main(["no such file", "--model", "no folder", "--draw", "x.png"])

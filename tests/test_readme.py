@@ -1,0 +1,86 @@
+"""README.md names what is there: functions, tests, flags, files; its lines run as they stand."""
+
+import dataclasses
+import importlib
+import inspect
+import re
+
+import pytest
+import torch
+from processes import ROOT
+
+import train
+
+README = (ROOT / "README.md").read_text()
+PAGES = {"README.md": README, "examples/README.md": (ROOT / "examples/README.md").read_text()}
+NAMES = re.findall(r"\[`([\w.]+)`\]\(([\w/.]+\.py)\)", README)
+
+
+def test_there_are_names_to_look_for():
+    assert sum(name.startswith("test_") for name, _ in NAMES) > 12 and len(NAMES) > 35
+
+
+@pytest.mark.parametrize("name, path", sorted(set(NAMES)))
+def test_every_name_here_is_there(name, path):
+    if name.startswith("test_"):
+        assert f"\ndef {name}(" in (ROOT / path).read_text()
+        return
+    module, *parts = name.split(".")
+    assert path.endswith(f"{module}.py")
+    found = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+    for part in parts:
+        fields = getattr(found, "__dataclass_fields__", {})
+        found = fields[part] if part in fields else getattr(found, part)
+    if hasattr(found, "__module__") and inspect.isroutine(found):
+        assert inspect.getsourcefile(inspect.unwrap(found)) == str(ROOT / path)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", PAGES[page]):
+        assert ((ROOT / page).parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_flag_is_one_of_the_program_it_stands_behind(page):
+    programs = re.findall(r"(?:python|torchrun[^`\n]*?) ((?:\w+/)?\w+\.py)((?:[^`\n]|\n--)*)",
+                          PAGES[page])  # fmt: skip
+    checked = 0
+    for program, flags in programs:
+        source = (ROOT / program).read_text()
+        known = ["--help", *re.findall(r'"(--[\w-]+)"', source)]
+        if program == "train.py":
+            fields = dataclasses.fields(train.Config)
+            known += ["--" + field.name.replace("_", "-") for field in fields]
+        for flag in re.findall(r"(?<!\S)--[a-z][\w-]*", flags):
+            assert flag.replace("--no-", "--") in known or flag in known, (program, flag)
+            checked += 1
+    assert checked > 1
+
+
+def test_the_kernel_stands_alone_in_transformers_llama():
+    """The README's own lines beside transformers' logits and PyTorch's cross-entropy in float64."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    llama = transformers.LlamaForCausalLM(config)
+    tokens = torch.randint(97, (3, 11))
+    weights = torch.tensor([[1.0], [0.1], [0.5]]) * (torch.rand(3, 11) > 0.5)
+    (lines,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(lines, names := {"llama": llama, "tokens": tokens, "weights": weights})
+    mine = {name: p.grad.double() for name, p in llama.named_parameters()}
+
+    llama.double().zero_grad()
+    logits = llama(tokens).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
+    )
+    w = weights[:, 1:].double()
+    loss = (w * losses.view_as(w)).sum() / w.sum()
+    loss.backward()
+    assert names["total"].item() / w.sum().item() == pytest.approx(loss.item(), rel=1e-6)
+    for name, p in llama.named_parameters():
+        assert (mine[name] - p.grad).norm() < 2e-6 * p.grad.norm(), name
