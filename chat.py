@@ -1,8 +1,9 @@
 """Talk to a model that train.py exported, under the condition of its expert class.
 
-    python chat.py RUN/model                          a conversation at the terminal
-    python chat.py RUN/model --prompt "Hello"         one answer
-    python chat.py RUN/model --batch in.jsonl --to out.jsonl
+    python chat.py RUN                          a conversation at the terminal
+    python chat.py RUN --web                    in a browser, each class in a column of its own
+    python chat.py RUN --prompt "Hello"         one answer
+    python chat.py RUN --batch in.jsonl --to out.jsonl
 
 C-RLFT's inference: the prompt is the training template with the best-rewarded class's condition,
 `GPT4 User: Hello<|end_of_turn|>GPT4 Assistant:`, and the answer ends at <|end_of_turn|>.
@@ -14,6 +15,7 @@ import functools
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +23,10 @@ import torch.nn.functional as F
 import data
 import loss
 import model
-from support.containers import blocks, sources
+from support.batch import answer_file
 from support.flags import Parser
-from support.formats import parse_json, parse_messages, with_answer
-
-BATCH = 16  # conversations answered at a time by --batch
+from support.terminal import converse, readable
+from support.web import PORT, serve
 
 
 @torch.inference_mode()
@@ -116,23 +117,55 @@ class KeyValueCache:
 
 
 class Chat:
-    """A loaded model with its tokenizer and the condition it answers under."""
+    """A loaded model with its tokenizer and the class under whose condition it answers."""
 
     def __init__(self, folder, source_class=None, device=None):
-        classes, conditioned = read_crlft(folder)
-        name = source_class or loss.expert_class(classes)
-        if name not in classes:
-            raise ValueError(f"--class {name!r} is not one of {', '.join(classes)}")
-        self.class_name = name
-        self.condition = classes[name].condition if conditioned else ""
+        export = read_crlft(folder)
+        name = source_class or loss.expert_class(export.classes)
+        if name not in export.classes:
+            raise ValueError(f"--class {name!r} is not one of {', '.join(export.classes)}")
+        self.folder, self.export, self.class_name = folder, export, name
+        best_first = sorted(export.classes, key=lambda n: -export.classes[n].reward)
+        self.names = best_first if export.conditioned else [name]  # that differ in their prompt
+        self.single = export.most_answers == 1  # trained on single questions: asked without history
         self.tokenizer = data.Tokenizer(folder)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.llama = model.load(folder, device, dtype).eval()
-        self.stop = {self.tokenizer.eot, self.tokenizer.eos}
+        self.context = self.llama.config.max_position_embeddings
+        self.stop = {self.tokenizer.eot, self.tokenizer.eos, *ends_of(folder)}
 
-    def prompt(self, messages):
-        return data.encode_prompt(messages, self.tokenizer, self.condition)
+    @property
+    def condition(self):
+        return self.condition_of(self.class_name)
+
+    def condition_of(self, name):
+        return self.export.classes[name].condition if self.export.conditioned else ""
+
+    def prefix(self, name, role):
+        """What a turn of class `name` begins with, to be shown."""
+        return self.tokenizer.template.prefix(self.condition_of(name), role).strip()
+
+    def prompt(self, messages, name=None):
+        """Tokens, under the condition of class `name`, or of the one in force."""
+        condition = self.condition_of(name or self.class_name)
+        return data.encode_prompt(messages, self.tokenizer, condition)
+
+    def fitting(self, messages, max_new_tokens):
+        """The newest turns that leave room for an answer; [] where the last alone is too long.
+
+        The room is max_new_tokens, but at most a quarter of the context; the last message may take
+        it. A model that was trained on single questions is given the last one alone.
+        """
+        messages = messages[-1:] if self.single else messages
+        room = min(max_new_tokens, self.context // 4)
+
+        def length():
+            return max(len(self.prompt(messages, name)) for name in self.names)
+
+        while len(messages) > 1 and length() + room > self.context:
+            messages = messages[2:]
+        return messages if length() < self.context else []
 
     def answers(self, conversations, **options):
         """(text, ended) for each list of messages; ended: by the model, not by a limit."""
@@ -147,26 +180,51 @@ class Chat:
     def text(self, tokens):
         return self.tokenizer.decode([t for t in tokens if t not in self.stop])
 
-    def stream(self, messages, **options):
-        """Pieces of one answer's text as they come; a character cut between tokens waits."""
-        tokens, shown = [], ""
-        for (token,) in generate(self.llama, [self.prompt(messages)], stop=self.stop, **options):
-            tokens.append(token)
-            text = self.text(tokens)
-            if not text.endswith("\ufffd"):
-                yield text[len(shown) :]
-                shown = text
-        yield self.text(tokens)[len(shown) :]
-        if tokens[-1] not in self.stop:
-            note = f" [cut after {len(tokens)} tokens: --max-new-tokens or the model's context]"
-            print(note, end="", file=sys.stderr, flush=True)
+    def stream(self, messages, name=None, **options):
+        """Pieces of one answer's text as they come; says on stderr where a limit cut it."""
+        for _, piece, cut in self.streams([self.prompt(messages, name)], **options):
+            yield piece
+            if cut:
+                print(f" [{cut}]", end="", file=sys.stderr, flush=True)
+
+    def streams(self, prompts, **options):
+        """Yields (number of a prompt, piece of its answer's text, None) as they come.
+
+        A character cut between tokens waits. The last of a prompt has in the place of None what
+        cut the answer short, "" where the model ended it.
+        """
+        answers, shown = [[] for _ in prompts], [""] * len(prompts)
+        for tokens in generate(self.llama, prompts, stop=self.stop, **options):
+            for i, token in enumerate(tokens):
+                if token is None:
+                    continue
+                answers[i].append(token)
+                text, ended = self.text(answers[i]), token in self.stop
+                if ended or not text.endswith("\ufffd"):
+                    yield i, text[len(shown[i]) :], "" if ended else None
+                    shown[i] = text
+        for i, answer in enumerate(answers):
+            if answer[-1] not in self.stop:
+                limit = f"cut after {len(answer)} tokens: --max-new-tokens or the model's context"
+                yield i, self.text(answer)[len(shown[i]) :], limit
+
+
+class Export(NamedTuple):
+    """What crlft.json says of a model."""
+
+    classes: dict  # {name: SourceClass}
+    conditioned: bool  # was the class in the prompt?
+    weights: dict  # {name: weight}; {} in older exports
+    most_answers: int  # of a conversation it was trained on; 0 where that is not known
 
 
 def read_crlft(folder):
     path = Path(folder) / "crlft.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        return loss.class_table(raw["classes"]), raw["conditioned"]
+        weights = {name: float(weight) for name, weight in raw.get("weights", {}).items()}
+        classes = loss.class_table(raw["classes"])
+        return Export(classes, raw["conditioned"], weights, raw.get("most_answers", 0))
     except FileNotFoundError:
         raise ValueError(
             f"{path}: not found; chat.py needs a folder exported by train.py"
@@ -175,87 +233,23 @@ def read_crlft(folder):
         raise ValueError(f"{path}: cannot be read: {error!r}") from None
 
 
-def answer_file(chat, source, target, options):
-    """Conversation lines in, the same lines out, each with the assistant's turn appended."""
-    lines, cut = list(read_prompts(chat, source)), 0
-    others = sum(line.get("class") not in (None, chat.class_name) for line, _ in lines)
-    if others:
-        print(
-            f"note: answered as class {chat.class_name}; {others} of the lines have another "
-            '"class", which their copies keep',
-            file=sys.stderr,
-        )
-    with open(target, "x", encoding="utf-8") as out:
-        for start in range(0, len(lines), BATCH):
-            batch = lines[start : start + BATCH]
-            answers = chat.answers([messages for _, messages in batch], **options)
-            for (line, _), (text, ended) in zip(batch, answers, strict=True):
-                out.write(json.dumps(with_answer(line, text), ensure_ascii=False) + "\n")
-                cut += not ended
-            print(f"{start + len(batch)}/{len(lines)} answered", file=sys.stderr)
-    if cut:
-        print(f"{cut} answers cut: --max-new-tokens or the model's context", file=sys.stderr)
+def ends_of(folder):
+    """Tokens at which generation_config.json ends an answer; none where it is not there."""
+    path = Path(folder) / "generation_config.json"
+    try:
+        ends = json.loads(path.read_text(encoding="utf-8"))["eos_token_id"]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read: {error!r}") from None
+    return ends if isinstance(ends, list) else [ends]
 
 
-def read_prompts(chat, path):
-    """(line, messages) of each conversation; ValueError names the line that is not one."""
-    context, (source,) = chat.llama.config.max_position_embeddings, sources([path], {})
-    raws = (raw for block in blocks([source]) for raw in block.raw)
-    for number, raw in enumerate(raws, start=1):
-        try:
-            line = parse_json(raw)
-            if line is None:
-                continue
-            messages, _ = parse_messages(line)  # what is not read is copied
-            json.dumps(line, ensure_ascii=False).encode()  # a lone surrogate fails now
-            if not messages or messages[-1].role != "user":
-                raise ValueError("the last message must be the user's")
-            if (length := len(chat.prompt(messages))) > context:
-                raise ValueError(f"has {length} tokens, the model's context is {context}")
-        except ValueError as error:
-            raise ValueError(f"{source.where(number)}: {error}") from None
-        yield line, messages
-
-
-def converse(chat, options):
-    """A conversation at the terminal; the oldest turns go when the context is full."""
-    print("Ctrl-D or /quit ends, /new starts again, Ctrl-C stops an answer.")
-    messages, context = [], chat.llama.config.max_position_embeddings
-    while True:
-        try:
-            text = readable(input("> ").strip())
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        if text in ("/quit", "/new"):
-            if text == "/quit":
-                return
-            messages = []
-            continue
-        if not text:
-            continue
-        messages.append(data.Message("user", text))
-        if len(chat.prompt(messages[-1:])) >= context:
-            print(f"[too long for the model's context of {context} tokens; not sent]")
-            messages.pop()
-            continue
-        while len(chat.prompt(messages)) >= context:
-            messages = messages[2:]
-            print("[the context is full: the oldest turn is forgotten]")
-        answer = ""
-        try:
-            for piece in chat.stream(messages, **options):
-                answer += piece
-                print(piece, end="", flush=True)
-        except KeyboardInterrupt:
-            print(" [stopped]", end="")
-        print()
-        messages.append(data.Message("assistant", answer))
-
-
-def readable(text):
-    """Text of the terminal; what was no UTF-8 becomes question marks."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+def exported(folder):
+    """The folder, or the model in it where it is a run's."""
+    folder, inner = Path(folder), Path(folder) / "model"
+    is_run = (inner / "crlft.json").exists() and not (folder / "crlft.json").exists()
+    return inner if is_run else folder
 
 
 def main(argv=None):
@@ -263,7 +257,7 @@ def main(argv=None):
         prog="chat.py", description="Class-conditioned generation from an exported folder."
     )
     add = parser.add_argument
-    add("folder", metavar="DIR", help="a model exported by train.py, such as RUN/model")
+    add("folder", metavar="DIR", help="a model exported by train.py, or the RUN that holds it")
     add("--prompt", metavar="TEXT", help="answer this and end")
     add(
         "--class", dest="source_class", metavar="NAME", help="condition (default: the expert class)"
@@ -272,34 +266,49 @@ def main(argv=None):
     add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass")
     add("--max-new-tokens", type=int, default=512, help="longest answer (default 512)")
     add("--seed", type=int, default=0, help="of the sampling")
-    add("--batch", metavar="IN.jsonl", help="answer the last user turn of every line")
-    add("--to", metavar="OUT.jsonl", help="where --batch writes; must not exist")
+    add("--batch", metavar="IN.jsonl", help="answer the last user turn of every conversation")
+    add("--to", metavar="OUT.jsonl", help="where --batch writes; goes on where that was cut short")
+    add("--drop-last-answer", action="store_true", help="--batch answers in the place of the last")
+    add(
+        "--web", type=int, nargs="?", const=PORT, metavar="PORT",
+        help=f"a page for this machine's browser, at this port (default {PORT})",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     if args.temperature < 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
         parser.error("needs --temperature from 0, --top-p in (0, 1], --max-new-tokens from 1")
     if bool(args.batch) != bool(args.to) or (args.batch and args.prompt is not None):
         parser.error("--batch and --to go together, and without --prompt")
+    if args.drop_last_answer and not args.batch:
+        parser.error("--drop-last-answer is for --batch")
+    if args.web is not None and (args.batch or args.prompt is not None or args.source_class):
+        parser.error("--web asks under each class, and goes without --prompt, --batch, --class")
     options = {
         key: getattr(args, key) for key in ("temperature", "top_p", "max_new_tokens", "seed")
     }
     try:
-        if args.source_class and not read_crlft(args.folder)[1]:
+        folder = exported(args.folder)
+        if args.source_class and not read_crlft(folder).conditioned:
             raise ValueError("--class: this model was trained without conditions")
-        chat = Chat(args.folder, args.source_class)
-        if args.batch:
-            answer_file(chat, args.batch, args.to, options)
-        elif args.prompt is not None:
-            prompt = data.Message("user", readable(args.prompt))
-            for piece in chat.stream([prompt], **options):
-                print(piece, end="", flush=True)
-            print()
-        else:
-            converse(chat, options)
+        answer(Chat(folder, args.source_class), args, options)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print()
         sys.exit(130)
+
+
+def answer(chat, args, options):
+    if args.web is not None:
+        serve(chat, args.web, options)
+    elif args.batch:
+        answer_file(chat, args.batch, args.to, options, args.drop_last_answer)
+    elif args.prompt is not None:
+        prompt = data.Message("user", readable(args.prompt))
+        for piece in chat.stream([prompt], **options):
+            print(piece, end="", flush=True)
+        print()
+    else:
+        converse(chat, options)
 
 
 if __name__ == "__main__":

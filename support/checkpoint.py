@@ -34,6 +34,7 @@ from torch.distributed.tensor import DTensor
 import model
 from loss import expert_class
 from support.files import sync
+from support.model_card import model_card
 from support.ranks import SaveFailed
 
 FILE_SIZE = 4 << 30  # bytes: what a rank on a GPU copies into the host's memory at a time
@@ -376,16 +377,27 @@ def export(plan, ranks, llama, out, step, losses):
 
 
 def describe_export(plan, folder, step, digest):
-    """The files beside the weights: tokenizer, generation config, and what the model is."""
+    """The files beside the weights: tokenizer, generation config, and what the model is.
+
+    An answer ends at either of two tokens, as chat.py's do. config.json names the end of turn
+    alone: llama.cpp's converter takes one number there.
+    """
+    config, tokenizer, dataset = plan.config, plan.tokenizer, plan.dataset
     expert = plan.classes[expert_class(plan.classes)]
-    plan.tokenizer.save(folder, expert.condition if plan.config.condition else "")
-    tokens = {"bos_token_id": plan.tokenizer.bos, "eos_token_id": plan.tokenizer.eot}
+    tokenizer.save(folder, expert.condition if config.condition else "")
+    ends = [token for token in (tokenizer.eot, tokenizer.eos) if token is not None and token >= 0]
+    tokens = {"bos_token_id": tokenizer.bos, "eos_token_id": list(dict.fromkeys(ends))}
     model.write_json(folder / "generation_config.json", tokens)
-    classes = {name: dataclasses.asdict(c) for name, c in plan.classes.items()}
-    crlft = {"classes": classes, "conditioned": plan.config.condition}
-    crlft["template"] = plan.tokenizer.template.name
-    crlft |= {"steps": step, "checkpoint": digest, "config": dataclasses.asdict(plan.config)}
-    model.write_json(folder / "crlft.json", crlft)
+    weights = [1.0] * len(plan.classes) if plan.class_weights is None else plan.class_weights
+    crlft = {"classes": {name: dataclasses.asdict(c) for name, c in plan.classes.items()}}
+    crlft |= {"weights": dict(zip(plan.classes, map(float, weights), strict=True))}
+    crlft |= {"conditioned": config.condition, "most_answers": dataset.most_answers(tokenizer.eot)}
+    crlft |= {"template": tokenizer.template.name, "steps": step, "checkpoint": digest}
+    model.write_json(folder / "crlft.json", crlft | {"config": dataclasses.asdict(config)})
+    files = [source.path for source in dataset.sources]
+    base = config.model if plan.base else None
+    card = model_card(crlft, tokenizer.template, base, files, len(dataset))
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def publish(aside, folder, out):

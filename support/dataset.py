@@ -25,6 +25,7 @@ from support.containers import blocks
 FORMAT = 3  # of the arrays, and of what is read into them: changes with either
 SHOWN_CAUSES, SHOWN_PLACES = 20, 5  # of what is wrong
 NAMED_KEYS = 100  # different keys that are counted as not read
+CHUNK = 16 << 20  # tokens looked through at a time
 MANY = 64 << 20  # bytes from which on several processes tokenize; below, starting them is slower
 
 # A token's stored weight: above 0 a factor on the weight of its class, below 0 a final weight,
@@ -308,6 +309,21 @@ class Dataset:
         if class_weights is None:
             return rows["supervised"].astype(np.float64)
         return class_weights[rows["source_class"]] * rows["factors"] + rows["final"]
+
+    def most_answers(self, end_of_turn):
+        """The most answers that a conversation has; 1 where all are single questions.
+
+        By the ends of turn within it: one before the answer of `u [a]`, two of `s u [a]`, three of
+        `u a u [a]`, cut short or not.
+        """
+        found = [
+            at + np.flatnonzero(self.tokens[at : at + CHUNK] == end_of_turn)
+            for at in range(0, len(self.tokens), CHUNK)
+        ]
+        found, starts = np.concatenate(found), self.index["start"]
+        of = np.searchsorted(starts, found, side="right") - 1
+        within = found < starts[of] + self.lengths[of] - 1  # not the last answer's own end
+        return int(np.bincount(of[within]).max(initial=1) + 1) // 2
 
     def span(self, conversation):
         """Where a conversation's tokens and weights lie."""

@@ -1,11 +1,13 @@
 """What tests are made of: small networks, and files of a few lines."""
 
+import dataclasses
 import io
 import json
 
 import sentencepiece
 import torch
 
+import loss
 import model
 
 SIZES = {
@@ -35,6 +37,20 @@ def random_llama(std=0.2, **changes):
 def make_random(llama, std=0.2):
     for name, parameter in llama.named_parameters():
         parameter.uniform_(0.5, 1.5) if "norm" in name else parameter.normal_(0, std)
+
+
+def export(llama, tokenizer, folder, conditioned=True, classes=loss.DEFAULT_CLASSES, **more):
+    """A folder as train.py exports it; `more` goes into crlft.json."""
+    model.save(llama, folder)
+    tokenizer.save(folder, "GPT4" if conditioned else "")
+    classes = {name: dataclasses.asdict(c) for name, c in classes.items()}
+    crlft = {
+        "classes": classes,
+        "conditioned": conditioned,
+        "template": tokenizer.template.name,
+    } | more
+    model.write_json(folder / "crlft.json", crlft)
+    return folder
 
 
 def write(path, *lines):

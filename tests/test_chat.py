@@ -1,7 +1,12 @@
 """chat.py: the text the model means, one token at a time; files, terminal and limits."""
 
+import contextlib
 import dataclasses
+import gzip
 import json
+import os
+import pty
+import select
 import shutil
 import subprocess
 import sys
@@ -14,7 +19,6 @@ from small import write
 
 import chat
 import data
-import loss
 import model
 from support import report
 
@@ -145,7 +149,7 @@ def test_sampling_has_the_probabilities_of_temperature_and_top_p():
 # ---------------------------------------------------------------------------- exported folders
 
 
-def export(stories, folder, conditioned=True):
+def export(stories, folder, conditioned=True, **more):
     """stories260K with an end-of-turn token, as train.py writes a model."""
     tokenizer = data.Tokenizer(stories)
     config = model.LlamaConfig.from_folder(stories)
@@ -154,12 +158,7 @@ def export(stories, folder, conditioned=True):
     )
     llama = model.Llama(config)
     model.fill_parameters(llama, stories, new_rows=1)
-    model.save(llama, folder)
-    tokenizer.save(folder, "GPT4" if conditioned else "")
-    classes = {name: dataclasses.asdict(c) for name, c in loss.DEFAULT_CLASSES.items()}
-    crlft = {"classes": classes, "conditioned": conditioned, "template": "openchat_v3.2"}
-    model.write_json(folder / "crlft.json", crlft)
-    return folder
+    return small.export(llama, tokenizer, folder, conditioned, **more)
 
 
 @pytest.fixture(scope="module")
@@ -271,12 +270,82 @@ def test_a_batch_file_comes_back_with_the_answers_appended(folder, talker, run, 
         assert after == before | {"messages": [*before["messages"], turn]}
 
 
-def test_a_batch_never_overwrites(folder, run, tmp_path):
+def answer_lines(run, folder, source, target, *flags):
+    flags = ["--batch", source, "--to", target, "--max-new-tokens", "4", *flags]
+    code, _, err = run(chat.main, folder, *flags)
+    assert code == 0, err
+    return target.read_bytes().splitlines(True)
+
+
+SAMPLED = ["--temperature", "1", "--seed", "5"]
+
+
+@pytest.mark.parametrize(
+    "kept, torn", [(0, 0), (0, 9), (1, 0), (1, 70), (16, 0), (16, 9), (17, 70), (20, 0)]
+)
+def test_a_batch_that_was_cut_short_goes_on_to_what_it_would_have_been(
+    kept, torn, folder, run, tmp_path, monkeypatch
+):
+    """Sampled too, where an answer depends on its seed and on what is answered beside it."""
+    lines = [asked(f"Story {n} of a ball", id=n) for n in range(20)]
+    source = write(tmp_path / "in.jsonl", *lines)
+    whole = answer_lines(run, folder, source, tmp_path / "whole", *SAMPLED)
+    written = b"".join(whole[:kept]) + b"".join(whole[kept : kept + 1])[:torn]
+    (target := tmp_path / "cut").write_bytes(written)
+    counted, real = [], chat.Chat.answers
+    monkeypatch.setattr(
+        chat.Chat, "answers", lambda *a, **o: counted.append(len(a[1])) or real(*a, **o)
+    )
+    assert answer_lines(run, folder, source, target, *SAMPLED) == whole
+    assert sum(counted) == {0: 20, 1: 20, 16: 4, 17: 4, 20: 0}[kept]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"precious",
+        b"precious\n",
+        b'{"messages": [{"role": "user", "content": "Other"}',
+        b'{"messages": [{"role": "user", "content": "Hi"}]}\n',
+        b'{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "A"}], '
+        b'"id": 1}\n',
+        2 * b'{"messages": [{"role": "user", "content": "Hi"}, '
+        b'{"role": "assistant", "content": "A"}]}\n',
+    ],
+)
+def test_a_batch_never_overwrites_what_is_not_its_own(content, folder, run, tmp_path):
     source, target = write(tmp_path / "in.jsonl", asked("Hi")), tmp_path / "out.jsonl"
-    target.write_text("precious")
+    target.write_bytes(content)
     code, _, err = run(chat.main, folder, "--batch", source, "--to", target)
-    assert code == 1 and err.startswith("error: ") and "File exists" in err and str(target) in err
-    assert target.read_text() == "precious"
+    message = f"error: {target} exists, and does not hold the first answers to these lines\n"
+    assert (code, err, target.read_bytes()) == (1, message, content)
+
+
+def test_a_batch_reads_what_train_reads(folder, run, tmp_path):
+    questions = [asked("Hi"), {"instruction": "Hi", "output": ""}, {"conversations": ["Hi"]}]
+    source = tmp_path / "in.json.gz"
+    source.write_bytes(gzip.compress(json.dumps(questions, indent=1).encode()))
+    written = answer_lines(run, folder, source, tmp_path / "out.jsonl")
+    (text,) = {json.loads(written[0])["messages"][1]["content"]}
+    assert json.loads(written[1]) == {"instruction": "Hi", "output": text}
+    assert json.loads(written[2]) == {"conversations": ["Hi", text]}
+
+
+def test_a_last_answer_can_be_replaced(folder, run, tmp_path):
+    """In each shape an answer may have; what has none is answered as ever."""
+    bare = [asked("Hi"), asked("Hi", "Ho", "Ha"), {"question": "Hi", "response": ""}]
+    bare += [{"instruction": "Hi", "output": ""}, {"conversations": ["Hi"]}, asked("Hi")]
+    old = [asked("Hi", "Old"), asked("Hi", "Ho", "Ha", "Old")]
+    old += [{"question": "Hi", "response": "Old"}, {"instruction": "Hi", "output": "Old"}]
+    old += [{"conversations": ["Hi", "Old"]}, asked("Hi")]
+    expected = answer_lines(run, folder, write(tmp_path / "bare", *bare), tmp_path / "a")
+    assert [*map(json.loads(expected[2]).get, ["question", "completion"])] == ["Hi", None]
+    source = write(tmp_path / "old", *old)
+    assert answer_lines(run, folder, source, tmp_path / "b", "--drop-last-answer") == expected
+    assert answer_lines(run, folder, source, tmp_path / "b", "--drop-last-answer") == expected
+    code, _, err = run(chat.main, folder, "--batch", source, "--to", tmp_path / "c")
+    assert code == 1 and err.startswith(f"error: {source}:1: the last message must be the user's")
+    assert "; --drop-last-answer answers anew" in err
 
 
 @pytest.mark.parametrize(
@@ -311,33 +380,100 @@ def test_a_bad_line_of_a_batch_is_named_before_anything_is_written(
 
 @pytest.fixture
 def asked_of_model(talker, monkeypatch):
-    """[[(role, text) ...]] of what a conversation at the terminal asks; "An answer" to all."""
+    """[(class, [(role, text) ...])] of what is asked at the terminal; "An answer" to all."""
     asked = []
 
-    def stream(messages, **options):
-        asked.append([(m.role, m.content) for m in messages])
+    def stream(messages, name, **options):
+        asked.append((name, [(m.role, m.content) for m in messages]))
         return iter(["An ", "answer"])
 
     monkeypatch.setattr(chat, "Chat", lambda *_: talker)
     monkeypatch.setattr(talker, "stream", stream)
+    monkeypatch.setattr(talker, "class_name", "gpt4")
     return asked
 
 
 ANSWER = ("assistant", "An answer")
 
 
+def questions(*texts):
+    """What is asked of the model with the last of these, all others answered."""
+    first, *others = [("user", text) for text in texts]
+    return [first, *(turn for user in others for turn in (ANSWER, user))]
+
+
 def test_a_conversation_at_the_terminal(folder, run, asked_of_model):
-    stdin = "Hi\n\n  \nMore\n/new\nAgain\n/quit\nnever\n"
+    stdin = "Hi\n\n  \nMore\n/new\n /new what?\n/quit\nnever\n"
     code, out, _ = run(chat.main, folder, stdin=stdin)
     assert code == 0 and out.count("An answer\n") == 3
-    assert asked_of_model == [
-        [("user", "Hi")],
-        [("user", "Hi"), ANSWER, ("user", "More")],
-        [("user", "Again")],
-    ]
+    expected = [questions("Hi"), questions("Hi", "More"), questions("/new what?")]
+    assert asked_of_model == [("gpt4", of) for of in expected]
 
 
-LONG, LONGER = ("word " * 70).strip(), ("time " * 250).strip()  # together beyond 512 tokens
+def test_the_banner_says_what_answers_and_how(folder, run):
+    _, out, _ = run(chat.main, folder, "--class", "gpt3.5", stdin="")
+    first, second, third, *_ = out.splitlines()
+    assert first == f"{folder}: 0.3M parameters, context 512 tokens"
+    assert second == 'class gpt3.5, asked as "GPT3 User: ..."; others: gpt4'
+    assert third == "/help lists the commands, Ctrl-D ends"
+
+
+def test_class_takes_another_condition_and_the_conversation_goes_on(folder, run, asked_of_model):
+    stdin = "Hi\n/class gpt3.5\nMore\n/class gpt5\n/class\nStill\n"
+    _, out, _ = run(chat.main, folder, stdin=stdin)
+    assert 'class gpt3.5, asked as "GPT3 User: ..."; others: gpt4\n' in out
+    assert out.count("[/class takes one of: gpt4, gpt3.5]\n") == 2
+    asked = [questions(*of) for of in (["Hi"], ["Hi", "More"], ["Hi", "More", "Still"])]
+    assert asked_of_model == list(zip(["gpt4", "gpt3.5", "gpt3.5"], asked, strict=True))
+
+
+def test_both_asks_the_same_under_each_condition_and_keeps_that_in_force(
+    folder, run, asked_of_model
+):
+    stdin = "/both\n/class gpt3.5\n/both Hi\nMore\n/both\n/both Still\n"
+    _, out, _ = run(chat.main, folder, stdin=stdin)
+    assert out.count("[no question yet: /both TEXT]\n") == 1
+    assert out.count("> GPT3 Assistant: An answer\nGPT4 Assistant: An answer\n") == 3
+    hi, more, still = questions("Hi"), questions("Hi", "More"), questions("Hi", "More", "Still")
+    asked = [(name, of) for of in (hi, more, still) for name in ("gpt3.5", "gpt4")]
+    asked.insert(2, ("gpt3.5", more))
+    assert asked_of_model == asked
+
+
+def test_both_conditions_give_what_each_gives_alone(folder, talker, run):
+    _, out, _ = run(chat.main, folder, "--max-new-tokens", "20", stdin="/both A big red ball\n")
+    for name, label in (("gpt4", "GPT4 Assistant: "), ("gpt3.5", "GPT3 Assistant: ")):
+        alone = chat.Chat(folder, name, device="cpu")
+        ((text, _),) = alone.answers([[user("A big red ball")]], max_new_tokens=20)
+        assert f"{label}{text}\n" in out
+
+
+@pytest.mark.parametrize("command", ["/exit", "/quit", "quit", "exit"])
+def test_words_that_end_it(command, folder, run, asked_of_model):
+    assert run(chat.main, folder, stdin=f"{command}\nnever\n")[0] == 0 and not asked_of_model
+
+
+def test_an_unknown_command_is_not_asked(folder, run, asked_of_model):
+    _, out, _ = run(chat.main, folder, stdin="/reset\n/new x\n/\n/help\n")
+    for word in ("/reset", "/new", "/"):
+        assert f"[no command: {word}; /help lists them]\n" in out
+    assert not asked_of_model
+    assert all(f"\n{word} " in out.replace("> ", "\n") for word in ("/class", "/both", "/quit"))
+
+
+def test_a_model_of_single_questions_is_asked_each_afresh_and_says_so(stories, run, tmp_path):
+    folder = export(stories, tmp_path / "single", most_answers=1)
+    _, out, _ = run(chat.main, folder, "--max-new-tokens", "9", stdin="Hi\nA big ball\n")
+    assert "it learned from single questions: each is asked afresh" in out
+    talker = chat.Chat(folder, device="cpu")
+    ((text, _),) = talker.answers([[user("A big ball")]], max_new_tokens=9)
+    assert f"> {text}\n" in out and "forgotten" not in out
+    assert talker.fitting([user("Hi"), *[data.Message(*ANSWER), user("Ha")]], 9) == [user("Ha")]
+    several = chat.Chat(export(stories, tmp_path / "more", most_answers=2), device="cpu")
+    assert len(several.fitting([user("Hi"), data.Message(*ANSWER), user("Ha")], 9)) == 3
+
+
+LONG, LONGER = ("word " * 70).strip(), ("time " * 190).strip()  # together beyond 512 tokens
 
 
 @pytest.mark.parametrize("said, kept", [((LONG, "Hi", LONGER), 2), (("Hi", LONG, LONGER), 1)])
@@ -347,23 +483,34 @@ def test_a_full_context_forgets_questions_with_their_answers_and_no_more_than_ne
     code, out, _ = run(chat.main, folder, stdin="\n".join(said) + "\n")
     forgotten = out.count("[the context is full: the oldest turn is forgotten]\n")
     assert (code, forgotten) == (0, 3 - kept)
-    first, *others = [("user", text) for text in said[-kept:]]
-    assert asked_of_model[-1] == [first, *(turn for user in others for turn in (ANSWER, user))]
+    assert asked_of_model[-1] == ("gpt4", questions(*said[-kept:]))
+
+
+@pytest.mark.parametrize("most, room", [(512, 128), (20, 20)])
+def test_the_oldest_turns_go_before_an_answer_has_no_room(most, room, talker):
+    turns = [user("word"), data.Message(*ANSWER)]
+    conversation = [*turns * 200, user("Hi")]
+    kept = talker.fitting(conversation, most)
+    left = [512 - len(talker.prompt(of)) for of in (kept, [*turns, *kept])]
+    assert left[0] >= room > left[1] and kept[-1] == user("Hi") and len(kept) % 2
+    alone = [user("word " * 158)]  # takes the room itself, where it must
+    assert 0 < 512 - len(talker.prompt(alone)) < room
+    assert talker.fitting([*turns, *alone], most) == alone
 
 
 def test_what_never_fits_is_not_sent_and_the_conversation_goes_on(folder, run, asked_of_model):
     code, out, _ = run(chat.main, folder, stdin="Hi\n" + "word " * 999 + "\nMore\n")
     assert code == 0
-    assert out.count("[too long for the model's context of 512 tokens; not sent]\n") == 1
-    assert asked_of_model == [[("user", "Hi")], [("user", "Hi"), ANSWER, ("user", "More")]]
+    assert out.count("[too long for the context of 512 tokens; not sent]\n") == 1
+    assert asked_of_model == [("gpt4", questions("Hi")), ("gpt4", questions("Hi", "More"))]
 
 
 def test_what_is_said_of_a_cut_answer_is_no_part_of_the_conversation(folder, run, monkeypatch):
     prompts, real = [], chat.Chat.stream
 
-    def stream(self, messages, **options):
+    def stream(self, messages, *name, **options):
         prompts.append(messages[:])
-        return real(self, messages, **options)
+        return real(self, messages, *name, **options)
 
     monkeypatch.setattr(chat.Chat, "stream", stream)
     flags = ["--max-new-tokens", "3"]
@@ -376,16 +523,89 @@ def test_what_is_said_of_a_cut_answer_is_no_part_of_the_conversation(folder, run
 def test_ctrl_c_keeps_what_was_said(folder, talker, run, monkeypatch):
     said = []
 
-    def stream(messages, **options):
+    def stream(messages, name, **options):
         said.append([m.content for m in messages])
         yield "Half"
         raise KeyboardInterrupt
 
     monkeypatch.setattr(chat, "Chat", lambda *_: talker)
     monkeypatch.setattr(talker, "stream", stream)
-    code, out, _ = run(chat.main, folder, stdin="Hi\nMore\n")
-    assert code == 0 and out.count("Half [stopped]\n") == 2
+    code, out, _ = run(chat.main, folder, stdin="Hi\nMore\n/both Still\n")
+    assert code == 0 and out.count("Half [stopped]\n") == 3  # one of /both ends the others too
     assert said[1] == ["Hi", "Half", "More"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "asked"), [(["^C", "Hi", "^C", "Ha", "^C", "^C"], 2), (["^C", "^C", "Hi"], 0)]
+)
+def test_the_second_ctrl_c_at_the_prompt_ends(
+    typed, asked, folder, run, asked_of_model, monkeypatch
+):
+    keys = iter(typed)
+
+    def typing(_):
+        if (key := next(keys)) == "^C":
+            raise KeyboardInterrupt
+        return key
+
+    monkeypatch.setattr("builtins.input", typing)
+    code, out, _ = run(chat.main, folder)
+    assert code == 0 and len(asked_of_model) == asked
+    assert out.count("\n[Ctrl-C once more ends]\n") == typed.count("^C") - 1
+
+
+def test_a_terminal_has_history_and_takes_a_paste_of_many_lines_as_one_question(tmp_path):
+    """In a pseudo-terminal, with a model that says what it is asked."""
+    pytest.importorskip("readline")
+    (tmp_path / "echo.py").write_text(ECHO)
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ |= {"TERM": "xterm", "PYTHONPATH": str(ROOT), "INPUTRC": "/dev/null"}
+        os.execv(sys.executable, [sys.executable, str(tmp_path / "echo.py")])
+    shown = b""
+
+    def type_and_wait(keys, awaited):
+        nonlocal shown
+        os.write(terminal, keys)
+        while awaited not in shown:
+            assert select.select([terminal], [], [], 10)[0], shown
+            shown += os.read(terminal, 4096)
+        shown = shown.partition(awaited)[2]
+
+    type_and_wait(b"", b"\x1b[?2004h> ")  # asks the terminal to bracket what is pasted
+    type_and_wait(b"\x1b[200~one\ntwo\x1b[201~\r", b"asked 'one\\ntwo'")
+    type_and_wait(b"\x1b[A\x1b[D!\r", b"asked 'one\\ntw!o'")  # up, left
+    type_and_wait(b"\x03", b"[Ctrl-C once more ends]")
+    type_and_wait(b"", b"> ")
+    type_and_wait(b"/both\r", b"GPT3 Assistant: asked 'one\\ntw!o'")
+    type_and_wait(b"", b"> ")
+    type_and_wait(b"\x03", b"[Ctrl-C once more ends]")
+    type_and_wait(b"", b"> ")
+    os.write(terminal, b"\x03")
+    with contextlib.suppress(OSError):  # at its end; what nobody reads would hold it up
+        while select.select([terminal], [], [], 10)[0] and os.read(terminal, 4096):
+            pass
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+ECHO = """
+import sys
+from types import SimpleNamespace
+
+sys.modules["model"] = SimpleNamespace(write_json=None)  # without torch, which takes seconds
+from support.terminal import converse
+
+conditions = {"gpt4": "GPT4", "gpt3.5": "GPT3"}
+config = SimpleNamespace(parameter_count=lambda: 0)
+chat = SimpleNamespace(
+    folder="echo", context=100, single=True, class_name="gpt4", names=list(conditions),
+    condition="GPT4", condition_of=conditions.get, llama=SimpleNamespace(config=config),
+    fitting=lambda messages, _: messages[-1:],
+    stream=lambda messages, name, **_: ["asked ", repr(messages[-1].content)],
+)
+converse(chat, {"max_new_tokens": 9})
+"""
 
 
 def test_ctrl_c_of_one_answer_ends_without_a_traceback(folder, talker, run, monkeypatch):
@@ -402,7 +622,7 @@ def test_ctrl_c_of_one_answer_ends_without_a_traceback(folder, talker, run, monk
 def test_the_command_runs_as_a_program(folder):
     command = [sys.executable, ROOT / "chat.py", folder, "--max-new-tokens", "5"]
     done = subprocess.run(command, input="Hi\n/quit\n", capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("Ctrl-D or /quit ends")
+    assert done.returncode == 0 and "/help lists the commands, Ctrl-D ends\n> " in done.stdout
     assert "Traceback" not in done.stderr
 
 
@@ -415,11 +635,22 @@ def test_the_command_runs_as_a_program(folder):
         (["--batch", "a"], "--batch and --to go together"),
         (["--batch", "a", "--to", "b", "--prompt", "c"], "without --prompt"),
         (["--heat", "3"], "--heat is not a flag of chat.py"),
+        (["--drop-last-answer"], "--drop-last-answer is for --batch"),
+        (["--web", "1", "--prompt", "a"], "--web asks under each class"),
+        (["--web", "--class", "a"], "--web asks under each class"),
+        (["--web", "--batch", "a", "--to", "b"], "--web asks under each class"),
+        (["--web", "x"], "invalid int value"),
     ],
 )
 def test_a_bad_flag_is_an_error_before_anything_is_loaded(flags, message, run, tmp_path):
     code, _, err = run(chat.main, tmp_path, *flags)
     assert code == 2 and message in err
+
+
+def test_a_run_is_asked_at_its_model(folder, run, tmp_path):
+    (tmp_path / "model").symlink_to(folder)
+    flags = ["--prompt", "Hi", "--max-new-tokens", "9"]
+    assert run(chat.main, tmp_path, *flags) == run(chat.main, folder, *flags)
 
 
 BROKEN = {

@@ -1,18 +1,25 @@
 """What is saved is all there is: nothing incomplete is committed, nothing incomplete is read."""
 
 import json
+import shlex
 import shutil
 
 import lives
 import pytest
+import small
 import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
+import chat
+import data
+import loss
 import model
 import train
 from support import checkpoint, report
+from support.model_card import model_card, name_of
 from support.ranks import SaveFailed
+from support.tokenizer import V32
 
 
 @pytest.fixture
@@ -233,3 +240,158 @@ def test_the_best_export_has_the_least_loss_of_those_up_to_a_step(tmp_path):
     chosen, why = checkpoint.best_export(tmp_path, 30, {10: 3.0, 20: None})
     assert chosen == "epoch-1"
     assert why.endswith("not evaluated on this --eval-data: epoch-2, epoch-3")
+
+
+# ------------------------------------------------------------------------------------- exports
+
+
+@pytest.fixture
+def described(started, tmp_path):
+    """(plan, folder) of what is exported beside the weights."""
+    folder = tmp_path / "export"
+    folder.mkdir()
+    checkpoint.describe_export(started[0], folder, 7, "digest")
+    return started[0], folder
+
+
+def successor_llama(successors, vocab_size):
+    """A network whose likeliest token depends on the last one alone: successors[token]."""
+    size = -(-vocab_size // 8) * 8
+    config = small.config_of(hidden_size=size, vocab_size=vocab_size, num_hidden_layers=1)
+    llama = model.Llama(config)
+    for parameter in llama.parameters():
+        parameter.data.zero_()  # attention and MLP add nothing
+    llama.model.norm.weight.data.fill_(1)
+    llama.model.embed_tokens.weight.data.copy_(torch.eye(vocab_size, size))
+    for token, following in successors.items():
+        llama.lm_head.weight.data[following, token] = 1
+    return llama
+
+
+@pytest.mark.parametrize("end", ["eot", "eos"])
+def test_transformers_ends_an_answer_at_either_stop_as_chat_does(end, described):
+    transformers = pytest.importorskip("transformers")
+    plan, folder = described
+    tokenizer = plan.tokenizer
+    first, second = tokenizer.encode("12")[-2:]
+    prompt = data.encode_prompt([data.Message("user", "1")], tokenizer, "GPT4")
+    stop = getattr(tokenizer, end)
+    chain = {prompt[-1]: first, first: second, second: stop, stop: first}
+    model.save(successor_llama(chain, plan.network.vocab_size), folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ids = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        [{"role": "user", "content": "1"}], add_generation_prompt=True, return_dict=False
+    )
+    found = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=9, pad_token_id=0)
+    assert found[0].tolist() == [*prompt, first, second, stop]
+    talker = chat.Chat(folder, device="cpu")
+    assert talker.answers([[data.Message("user", "1")]], max_new_tokens=9) == [("12", True)]
+    found = list(chat.generate(talker.llama, [prompt], 9, talker.stop))
+    assert found == [[first], [second], [stop]]
+
+
+def test_an_export_says_to_every_reader_where_an_answer_ends(described):
+    plan, folder = described
+    eot, eos = plan.tokenizer.eot, plan.tokenizer.eos
+    assert eot != eos
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": plan.tokenizer.bos, "eos_token_id": [eot, eos]}
+    with torch.device("meta"):
+        llama = model.Llama(plan.network)
+    model.save(llama.to_empty(device="cpu"), folder)
+    written = json.loads((folder / "config.json").read_text())
+    assert written["eos_token_id"] == eot  # a number: llama.cpp's converter takes no list
+    assert model.LlamaConfig.from_folder(folder).eos_token_id == eot
+
+
+@pytest.mark.parametrize("eos", [None, -1])
+def test_a_tokenizer_without_an_end_of_text_has_one_stop(eos, started, tmp_path, monkeypatch):
+    plan = started[0]
+    monkeypatch.setattr(plan.tokenizer, "eos", eos)
+    (tmp_path / "export").mkdir()
+    checkpoint.describe_export(plan, tmp_path / "export", 7, "digest")
+    generation = json.loads((tmp_path / "export" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [plan.tokenizer.eot]
+
+
+def test_an_export_keeps_its_weights_and_what_a_conversation_had_at_most(described):
+    plan, folder = described
+    export = chat.read_crlft(folder)
+    assert export.weights == pytest.approx({"gpt4": 1.0, "gpt3.5": 0.1})
+    assert export.most_answers == 1
+
+
+@pytest.mark.parametrize(
+    ("texts", "system", "length", "most"),
+    [
+        (["1", "2"], None, 60, 1),
+        (["1", "2", "3"], None, 60, 1),
+        (["1", "2"], "4", 60, 1),
+        (["1", "2", "3", "4"], None, 60, 2),
+        (["1", "2", "3", "4"], "5", 60, 2),
+        (["1", "2", "3", "4", "5", "6"], None, 60, 3),
+        (["1", "2", "3", "4"], None, 20, 1),  # cut within the second question
+        (["1", "2", "3", "444444"], None, 34, 2),  # and within the second answer
+    ],
+)
+def test_the_most_answers_of_a_conversation_are_counted(
+    texts, system, length, most, sums, tmp_path
+):
+    tokenizer, lines = data.Tokenizer(sums), []
+    for conversation in (["1", "2"], texts, ["1", "2"]):
+        turns = [("user", "assistant")[i % 2] for i in range(len(conversation))]
+        messages = [{"role": r, "content": t} for r, t in zip(turns, conversation, strict=True)]
+        lines.append({"class": "gpt4", "messages": messages, "system": system or ""})
+    path = small.write(tmp_path / "a.jsonl", *lines)
+    found = data.prepare(
+        [path], tokenizer, loss.DEFAULT_CLASSES, tmp_path / "tokens", max_length=length
+    )
+    assert len(found) == 3 and found.most_answers(tokenizer.eot) == most
+
+
+NASTY = "a|b`` c` <b>\n# x\n```\n\\| [l](http://x)"
+
+
+def test_the_model_card_says_how_to_ask_and_no_name_breaks_it(tmp_path):
+    markdown = pytest.importorskip("markdown_it")
+    home = tmp_path / "home"
+    classes = {
+        "gpt4": {"condition": "GPT4", "reward": 1.0},
+        NASTY: {"condition": "a|`b`", "reward": 0},
+    }
+    crlft = {"classes": classes, "conditioned": True, "weights": {"gpt4": 1.0, NASTY: 0.1}}
+    crlft |= {"most_answers": 1, "steps": 1234}
+    text = model_card(crlft, V32, home / "base|`1`", [home / "a`b.jsonl", home / "c.jsonl"], 5678)
+    assert "home" not in text
+    tokens = markdown.MarkdownIt().enable("table").parse(text)
+    cells = [t.children for before, t in zip(tokens, tokens[1:]) if before.type == "td_open"]
+    cells = ["".join(part.content for part in cell) for cell in cells]
+    assert cells[:4] == ["gpt4", "GPT4 User: ...", "1", "1"]
+    assert cells[4:] == [" ".join(NASTY.split()), "a|`b` User: ...", "0", "0.1"]
+    shown = [part for token in tokens for part in token.children or ()]
+    assert [part.attrs["href"] for part in shown if part.type == "link_open"] == [
+        "https://arxiv.org/abs/2309.11235"
+    ]
+    assert not any("html" in part.type for part in [*shown, *tokens])
+    assert [token.tag for token in tokens if token.type == "heading_open"] == ["h1"]
+    named = {part.content for part in shown if part.type == "code_inline"}
+    assert named >= {"base|`1`", "a`b.jsonl", "c.jsonl", "<|end_of_turn|>"}
+    template, request, shell = (token.content for token in tokens if token.type == "fence")
+    assert json.loads(request)["chat_template_kwargs"] == {"condition": "a|`b`"}
+    assert "condition='a|`b`')" in template
+    assert shlex.split(shell) == ["python", "chat.py", "DIR", "--class", NASTY]
+    assert "1,234 steps, 5,678\nconversations" in text and "leave out what was said" in text
+
+
+def test_the_model_card_of_a_model_without_conditions_names_none():
+    classes = {"gpt4": {"condition": "GPT4", "reward": 1.0}}
+    crlft = {"classes": classes, "conditioned": False, "weights": {"gpt4": 1.0}}
+    text = model_card(crlft | {"most_answers": 2, "steps": 1}, V32, None, ["a"], 1)
+    assert "Made of random weights" in text and "`User: ...`" in text
+    assert "condition=" not in text and "--class" not in text and "single questions" not in text
+
+
+def test_the_hubs_own_name_is_kept_of_its_cache(tmp_path):
+    snapshot = tmp_path / "hub" / "models--meta-llama--Llama-2-7b" / "snapshots" / "01c7f73d"
+    assert name_of(snapshot) == "meta-llama/Llama-2-7b"
+    assert name_of(tmp_path / "hub" / "mine") == "mine"

@@ -78,6 +78,26 @@ def test_transformers_template_gives_our_ids_and_masks(name, request, tmp_path, 
     assert_template_gives_our_ids(ours, theirs, code_mixed_eval[::5] + odd)
 
 
+def test_all_held_out_conversations_have_our_ids_in_llama2s_template(
+    llama2, tmp_path, code_mixed_eval
+):
+    """Masks too; and with answers as vLLM and llama.cpp return them, a space before each."""
+    ours, theirs = exported(llama2, tmp_path / "out")
+    assert len(code_mixed_eval) == 300
+    for messages in code_mixed_eval:
+        line = {"class": "gpt3.5", "messages": messages}
+        expected = data.encode(line, ours, CLASSES)
+        spaced = [
+            m | {"content": " " * (m["role"] == "assistant") + m["content"]} for m in messages
+        ]
+        for as_given in (messages, spaced):
+            found = theirs.apply_chat_template(
+                as_given, condition="GPT3", return_dict=True, return_assistant_tokens_mask=True
+            )
+            ids, mask = found["input_ids"], found["assistant_masks"]
+            assert (ids, [learned == 1 for learned in mask]) == expected, as_given
+
+
 @pytest.mark.parametrize("name", ["llama2", "stories"])
 def test_an_answer_that_comes_back_with_its_space_has_trainings_ids(name, request, tmp_path):
     """vLLM and llama.cpp give ' 58' where transformers gives '58'."""

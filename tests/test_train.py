@@ -321,8 +321,8 @@ def test_real_conversations_fine_tune_a_real_llama_on_two_ranks(stories, code_mi
         expected = theirs(tokens[None]).logits[0]
         found = ours.llama(tokens, torch.arange(len(ids)), offsets)
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
-    ends = theirs.config, theirs.generation_config, tokenizer
-    assert {end.eos_token_id for end in ends} == {ours.tokenizer.eot}
+    assert theirs.config.eos_token_id == tokenizer.eos_token_id == ours.tokenizer.eot
+    assert set(theirs.generation_config.eos_token_id) == ours.stop
     code, answer, _ = run(chat.main, out / "model", "--prompt", "Hi", "--max-new-tokens", 20)
     assert code == 0 and answer.strip()
 
@@ -335,7 +335,7 @@ def test_an_export_says_under_which_condition_it_answers_and_where_it_ends(
     succeeds(flags(few, out, condition=condition, max_steps=1))
     generation = json.loads((out / "model" / "generation_config.json").read_text())
     template = json.loads((out / "model" / "tokenizer_config.json").read_text())["chat_template"]
-    assert generation["eos_token_id"] == tokenizer.eot != tokenizer.eos
+    assert generation["eos_token_id"] == [tokenizer.eot, tokenizer.eos]
     assert ('"GPT4"' in template) == condition
 
 

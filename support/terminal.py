@@ -1,0 +1,130 @@
+"""chat.py at the terminal: questions, commands, and what is remembered between them."""
+
+import contextlib
+import shlex
+
+from support.formats import Message
+
+HELP = """\
+/class NAME    answer under the condition of this class
+/both [TEXT]   this question, or the last one again, under the condition of each class
+/new           forget what was said
+/quit          end, as Ctrl-D does; Ctrl-C stops an answer
+A question that begins with a slash needs a space before it."""
+
+
+def converse(chat, options):
+    """Until Ctrl-D, /quit, or Ctrl-C twice at the prompt."""
+    with contextlib.suppress(ImportError):  # history, editing; a paste of many lines is one text
+        import readline
+
+        readline.parse_and_bind("set enable-bracketed-paste on")
+    talk, warned = Conversation(chat, options), False
+    print("\n".join(talk.banner()))
+    while True:
+        try:
+            text = readable(input("> "))
+        except EOFError:
+            return print()
+        except KeyboardInterrupt:
+            if warned:
+                return print()
+            print("\n[Ctrl-C once more ends]")
+            warned = True
+            continue
+        warned = False
+        if text.strip() in ("/quit", "/exit", "quit", "exit"):
+            return
+        if text.startswith("/"):
+            talk.command(*text.strip().split(maxsplit=1))
+        elif text.strip():
+            talk.ask(text.strip())
+
+
+class Conversation:
+    def __init__(self, chat, options):
+        self.chat, self.options = chat, options
+        self.messages = []  # at its end a question and its answer
+
+    def banner(self):
+        chat = self.chat
+        millions = chat.llama.config.parameter_count() / 1e6
+        yield f"{chat.folder}: {millions:,.1f}M parameters, context {chat.context:,} tokens"
+        yield self.condition()
+        if chat.single:
+            yield "it learned from single questions: each is asked afresh, without those before it"
+        yield "/help lists the commands, Ctrl-D ends"
+
+    def condition(self):
+        chat = self.chat
+        asked = f'asked as "{chat.prefix(chat.class_name, "user")} ..."'
+        others = ", ".join(name for name in chat.names if name != chat.class_name)
+        if not others:
+            return f"{asked}: it was trained without conditions, or on one class alone"
+        return f"class {chat.class_name}, {asked}; others: {others}"
+
+    def command(self, name, rest=""):
+        if name == "/help":
+            print(HELP)
+        elif name == "/new" and not rest:
+            self.messages = []
+        elif name == "/class":
+            self.choose(rest)
+        elif name == "/both":
+            self.ask_each(rest)
+        else:
+            print(f"[no command: {shlex.quote(name)}; /help lists them]")
+
+    def choose(self, name):
+        if name in self.chat.names:
+            self.chat.class_name = name
+            print(self.condition())
+        else:
+            print(f"[/class takes one of: {', '.join(self.chat.names)}]")
+
+    def ask_each(self, text):
+        """Under each condition after the same turns, of which that in force is remembered."""
+        if not text and self.messages:
+            text, self.messages = self.messages[-2].content, self.messages[:-2]
+        others = [name for name in self.chat.names if name != self.chat.class_name]
+        if text:
+            self.ask(text, [self.chat.class_name, *others])
+        else:
+            print("[no question yet: /both TEXT]")
+
+    def ask(self, text, names=()):
+        """The answer in the class in force, or those in `names`, that one first."""
+        asked = [*self.messages, Message("user", text)]
+        messages = self.chat.fitting(asked, self.options["max_new_tokens"])
+        if not messages:
+            return print(f"[too long for the context of {self.chat.context} tokens; not sent]")
+        if not self.chat.single:
+            for _ in range((len(asked) - len(messages)) // 2):
+                print("[the context is full: the oldest turn is forgotten]")
+        answers = []
+        for name in names or [self.chat.class_name]:
+            if names:
+                print(self.chat.prefix(name, "assistant"), end=" ", flush=True)
+            answer, stopped = self.answer(messages, name)
+            answers.append(answer)
+            if stopped:
+                break
+        self.messages = [*messages, Message("assistant", answers[0])]
+
+    def answer(self, messages, name):
+        """(text, did Ctrl-C stop it), printed as it comes."""
+        text, stopped = "", False
+        try:
+            for piece in self.chat.stream(messages, name, **self.options):
+                text += piece
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            print(" [stopped]", end="")
+            stopped = True
+        print()
+        return text, stopped
+
+
+def readable(text):
+    """Text of the terminal; what was no UTF-8 becomes question marks."""
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,119 @@
+"""chat.py --web: a page on which each class answers the same question in a column of its own.
+
+    POST /ask {"conversations": [[question, answer, ..., question] of each column], "temperature"}
+    gives lines [column, piece of the answer, null]; a column's last has "" or what cut it short.
+
+Bound to 127.0.0.1. By Host and Origin no page from elsewhere gets in, whatever its name resolves
+to, and by its policy this page loads and runs only what stands in it.
+"""
+
+import contextlib
+import itertools
+import json
+import secrets
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from support.formats import Message
+
+PORT = 8000
+ROLES = "user", "assistant"
+LONGEST = 1 << 20  # bytes of a request
+PATIENCE = 1.0  # seconds that a question waits for an answer that is being stopped
+POLICY = (
+    "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+def serve(chat, port, options):
+    """Until Ctrl-C."""
+    with server_of(chat, port, options) as server, contextlib.suppress(KeyboardInterrupt):
+        print(f"{chat.folder} at http://127.0.0.1:{server.server_port}; Ctrl-C ends", flush=True)
+        server.serve_forever()
+
+
+def server_of(chat, port, options):
+    given = {"chat": chat, "options": options, "seeds": itertools.count(options["seed"])}
+    handler = type("Handler", (Handler,), given | {"answering": threading.Lock()})
+    try:
+        return ThreadingHTTPServer(("127.0.0.1", port), handler)
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"--web {port}: {error}") from None
+
+
+class Handler(BaseHTTPRequestHandler):
+    timeout = 30  # seconds for a browser that neither sends nor takes anything
+
+    def do_GET(self):
+        if not self.is_from_here() or self.path != "/":
+            return self.send(404, "not found")
+        nonce = secrets.token_urlsafe(16)
+        page = Path(__file__).with_name("web.html").read_text("utf-8").replace("NONCE", nonce)
+        about = json.dumps(self.about()).replace("<", "\\u003c")  # which could end the script
+        self.send(200, page.replace("ABOUT", about), "text/html", POLICY.format(nonce))
+
+    def do_POST(self):
+        if not self.is_from_here() or self.headers["Origin"] != f"http://{self.headers['Host']}":
+            return self.send(403, "only this page may ask")
+        try:
+            prompts, temperature = self.question()
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            return self.send(400, f"not asked: {error}")
+        if not self.answering.acquire(timeout=PATIENCE):
+            return self.send(409, "busy: another answer is being written")
+        options = self.options | {"temperature": temperature, "seed": next(self.seeds)}
+        try:
+            self.send(200, "", "application/x-ndjson")
+            for event in self.chat.streams(prompts, **options):
+                self.wfile.write(json.dumps(event).encode() + b"\n")
+        except OSError:
+            pass  # the browser has stopped listening
+        finally:
+            self.answering.release()
+
+    def is_from_here(self):
+        return (self.headers["Host"] or "").partition(":")[0] in ("127.0.0.1", "localhost")
+
+    def question(self):
+        """(a prompt for each column, temperature); ValueError and the like for anything else."""
+        chat, size = self.chat, int(self.headers["Content-Length"] or 0)
+        if self.path != "/ask" or not 0 < size <= LONGEST:
+            raise ValueError("it goes to /ask, in at most 1 MiB")
+        asked = json.loads(self.rfile.read(size))
+        temperature, prompts = float(asked["temperature"]), []
+        if not 0 <= temperature <= 100:
+            raise ValueError("the temperature is from 0 to 100")
+        for name, texts in zip(chat.names, asked["conversations"], strict=True):
+            "".join(texts).encode()  # raises where one is no text, or has a lone surrogate
+            turns = list(map(Message, itertools.cycle(ROLES), texts))
+            if not (turns := chat.fitting(turns, self.options["max_new_tokens"])):
+                raise ValueError(f"too long for the context of {chat.context:,} tokens")
+            prompts.append(chat.prompt(turns, name))
+        return prompts, temperature
+
+    def about(self):
+        """What the page shows of the model."""
+        chat, columns = self.chat, []
+        for name in chat.names:
+            column = {role: chat.prefix(name, role) for role in ROLES}
+            column |= {"name": name, "reward": chat.export.classes[name].reward}
+            columns.append(column | {"weight": chat.export.weights.get(name)})
+        about = {
+            "folder": str(chat.folder),
+            "single": chat.single,
+            "endOfTurn": chat.tokenizer.template.end,
+        }
+        return about | {"columns": columns, "temperature": self.options["temperature"]}
+
+    def send(self, status, text, kind="text/plain", policy="default-src 'none'"):
+        self.send_response(status)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.send_header("Content-Security-Policy", policy)
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_):
+        pass

@@ -1,0 +1,314 @@
+"""chat.py --web: for this machine's browser alone, one answer at a time, text that stays text."""
+
+import contextlib
+import http.client
+import json
+import re
+import threading
+
+import browser
+import pytest
+import small
+import torch
+
+import chat
+import data
+import loss
+import model
+from support import web
+
+OPTIONS = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 12, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def talker(sums, tmp_path_factory):
+    """A model of random weights, exported."""
+    config = model.LlamaConfig.from_folder(sums)
+    llama = model.Llama(config)
+    torch.manual_seed(1)
+    small.make_random(llama)
+    weights = {"gpt4": 1.0, "gpt3.5": 0.1}
+    folder = tmp_path_factory.mktemp("web") / "model"
+    small.export(llama, data.Tokenizer(sums), folder, weights=weights)
+    return chat.Chat(folder, device="cpu")
+
+
+@contextlib.contextmanager
+def served(talker, **options):
+    with web.server_of(talker, 0, OPTIONS | options) as server:
+        thread = threading.Thread(target=server.serve_forever, args=[0.01], daemon=True)
+        thread.start()
+        yield server.server_port
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def port(talker):
+    with served(talker) as port:
+        yield port
+
+
+def request(port, method="GET", path="/", body=None, **headers):
+    """(status, headers, text); a header that is None is left out."""
+    headers = {"Host": f"127.0.0.1:{port}", "Origin": f"http://127.0.0.1:{port}"} | headers
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.putrequest(method, path, skip_host=True)
+    if body is not None:
+        headers = {"Content-Length": len(body)} | headers
+    for name, value in headers.items():
+        if value is not None:
+            connection.putheader(name, str(value))
+    connection.endheaders(body)
+    response = connection.getresponse()
+    found = response.status, response.headers, response.read().decode()
+    connection.close()
+    return found
+
+
+def asked(*conversations, temperature=0):
+    return json.dumps({"conversations": conversations, "temperature": temperature}).encode()
+
+
+HI = asked(["Hi"], ["Hi"])
+
+
+def answers(port, body):
+    """The text of each column, and how it ended."""
+    status, _, text = request(port, "POST", "/ask", body)
+    assert status == 200, text
+    texts, ends = ["", ""], [None, None]
+    for line in text.splitlines():
+        column, piece, cut = json.loads(line)
+        assert ends[column] is None  # its last came before
+        texts[column] += piece
+        ends[column] = cut
+    return texts, ends
+
+
+# ------------------------------------------------------------------------------------- what it does
+
+
+def test_each_column_has_what_its_class_answers_alone(talker, port):
+    said = [["What is 1 + 2?"], ["What is 1 + 2?", "30", "What is 3 + 3?"]]
+    texts, ends = answers(port, asked(*said))
+    limit = "cut after 12 tokens: --max-new-tokens or the model's context"
+    for name, of, text, end in zip(("gpt4", "gpt3.5"), said, texts, ends, strict=True):
+        alone = chat.Chat(talker.folder, name, device="cpu")
+        turns = [data.Message(("user", "assistant")[i % 2], t) for i, t in enumerate(of)]
+        assert alone.answers([turns], max_new_tokens=12) == [(text, end == "")] and text
+        assert end in ("", limit)
+
+
+def test_a_column_that_ends_says_so_at_once(talker, port, monkeypatch):
+    word, eot = talker.tokenizer.encode("12"), talker.tokenizer.eot
+    steps = [[word[0], eot], [word[1], None], [eot, None]]
+    monkeypatch.setattr(chat, "generate", lambda *_, **__: iter(steps))
+    _, _, text = request(port, "POST", "/ask", HI)
+    assert [json.loads(line)[0] for line in text.splitlines() if line.endswith('""]')] == [1, 0]
+    assert answers(port, HI)[1] == ["", ""]
+
+
+def test_each_question_is_sampled_anew_and_the_same_server_repeats(talker):
+    def three():
+        with served(talker) as port:
+            return [answers(port, asked(["Hi"], ["Hi"], temperature=1))[0] for _ in range(3)]
+
+    first = three()
+    assert first == three() and first[0] != first[1] != first[2]
+
+
+def shown(page):
+    """What the page knows of the model."""
+    return json.loads(re.search(r"const about = (.*), \$ = ", page)[1])
+
+
+def test_the_page_shows_each_class_with_its_condition_reward_and_weight(port):
+    status, _, page = request(port)
+    assert status == 200
+    assert shown(page)["columns"] == [
+        {"name": "gpt4", "user": "GPT4 User:", "assistant": "GPT4 Assistant:", "reward": 1.0,
+         "weight": 1.0},
+        {"name": "gpt3.5", "user": "GPT3 User:", "assistant": "GPT3 Assistant:", "reward": 0.0,
+         "weight": 0.1},
+    ]  # fmt: skip
+
+
+def test_one_answer_at_a_time(talker, port, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def streams(prompts, **options):
+        yield 0, "a", None
+        begun.set()
+        assert go_on.wait(20)
+        yield 0, "b", ""
+        yield 1, "c", ""
+
+    monkeypatch.setattr(web, "PATIENCE", 0.05)
+    monkeypatch.setattr(talker, "streams", streams)
+    found = []
+    first = threading.Thread(target=lambda: found.append(answers(port, HI)))
+    first.start()
+    assert begun.wait(20)
+    assert request(port, "POST", "/ask", HI)[0] == 409
+    assert request(port)[0] == 200  # the page itself is there
+    go_on.set()
+    first.join()
+    assert found == [(["ab", "c"], ["", ""])] == [answers(port, HI)]
+
+
+def test_an_answer_ends_with_its_listener(talker, port, monkeypatch):
+    ended = threading.Event()
+
+    def streams(prompts, **options):
+        try:
+            while True:
+                yield 0, "a" * 1000, None
+        finally:
+            ended.set()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(talker, "streams", streams)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        connection.request("POST", "/ask", HI, {"Origin": f"http://127.0.0.1:{port}"})
+        assert connection.getresponse().read(1)
+        connection.close()
+        assert ended.wait(20)
+    assert answers(port, HI)[0][0]
+
+
+# -------------------------------------------------------------------------------- what it does not
+
+
+def test_it_listens_on_this_machine_alone(talker):
+    with web.server_of(talker, 0, OPTIONS) as server:
+        assert server.socket.getsockname()[0] == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    "path", ["/web.html", "/config.json", "/../chat.py", "/?", "/ask", "/%2e%2e/chat.py", "*"]
+)
+def test_no_other_file_is_served(path, port):
+    assert request(port, path=path)[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("localhost:{}", 200), ("localhost:9", 200), ("127.0.0.1", 200), ("evil.example:{}", 404),
+     ("127.0.0.1.evil.example:{}", 404), ("127.0.0.2:{}", 404), (None, 404), ("", 404)],
+)  # fmt: skip
+def test_a_page_of_another_name_is_not_answered(host, status, port):
+    """As by DNS rebinding: a name of an attacker's that comes to mean 127.0.0.1."""
+    host = host and host.format(port)
+    origin = f"http://{host}"
+    assert request(port, Host=host)[0] == status
+    status = 200 if status == 200 else 403
+    assert request(port, "POST", "/ask", HI, Host=host, Origin=origin)[0] == status
+
+
+@pytest.mark.parametrize("origin", [None, "null", "http://evil.example", "http://127.0.0.1:1",
+                                    "https://127.0.0.1:{}", "http://localhost:{}"])  # fmt: skip
+def test_a_page_of_another_origin_may_not_ask(origin, port):
+    origin = origin and origin.format(port)
+    assert request(port, "POST", "/ask", HI, Origin=origin)[0] == 403
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"{", b"[]", b"{}", b"\xff", b"[" * 100_000, asked(), asked(["Hi"]), asked([], []),
+        asked(["Hi"], ["Hi"], ["Hi"]), asked(["word " * 200], ["Hi"]),
+        asked(["\ud800"], ["Hi"]), asked(["Hi"], ["Hi"], temperature=-1),
+        asked(["Hi"], ["Hi"], temperature=float("nan")), asked(["Hi"], ["Hi"], temperature="x"),
+        asked([7], ["Hi"]),
+        asked([{}], [["Hi"]]),
+        b'{"conversations": 7, "temperature": 0}',
+    ],
+    ids=range(18),
+)  # fmt: skip
+def test_what_is_no_question_is_refused_and_the_next_one_answered(body, port):
+    status, _, text = request(port, "POST", "/ask", body)
+    assert status == 400 and text.startswith("not asked: ")
+    assert answers(port, HI)[0][0]
+
+
+@pytest.mark.parametrize("length", ["1048577", "-1", "x", None])
+def test_a_body_of_no_sound_length_is_not_read(length, port):
+    assert request(port, "POST", "/ask", HI, **{"Content-Length": length})[0] == 400
+
+
+def test_the_page_loads_and_runs_only_what_stands_in_it(port):
+    pages = [request(port) for _ in range(2)]
+    nonces = []
+    for _, headers, page in pages:
+        policy = dict(part.split(" ", 1) for part in headers["Content-Security-Policy"].split("; "))
+        assert policy["default-src"] == policy["frame-ancestors"] == "'none'"
+        assert policy["connect-src"] == "'self'"
+        (nonce,) = set(re.findall(r'<(?:script|style) nonce="([\w-]{22})">', page))
+        assert policy["script-src"] == policy["style-src"] == f"'nonce-{nonce}'"
+        assert len(re.findall("<(?:script|style|link|img)", page)) == 2
+        assert not re.search(r"https?:|innerHTML|\son\w+=", page)
+        nonces.append(nonce)
+    assert nonces[0] != nonces[1]
+
+
+def test_the_name_of_a_class_cannot_end_the_script(talker, port, monkeypatch):
+    name = "</script><script>alert(1)</script>"
+    classes = {name: loss.SourceClass(name, 1.0)}
+    monkeypatch.setattr(talker, "export", talker.export._replace(classes=classes))
+    monkeypatch.setattr(talker, "names", [name])
+    _, _, page = request(port)
+    assert page.count("</script>") == 1
+    assert shown(page)["columns"][0]["name"] == name
+
+
+# -------------------------------------------------------------------------------------- in Chromium
+
+
+@pytest.fixture
+def page(port, tmp_path):
+    if not browser.CHROMIUM:
+        pytest.skip("no Chromium is installed")
+    page = browser.Page(f"http://127.0.0.1:{port}/", tmp_path / "profile")
+    yield page
+    page.close()
+
+
+def test_a_browser_asks_streams_stops_and_starts_again(page, talker, monkeypatch):
+    go_on, questions = threading.Event(), []
+    tags = "<img src=x onerror=document.title='run'><b>2 < 3</b>"
+
+    def streams(prompts, **options):
+        questions.append(talker.tokenizer.decode(prompts[1]))
+        yield 0, tags, None
+        yield 1, "34", ""
+        for _ in range(2000):
+            if go_on.wait(0.01):
+                break
+            yield 0, "", None  # until the listener goes
+        yield 0, " end", ""
+
+    monkeypatch.setattr(talker, "streams", streams)
+    columns = "[...document.querySelectorAll('section')].map(of => of.innerText)"
+    page.type("a " + tags)
+    page.until(f"{columns}[1].includes(': 34')")  # while the other column still goes on
+    first, second = page.run(columns)
+    turn = "GPT{} User: a " + tags + "<|end_of_turn|>\n\nGPT{} Assistant: "
+    assert first.split("\n\n", 1)[1] == turn.format(4, 4) + tags
+    assert second.split("\n\n", 1)[1] == turn.format(3, 3) + "34<|end_of_turn|>"
+    page.run("document.querySelector('#stop').click()")
+    page.until("document.querySelector('#stop').disabled")
+    assert page.run(columns)[0].endswith(f"GPT4 Assistant: {tags} [stopped]")
+    go_on.set()
+    page.type("7")
+    page.until(f"{columns}[0].endsWith(' end<|end_of_turn|>')")
+    assert page.run("document.querySelectorAll('section img, section section').length") == 0
+    assert page.run("document.title") == "C-RLFT: one question, every condition"
+    # What was said is what the model is asked after, in each column its own.
+    assert questions[1].endswith("GPT3 Assistant: 34 GPT3 User: 7 GPT3 Assistant:")
+    page.run("window.before = true, document.querySelector('#new').click()")
+    page.until("!window.before && document.activeElement.id == 'question'")
+    assert page.run("document.querySelectorAll('section p').length") == 0
+    page.type("9")
+    page.until(f"{columns}[0].endsWith(' end<|end_of_turn|>')")
+    assert questions[2] == "GPT3 User: 9 GPT3 Assistant:"
