@@ -46,13 +46,14 @@ def model_card(crlft, template, base, files, conversations):
         base=code(name_of(base)) if base else "random weights", steps=crlft["steps"],
         conversations=conversations, files=", ".join(code(Path(file).name) for file in files),
         torch=torch.__version__, single=SINGLE if crlft["most_answers"] == 1 else "",
-        rows="\n".join(class_row(name, c, conditioned, crlft, template) for name, c in classes.items()),
+        rows="\n".join(class_row(name, crlft, template) for name in classes),
         other=code(other), asked="\n\n".join(map(fenced, asked)), end=template.end,
     )  # fmt: skip
 
 
-def class_row(name, source_class, conditioned, crlft, template):
-    condition = source_class["condition"] if conditioned else ""
+def class_row(name, crlft, template):
+    source_class = crlft["classes"][name]
+    condition = source_class["condition"] if crlft["conditioned"] else ""
     asked = template.prefix(condition, "user").strip()
     numbers = f"{source_class['reward']:g}", f"{crlft['weights'][name]:g}"
     cells = [code(text).replace("|", "\\|") for text in (name, asked + " ...")]

@@ -100,12 +100,9 @@ class Handler(BaseHTTPRequestHandler):
             column = {role: chat.prefix(name, role) for role in ROLES}
             column |= {"name": name, "reward": chat.export.classes[name].reward}
             columns.append(column | {"weight": chat.export.weights.get(name)})
-        about = {
-            "folder": str(chat.folder),
-            "single": chat.single,
-            "endOfTurn": chat.tokenizer.template.end,
-        }
-        return about | {"columns": columns, "temperature": self.options["temperature"]}
+        about = {"folder": str(chat.folder), "single": chat.single, "columns": columns}
+        about |= {"temperature": self.options["temperature"]}
+        return about | {"endOfTurn": chat.tokenizer.template.end}
 
     def send(self, status, text, kind="text/plain", policy="default-src 'none'"):
         self.send_response(status)

@@ -44,11 +44,8 @@ def export(llama, tokenizer, folder, conditioned=True, classes=loss.DEFAULT_CLAS
     model.save(llama, folder)
     tokenizer.save(folder, "GPT4" if conditioned else "")
     classes = {name: dataclasses.asdict(c) for name, c in classes.items()}
-    crlft = {
-        "classes": classes,
-        "conditioned": conditioned,
-        "template": tokenizer.template.name,
-    } | more
+    crlft = {"classes": classes, "conditioned": conditioned}
+    crlft |= {"template": tokenizer.template.name} | more
     model.write_json(folder / "crlft.json", crlft)
     return folder
 

@@ -600,7 +600,8 @@ conditions = {"gpt4": "GPT4", "gpt3.5": "GPT3"}
 config = SimpleNamespace(parameter_count=lambda: 0)
 chat = SimpleNamespace(
     folder="echo", context=100, single=True, class_name="gpt4", names=list(conditions),
-    condition="GPT4", condition_of=conditions.get, llama=SimpleNamespace(config=config),
+    prefix=lambda name, role: f"{conditions[name]} {role.title()}:",
+    llama=SimpleNamespace(config=config),
     fitting=lambda messages, _: messages[-1:],
     stream=lambda messages, name, **_: ["asked ", repr(messages[-1].content)],
 )

@@ -499,6 +499,7 @@ def test_a_run_trains_resumes_and_exports_what_transformers_reads(
     assert not any(torch.equal(whole[name][:304], rows[:304]) for name, rows in began.items())
 
     talker = chat.Chat(out / "model", device="cpu")
+    assert len(talker.stop) == 2  # the end of turn, and the base model's own
     theirs = transformers.AutoTokenizer.from_pretrained(out / "model")
     network_ = transformers.AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
     ids = theirs.apply_chat_template(
