@@ -1,8 +1,8 @@
 """The paper's ablation (OpenChat, arXiv 2309.11235, Table 2) on a task small enough to watch.
 
-    python examples/ablation.py --quick          the table over five seeds: 14 minutes on 2 cores
+    python examples/ablation.py --quick          the table over five seeds: 16 minutes on 2 cores
     python examples/ablation.py --quick --seeds 1        one seed: no intervals over seeds
-    python examples/ablation.py                  the table, and the axes over three seeds: 27 more
+    python examples/ablation.py                  the table, and the axes over three seeds: 30 more
     python examples/ablation.py --task sums      the same on another task
 
 A run is train.py by its own flags, in a process of its own, in runs/ablation/TASK-VERSION/NAME. Its
@@ -575,7 +575,7 @@ def main(argv=None):
         draw(args, rows, parts, noise, scores)
 
 
-SECONDS_A_STEP = {"noisy": 0.12, "sums": 0.25}  # of one run on a core of its own
+SECONDS_A_STEP = {"noisy": 0.14, "sums": 0.25}  # of one run on a core of its own
 
 
 def draw(args, rows, parts, noise, scores):
