@@ -568,13 +568,14 @@ def test_a_terminal_has_history_and_takes_a_paste_of_many_lines_as_one_question(
         nonlocal shown
         os.write(terminal, keys)
         while awaited not in shown:
-            assert select.select([terminal], [], [], 10)[0], shown
+            assert select.select([terminal], [], [], 60)[0], shown
             shown += os.read(terminal, 4096)
         shown = shown.partition(awaited)[2]
 
     type_and_wait(b"", b"\x1b[?2004h> ")  # asks the terminal to bracket what is pasted
     type_and_wait(b"\x1b[200~one\ntwo\x1b[201~\r", b"asked 'one\\ntwo'")
     type_and_wait(b"\x1b[A\x1b[D!\r", b"asked 'one\\ntw!o'")  # up, left
+    type_and_wait(b"", b"> ")
     type_and_wait(b"\x03", b"[Ctrl-C once more ends]")
     type_and_wait(b"", b"> ")
     type_and_wait(b"/both\r", b"GPT3 Assistant: asked 'one\\ntw!o'")
@@ -583,7 +584,7 @@ def test_a_terminal_has_history_and_takes_a_paste_of_many_lines_as_one_question(
     type_and_wait(b"", b"> ")
     os.write(terminal, b"\x03")
     with contextlib.suppress(OSError):  # at its end; what nobody reads would hold it up
-        while select.select([terminal], [], [], 10)[0] and os.read(terminal, 4096):
+        while select.select([terminal], [], [], 60)[0] and os.read(terminal, 4096):
             pass
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

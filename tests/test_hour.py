@@ -20,6 +20,7 @@ from processes import ROOT
 
 SECTION = (ROOT / "README.md").read_text().partition("## On your own data")[2]
 LINES = SECTION.partition("```\n")[2].partition("```")[0].splitlines()
+LINES = [line for line in LINES if "--web" not in line]  # which ends by Ctrl-C: test_web.py
 SMALL = ["--batch-tokens", "256", "--epochs", "2", "--precision", "fp32"]
 
 
