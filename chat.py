@@ -24,6 +24,7 @@ import data
 import loss
 import model
 from support.batch import answer_file
+from support.files import exported
 from support.flags import Parser
 from support.terminal import converse, readable
 from support.web import PORT, serve
@@ -226,6 +227,8 @@ def read_crlft(folder):
         classes = loss.class_table(raw["classes"])
         return Export(classes, raw["conditioned"], weights, raw.get("most_answers", 0))
     except FileNotFoundError:
+        if (path.parent / "run.json").exists():
+            raise ValueError(f"{folder}: this run has exported no model yet") from None
         raise ValueError(
             f"{path}: not found; chat.py needs a folder exported by train.py"
         ) from None
@@ -243,13 +246,6 @@ def ends_of(folder):
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read: {error!r}") from None
     return ends if isinstance(ends, list) else [ends]
-
-
-def exported(folder):
-    """The folder, or the model in it where it is a run's."""
-    folder, inner = Path(folder), Path(folder) / "model"
-    is_run = (inner / "crlft.json").exists() and not (folder / "crlft.json").exists()
-    return inner if is_run else folder
 
 
 def main(argv=None):

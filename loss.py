@@ -161,6 +161,11 @@ def _one_dtype(hidden, lm_head):
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         hidden, lm_head = hidden.to(dtype), lm_head.to(dtype)
+    if hidden.dim() != 2 or lm_head.dim() != 2:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and lm_head {tuple(lm_head.shape)} must be (N, D) and "
+            "(V, D): select the learned rows first"
+        )
     if hidden.dtype != lm_head.dtype or hidden.shape[1] != lm_head.shape[1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} {hidden.dtype} and lm_head {tuple(lm_head.shape)} "

@@ -25,6 +25,8 @@ COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:
 def read(run):
     """(steps, evaluations) of a run's folder: the lines of its metrics.jsonl, each a dict."""
     path = Path(run) / "metrics.jsonl"
+    if not Path(run).is_dir():
+        raise ValueError(f"{run}: not found; RUN is the folder that --out named")
     lines = read_metrics(path)
     steps = [line for line in lines if "eval" not in line]
     if not steps:

@@ -55,6 +55,7 @@ from loss import (
 )
 from support import memory, report
 from support.checkpoint import Checkpoints, export, is_exported, read_export
+from support.files import exported
 from support.flags import Parser, flag_of
 from support.ranks import Ranks, SaveFailed, held_output, is_lost_rank
 from support.tokenizer import Tokenizer
@@ -298,8 +299,8 @@ def train(plan, ranks, out):
         ranks.say(f"stopped after step {step}, as asked; the same command goes on from here")
         return False
     ranks.say(f"done: the model is {out / 'model'}, the metrics {out / 'metrics.jsonl'}")
-    shell = shlex.quote(str(out)), shlex.quote(str(out / "model"))
-    ranks.say("  curves:  python plot.py {}\n  chat:    python chat.py {}".format(*shell))
+    run = shlex.quote(str(out))
+    ranks.say(f"  curves:  python plot.py {run}\n  chat:    python chat.py {run}")
     return True
 
 
@@ -512,9 +513,16 @@ def to_evaluate(config):
 
     As an export was trained, so it is measured: its own classes, with or without condition.
     """
-    export = read_export(Path(config.model)) or {}
+    folder = exported(config.model)
+    export = read_export(folder) or {}
     condition = config.condition and export.get("conditioned", True)
-    own = {"data": config.eval_data, "epochs": 1, "random_weights": False, "condition": condition}
+    own = {
+        "model": str(folder),
+        "data": config.eval_data,
+        "epochs": 1,
+        "random_weights": False,
+        "condition": condition,
+    }
     return dataclasses.replace(config, **own), export.get("classes", DEFAULT_CLASSES)
 
 

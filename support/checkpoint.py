@@ -167,7 +167,7 @@ class Checkpoints:
                 "or give a new --out"
             )
         for change in changed_flags(state["config"], flags(self.plan)):
-            self.ranks.say(f"changed since: {change}")
+            self.ranks.say(f"changed since the checkpoint: {change}")
         return step
 
     def load(self, llama, optimizer):

@@ -29,3 +29,10 @@ def read_metrics(path):
             except ValueError:
                 break
     return lines
+
+
+def exported(folder):
+    """The folder, or the model in it where it is a run's."""
+    folder, inner = Path(folder), Path(folder) / "model"
+    is_run = (inner / "crlft.json").exists() and not (folder / "crlft.json").exists()
+    return inner if is_run else folder

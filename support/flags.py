@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import re
 import shlex
@@ -86,12 +87,28 @@ def flag_of(name):
     return "--" + name.replace("_", "-")
 
 
+ELSEWHERE = {  # as other trainers name it
+    "--learning-rate": "--lr", "--gradient-accumulation-steps": "--accumulate",
+    "--output-dir": "--out", "--output": "--out", "--max-grad-norm": "--clip",
+    "--train-file": "--data", "--dataset": "--data", "--validation-file": "--eval-data",
+    "--per-device-train-batch-size": "--batch-tokens", "--batch-size": "--batch-tokens",
+    "--gradient-checkpointing": "--recompute", "--bf16": "--precision", "--fp16": "--precision",
+    "--seq-len": "--max-length", "--eval-steps": "--eval-every", "--save-steps": "--save-every",
+    "--model-name-or-path": "--model", "--num-train-epochs": "--epochs",
+}  # fmt: skip
+
+
 def nearest(flag, flags):
     """What `flag` was likely meant to be, or None."""
+    if (same := ELSEWHERE.get(flag.replace("_", "-"))) in flags:
+        return same
+    flags = [known for known in flags if known not in ("-h", "--help")]
+    if longer := [known for known in flags if known.startswith(flag)]:
+        return longer[0]
     words = flag.replace("_", "-").split("-")
     alike = [known for known in flags if known.split("-")[2:3] == words[2:3]]  # --eval-steps
     part = [known for known in flags if set(known.split("-")) <= set(words)]  # --train-data
-    matches = difflib.get_close_matches
+    matches = functools.partial(difflib.get_close_matches, cutoff=0.7)
     found = matches(flag, alike) or part or matches(flag, list(flags))
     return found[0] if found else None
 

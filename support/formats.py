@@ -364,7 +364,7 @@ def check_file_key(path, key, value):
     if key in {*LINE_KEYS, "data"} and not says_nothing(value):
         raise ValueError(
             f"{path}: {key!r} beside the list of conversations is not read: put it into each of "
-            "them, or the class of all into --data CLASS=FILE"
+            "them, or name the class of all by CLASS=FILE"
         )
     try:
         return _check_keys({key: value}, set(), "")
@@ -427,8 +427,8 @@ def _source_class(line, classes, class_field, file_class):
         found["condition"] = _class_of_condition(line["condition"], classes)
     if not found:
         raise BadLine(
-            f"no {class_field!r}: name it in each line, or for a whole file by --data CLASS=FILE, "
-            f"or by another field, --class-field KEY ({', '.join(classes)})"
+            f"no {class_field!r}: name it in each line, or for a whole file by CLASS=FILE in its "
+            f"place, or by another field, --class-field KEY ({', '.join(classes)})"
         )
     if len(found) > 1 and len(set(found.values())) > 1:
         raise BadLine(" but ".join(f"{who!r} says {name}" for who, name in found.items()))

@@ -133,15 +133,24 @@ WIDTH = 100  # columns of a header, of a dry run, of a table
 
 
 def wrapped(lines):
-    """One text of them, each broken at WIDTH; what goes on is indented."""
+    """One text of them, each broken at WIDTH or the terminal's; what goes on is indented."""
+    width = min(WIDTH, shutil.get_terminal_size().columns) if sys.stdout.isatty() else WIDTH
     out = []
     for line in lines:
         indent = " " * (11 if line[9:11] == "  " else 2)  # beyond a label such as "schedule"
         broken = textwrap.wrap(
-            line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+            line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
         )
-        out += broken if len(line) > WIDTH else [line]
+        out += broken if len(line) > width else [line]
     return "\n".join(out)
+
+
+FEW_STEPS = 20  # that train hardly anything
+
+
+def counted(count, noun):
+    plural = noun + ("es" if noun.endswith("ch") else "s")
+    return f"{count:,} {noun if count == 1 else plural}"
 
 
 def schedule(plan):
@@ -155,9 +164,20 @@ def schedule(plan):
         )
     first_epoch = order.pack(0)[: order.total]
     out += weight_by_step(plan.dataset, first_epoch, plan.classes, plan.class_weights)
+    if order.total < FEW_STEPS:
+        out.append(
+            f"warning: only {counted(order.total, 'step')}; a smaller --batch-tokens or more "
+            "--epochs give more"
+        )
+    if config.random_weights and config.lr == "auto":
+        out.append(
+            "warning: OpenChat's learning rate is for pretrained weights; for random ones give "
+            "--lr, such as 3e-3"
+        )
+    ranks, of_rank = counted(plan.world, "rank"), counted(config.accumulate, "micro-batch")
     out += [
-        f"schedule   {order.total:,} steps, {len(order.ends)} epochs begun, "
-        f"{plan.world} ranks x {config.accumulate} x {config.batch_tokens:,} tokens a step",
+        f"schedule   {counted(order.total, 'step')} in {counted(len(order.ends), 'epoch')}, "
+        f"{ranks} x {of_rank} x {config.batch_tokens:,} tokens a step",
         f"           conversations up to {plan.max_length:,} tokens",
         f"optimizer  AdamW, peak learning rate {plan.lr:.3g}"
         + (" (OpenChat's rule)" if config.lr == "auto" else ""),
@@ -219,19 +239,19 @@ def summary(dataset, classes, class_weights):
     """Lines of text: by class, conversations, tokens, what is supervised, its weight and share."""
     index, report = dataset.index, dataset.report
     total = dataset.total_weight(slice(None), class_weights) or 1.0
-    out = [
-        f"{'class':14} {'condition':14} {'conversations':>13} {'tokens':>12} {'supervised':>12} "
-        f"{'mean w':>8} {'weight mass':>11}"
-    ]
+    rows = [("class", "condition", "conversations", "tokens", "supervised", "mean w", "w mass")]
     for number, (name, source) in enumerate(classes.items()):
         of = np.flatnonzero(index["source_class"] == number)
         weight, supervised = dataset.total_weight(of, class_weights), dataset.total_weight(of, None)
         mass, mean = weight / total, weight / supervised if supervised else 0.0
         tokens = int(index["length"][of].sum())
-        out.append(
-            f"{name:14} {source.condition:14} {len(of):13,} {tokens:12,} {supervised:12,.0f} "
-            f"{mean:8.4g} {mass:11.1%}"
-        )
+        counts = f"{len(of):,}", f"{tokens:,}", f"{supervised:,.0f}"
+        rows.append((name, source.condition, *counts, f"{mean:.4g}", f"{mass:.1%}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    out = [
+        "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(pairs))
+        for pairs in (zip(row, widths, strict=True) for row in rows)
+    ]
     lengths = dataset.lengths
     quantiles = ", ".join(f"{q}% {np.percentile(lengths, q):.0f}" for q in (50, 90, 99))
     out.append(
@@ -288,7 +308,7 @@ def weight_by_step(dataset, steps, classes, class_weights):
 
 def legend(colour):
     """How to read a preview."""
-    spelled = r"a special token that a text only spells: <\s>"
+    spelled = r"a special token's name that a text spells is shown as <\s>"
     if colour:
         marks = "not learned: dim; learned: bright, with its weight w; special: reversed"
         return f"{marks}\n{spelled}"

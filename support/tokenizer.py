@@ -347,7 +347,10 @@ class ByteLevel(Tokenizer):
         self.vocab_size = max(last, self.eot) + 1
         self.bos, self.eos = self._named("bos_token"), self._named("eos_token")
         if self.bos < 0:
-            raise ValueError(f"{folder}: no bos_token (beginning of sequence) in {self.file}")
+            raise ValueError(
+                f"{folder}: no bos_token (beginning of sequence) in tokenizer_config.json, nor its "
+                "id in config.json"
+            )
         texts = {i: text for text, i in self.added.items()} | {self.eot: self.template.end}
         self.names = {i: texts[i] for i in {self.bos, self.eos, self.eot, *self.marks} - {-1}}
         # Ids beyond the pieces have no gaps: where no special token is, a name fills it.
@@ -362,8 +365,12 @@ class ByteLevel(Tokenizer):
         self._check_safe(path)
 
     def _named(self, key):
-        """The id of a token that tokenizer_config.json names, or -1."""
+        """The id of a token that tokenizer_config.json names, or config.json has; or -1."""
         text = self._read("tokenizer_config.json").get(key)
+        if text is None:
+            number = self._read("config.json").get(f"{key}_id")
+            number = number[0] if isinstance(number, list) and number else number
+            return number if number in self.added.values() else -1
         return self.added.get(str(text.get("content") if isinstance(text, dict) else text), -1)
 
     def _check_safe(self, path):

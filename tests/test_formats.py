@@ -98,7 +98,7 @@ REFUSED = {
     "g4_two_gpts.jsonl": "messages 2 and 3 are two assistant turns in a row: make them one",
     "g8_empties.jsonl": ":2: message 1: empty user message",
     "h1_model_field.jsonl": "2 lines: no 'class'",
-    "h3_no_class.jsonl": "--data CLASS=FILE, or by another field, --class-field KEY",
+    "h3_no_class.jsonl": "CLASS=FILE in its place, or by another field, --class-field KEY",
     "h4_kto.jsonl": "no 'class'",
     "h5_class_and_condition_clash.jsonl": "'class' says gpt4 but 'condition' says gpt3.5",
     "i1_openchat_v1_items.jsonl": "no 'class'",
