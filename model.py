@@ -509,23 +509,23 @@ def check_weights(folder, config, new_rows=0):
 
 
 def untrained(folder, tokens):
-    """Those of `tokens` that a checkpoint never trained, as a row of embedding or head shows.
+    """Those of `tokens` that a checkpoint never trained, as a row of its embedding shows.
 
-    What never comes up leaves its embedding to weight decay, so near zero, and its head row to
-    the gradient that all such rows share, so alike: in Llama 3's base models a turn's tokens are.
-    Trained rows are about as far from each other as they are long; the bound is 1 % of a usual
-    length. A row that stayed as it was drawn does not show.
+    What never comes up is left to weight decay, so near zero: in Llama 3's base models a turn's
+    tokens are. Trained rows are about as far from each other as they are long; the bound is 1 % of
+    a usual length. A row that stayed as it was drawn does not show. The head does not tell: what
+    begins a turn is read but never learned, so its head rows stay alike in a trained model too.
     """
+    name = "model.embed_tokens.weight"
+    with open_safetensors(weight_files(folder)[name]) as file:
+        view = file.get_slice(name)
+        usual = view[:1024].float().norm(dim=1).median()
+        rows = {t: view[t : t + 1].float() for t in tokens if t < view.get_shape()[0]}
     found = set()
-    for name in filter(is_vocabulary, files := weight_files(folder)):
-        with open_safetensors(files[name]) as file:
-            view = file.get_slice(name)
-            usual = view[:1024].float().norm(dim=1).median()
-            rows = {t: view[t : t + 1].float() for t in tokens if t < view.get_shape()[0]}
-        for token, row in rows.items():
-            others = [torch.zeros_like(row), *(rows[t] for t in rows if t != token)]
-            if min((row - other).norm() for other in others) < 0.01 * usual:
-                found.add(token)
+    for token, row in rows.items():
+        others = [torch.zeros_like(row), *(rows[t] for t in rows if t != token)]
+        if min((row - other).norm() for other in others) < 0.01 * usual:
+            found.add(token)
     return sorted(found)
 
 

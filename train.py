@@ -639,7 +639,8 @@ def make_plan(config, ranks, out):
     pretrained = has_weights(config)
     if pretrained:
         model.check_weights(config.model, network, new_rows)
-    untrained = model.untrained(config.model, tokenizer.marks) if pretrained else []
+    new = pretrained and not read_export(Path(config.model))  # an export has all its rows
+    untrained = model.untrained(config.model, tokenizer.marks) if new else []
     # Only FlashAttention has fixed shapes; elsewhere each batch would be compiled anew.
     flash = cuda and bf16 and model.flash_takes(network.head_dim)
     compile = flash if config.compile is None else config.compile
