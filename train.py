@@ -54,8 +54,7 @@ from loss import (
     read_classes,
 )
 from support import memory, report
-from support.checkpoint import Checkpoints, export, is_exported, read_export
-from support.files import exported
+from support.checkpoint import Checkpoints, as_exported, export, is_exported
 from support.flags import Parser, flag_of
 from support.ranks import Ranks, SaveFailed, held_output, is_lost_rank
 from support.tokenizer import Tokenizer
@@ -115,6 +114,7 @@ class Config:
     def __post_init__(self):
         for name in ("plan_ranks", "plan_memory"):
             _require(self.dry_run or not getattr(self, name), name, "used with --dry-run")
+        _require(not (self.evaluate and self.dry_run), "evaluate", "used without --dry-run")
         for name, least in LEAST.items():
             _require((getattr(self, name) or 0) >= least, name, f"at least {least}")
         for name in ("beta", "adam_eps", "clip"):
@@ -508,24 +508,6 @@ def evaluate_alone(plan, ranks):
     return True
 
 
-def to_evaluate(config):
-    """The Config by which an evaluation is planned, and its class table.
-
-    As an export was trained, so it is measured: its own classes, with or without condition.
-    """
-    folder = exported(config.model)
-    export = read_export(folder) or {}
-    condition = config.condition and export.get("conditioned", True)
-    own = {
-        "model": str(folder),
-        "data": config.eval_data,
-        "epochs": 1,
-        "random_weights": False,
-        "condition": condition,
-    }
-    return dataclasses.replace(config, **own), export.get("classes", DEFAULT_CLASSES)
-
-
 # ------------------------------------------------------------------------------- schedule and order
 
 
@@ -624,7 +606,7 @@ def make_plan(config, ranks, out):
     """The Plan of a run; whatever is wrong with the input raises here. Tokenizes the data."""
     table = DEFAULT_CLASSES
     if config.evaluate:
-        config, table = to_evaluate(config)
+        config, table = as_exported(config)
     world = config.plan_ranks or ranks.world
     _require(world % config.replicas == 0, "replicas", f"a divisor of {world} ranks")
     cuda = ranks.cuda or config.plan_memory > 0  # a GPU is planned for, here or not

@@ -32,8 +32,8 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 import model
-from loss import expert_class
-from support.files import sync
+from loss import DEFAULT_CLASSES, expert_class
+from support.files import exported, sync
 from support.model_card import model_card
 from support.ranks import SaveFailed
 
@@ -459,6 +459,25 @@ def read_export(folder):
         return export if isinstance(export["steps"], int) and "checkpoint" in export else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def as_exported(config):
+    """The Config by which --evaluate is planned, and its class table.
+
+    As an export was trained, so it is measured: its own classes, with or without condition, cut at
+    its own length. Every token counts alike: under another --beta a class's weight could round to 0.
+    """
+    folder = exported(config.model)
+    export = read_export(folder) or {}
+    if not export and (folder / "crlft.json").exists():
+        raise ValueError(f"{folder / 'crlft.json'}: cannot be read, and says how the model is asked")
+    length = config.max_length or export.get("config", {}).get("max_length")
+    own = {
+        "model": str(folder), "data": config.eval_data, "epochs": 1, "random_weights": False,
+        "condition": config.condition and export.get("conditioned", True), "reward": False,
+        "max_length": min(length, config.batch_tokens) if length else None,
+    }  # fmt: skip
+    return dataclasses.replace(config, **own), export.get("classes", DEFAULT_CLASSES)
 
 
 def state_digest(out, step):

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from processes import ROOT, SUMS, flags, metrics, refused, succeeds
+from processes import ROOT, SUMS, flags, metrics, refused, run, succeeds
 from safetensors.torch import load_file
 
 import data
@@ -224,6 +224,33 @@ def test_an_export_is_evaluated_under_its_own_classes_and_condition(folder, tmp_
         assert measured(model=out / "model", **files) == as_printed(expected)
         given_too = {"data": folder / "train.jsonl", "random_weights": True}
         assert measured(model=out / "model", **files, **given_too) == as_printed(expected)
+
+
+def test_a_class_is_measured_whatever_its_weight(folder, tmp_path):
+    """Rewards that are far apart: under the --beta of training 0.14, under the default one 1e-100."""
+    far = {name: {"condition": name, "reward": -100 * i} for i, name in enumerate(CLASSES)}
+    (tmp_path / "far.json").write_text(json.dumps(far))
+    files = {"eval_data": folder / "eval.jsonl"}
+    own = {"max_steps": 2, "max_length": None, "classes": tmp_path / "far.json", "beta": 50}
+    succeeds(flags(folder / "train.jsonl", tmp_path / "out", model=folder, **own, **files))
+    logged = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").open()]
+    expected = [line["eval"] for line in logged if "eval" in line][-1]
+    assert measured(model=tmp_path / "out" / "model", **files) == as_printed(expected)
+
+
+def test_an_export_that_does_not_say_how_it_is_asked_is_not_evaluated(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "export")
+    (tmp_path / "export" / "crlft.json").write_text("{")
+    evaluate = ["--evaluate", "--model", tmp_path / "export"]
+    message = refused([*evaluate, "--eval-data", folder / "eval.jsonl"])
+    assert message.startswith(f"error: {tmp_path}/export/crlft.json: cannot be read")
+
+
+def test_a_dry_run_evaluates_nothing(folder):
+    """Which needs no weights: random ones would be measured."""
+    given = ["--evaluate", "--dry-run", "--model", SUMS, "--eval-data", folder / "eval.jsonl"]
+    code, shown = run(given)
+    assert (code, shown) == (2, "error: --evaluate must be used without --dry-run\n")
 
 
 def test_an_evaluation_needs_weights(folder, tmp_path):
