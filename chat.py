@@ -66,6 +66,7 @@ def sample(logits, temperature, top_p, generator):
     """Next tokens (B,) from logits (B, V); top_p keeps the likeliest that reach that mass."""
     if temperature == 0:
         return logits.argmax(-1)
+    temperature = max(temperature, 1e-30)  # or float32 overflows, and infinity - infinity is NaN
     probabilities, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
     before = probabilities.cumsum(-1) - probabilities
     probabilities[before >= top_p] = 0.0
@@ -270,7 +271,7 @@ def main(argv=None):
         help=f"a page for this machine's browser, at this port (default {PORT})",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
+    if not args.temperature >= 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
         parser.error("needs --temperature from 0, --top-p in (0, 1], --max-new-tokens from 1")
     if bool(args.batch) != bool(args.to) or (args.batch and args.prompt is not None):
         parser.error("--batch and --to go together, and without --prompt")

@@ -21,7 +21,10 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, arguments=None):
         self.given = sys.argv[1:] if arguments is None else [*arguments]
         self.refuse_unknown(self.given)  # before what is missing: it may be there, misspelt
-        found, left = self.parse_known_args(self.given)
+        try:
+            found, left = self.parse_known_args(self.given)
+        except ValueError as error:  # of an @FILE: an open quote, or no text
+            self.error(f"{' '.join(a for a in self.given if a.startswith('@'))}: {error}")
         self.refuse_unknown(left)  # those of a file
         if left:
             self.error(f"{left[0]} belongs to no flag of {self.prog}; --help lists all")

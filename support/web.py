@@ -46,6 +46,10 @@ def server_of(chat, port, options):
 class Handler(BaseHTTPRequestHandler):
     timeout = 30  # seconds for a browser that neither sends nor takes anything
 
+    def handle(self):
+        with contextlib.suppress(ConnectionError):  # the browser has gone
+            super().handle()
+
     def do_GET(self):
         if not self.is_from_here() or self.path != "/":
             return self.send(404, "not found")
@@ -59,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(403, "only this page may ask")
         try:
             prompts, temperature = self.question()
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             return self.send(400, f"not asked: {error}")
         if not self.answering.acquire(timeout=PATIENCE):
             return self.send(409, "busy: another answer is being written")

@@ -146,6 +146,12 @@ def test_sampling_has_the_probabilities_of_temperature_and_top_p():
     assert shares(1e-6) == [0, 1, 0, 0, 0]
 
 
+@pytest.mark.parametrize("temperature", [1e-7, 1e-40, 5e-324])
+def test_the_least_temperature_takes_the_likeliest_token(temperature):
+    logits, generator = torch.tensor([[1.0, 3.0, -2.0]]), torch.Generator()
+    assert chat.sample(logits, temperature, 1.0, generator).tolist() == [1]
+
+
 # ---------------------------------------------------------------------------- exported folders
 
 
@@ -632,6 +638,7 @@ def test_the_command_runs_as_a_program(folder):
     ("flags", "message"),
     [
         (["--temperature", "-1"], "--temperature from 0"),
+        (["--temperature", "nan"], "--temperature from 0"),
         (["--top-p", "0"], "--top-p in (0, 1]"),
         (["--max-new-tokens", "0"], "--max-new-tokens from 1"),
         (["--batch", "a"], "--batch and --to go together"),

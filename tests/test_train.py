@@ -425,6 +425,14 @@ def test_wrong_flags_are_named_before_anything_is_loaded(wrong, message, capsys)
     assert message in shown and shown.startswith("error: ") and shown.count("\n") == 1
 
 
+@pytest.mark.parametrize("content", [b'--out "runs/x', b"\x8f"])
+def test_a_file_of_flags_that_cannot_be_read_is_named(content, run, tmp_path):
+    (tmp_path / "run.txt").write_bytes(content)
+    code, _, shown = run(train.parse_arguments, f"@{tmp_path}/run.txt")
+    assert code == 2 and shown.count("\n") == 1
+    assert shown.startswith(f"error: @{tmp_path}/run.txt: ")
+
+
 @pytest.mark.parametrize(
     "wrong, meant",
     [

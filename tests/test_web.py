@@ -4,6 +4,8 @@ import contextlib
 import http.client
 import json
 import re
+import socket
+import struct
 import threading
 
 import browser
@@ -223,13 +225,22 @@ def test_a_page_of_another_origin_may_not_ask(origin, port):
         asked([7], ["Hi"]),
         asked([{}], [["Hi"]]),
         b'{"conversations": 7, "temperature": 0}',
+        asked(["Hi"], ["Hi"], temperature=10**400),
     ],
-    ids=range(18),
+    ids=range(19),
 )  # fmt: skip
 def test_what_is_no_question_is_refused_and_the_next_one_answered(body, port):
     status, _, text = request(port, "POST", "/ask", body)
     assert status == 400 and text.startswith("not asked: ")
     assert answers(port, HI)[0][0]
+
+
+def test_a_browser_that_breaks_off_is_no_error(port, capsys):
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.sendall(b"POST /ask HTTP/1.1\r\n")  # and then a reset
+    assert answers(port, HI)[0][0]
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("length", ["1048577", "-1", "x", None])
