@@ -7,6 +7,7 @@ Every text is encoded on its own with special tokens off, so that no content can
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -378,10 +379,13 @@ class ByteLevel(Tokenizer):
         for i, text in self.tokens.items():
             if self.model.token_to_id(text) != i or i in self.encode(text):
                 raise ValueError(f"{path}: any text can forge its special token {text!r}")
-        before, space = {V32: "User:", V36: "\n\n"}[self.template], self.template.space
-        first = [space + chr(c) for c in STARTS if not chr(c).isspace()]
-        for text, alone in zip(first, self.encode_many(first), strict=True):
-            if self.encode(before + text) != self.encode(before) + alone.tolist():
+        def pieces(text):  # no merge goes across these
+            return [piece for piece, _ in self.model.pre_tokenizer.pre_tokenize_str(text)]
+
+        prefixes = ("User:", "Assistant:") if self.template is V32 else ("\n\n",)
+        first = [self.template.space + chr(c) for c in STARTS if not chr(c).isspace()]
+        for before, text in itertools.product(prefixes, first):
+            if pieces(before + text) != pieces(before) + pieces(text):
                 raise ValueError(f"{path}: joins {before!r} and {text!r}, as no turn may")
 
     def __reduce__(self):  # a pickle of the package's tokenizer forgets encode_special_tokens

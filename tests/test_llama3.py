@@ -376,6 +376,19 @@ def test_pieces_across_the_colon_of_a_turn_are_refused(tmp_path):
         data.Tokenizer(edited(small_bpe(tmp_path), edit))
 
 
+def test_a_word_that_the_colon_could_join_is_enough(tmp_path):
+    def edit(raw):
+        pairs = [["i", "s"], ["Ġ", "is"], [":", "Ġis"]]
+        raw["model"]["merges"] = pairs + [m for m in raw["model"]["merges"] if m not in pairs]
+        for pair in pairs:
+            raw["model"]["vocab"].setdefault("".join(pair), len(raw["model"]["vocab"]))
+        raw |= {"pre_tokenizer": LEVEL | {"use_regex": False}, "added_tokens": []}
+        raw["added_tokens"] = [ADDED | {"id": len(raw["model"]["vocab"]), "content": BOS}]
+
+    with pytest.raises(ValueError, match="joins 'User:' and ' !', as no turn may"):
+        data.Tokenizer(edited(small_bpe(tmp_path), edit))
+
+
 def test_headers_with_gpt2s_way_of_splitting_are_refused(tmp_path):
     """It makes two newlines before a text two pieces, and one alone."""
     folder = small_bpe(tmp_path, [BOS, END, *HEADER])
