@@ -166,7 +166,9 @@ class Checkpoints:
                 f"{folder} is beyond the {total} steps asked for: raise --epochs or --max-steps, "
                 "or give a new --out"
             )
-        for change in changed_flags(state["config"], flags(self.plan)):
+        older = type(self.plan.config)()  # what was no flag yet acted as its default does
+        saved = as_read_back(dataclasses.asdict(older)) | state["config"]
+        for change in changed_flags(saved, flags(self.plan)):
             self.ranks.say(f"changed since the checkpoint: {change}")
         return step
 

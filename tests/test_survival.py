@@ -270,6 +270,10 @@ def test_a_finished_run_says_so_and_longer_ones_go_on(few, tmp_path):
     steps = len(metrics(out))
     again = succeeds(flags(few, out, epochs=1))
     assert "this run is finished" in again and len(metrics(out)) == steps
+    path = out / "checkpoints" / f"step-{steps}" / "state.json"
+    state = json.loads(path.read_text())
+    del state["config"]["evaluate"]  # as a run has it that is older than the flag
+    path.write_text(json.dumps(state))
     further = succeeds(flags(few, out, epochs=2))
     assert "resuming from" in further and len(metrics(out)) == 2 * steps
     assert re.findall("changed since: (.*)", further) == ["--epochs 1, now 2"]
