@@ -379,6 +379,7 @@ class ByteLevel(Tokenizer):
         for i, text in self.tokens.items():
             if self.model.token_to_id(text) != i or i in self.encode(text):
                 raise ValueError(f"{path}: any text can forge its special token {text!r}")
+
         def pieces(text):  # no merge goes across these
             return [piece for piece, _ in self.model.pre_tokenizer.pre_tokenize_str(text)]
 

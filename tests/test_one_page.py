@@ -227,7 +227,7 @@ def test_an_export_is_evaluated_under_its_own_classes_and_condition(folder, tmp_
 
 
 def test_a_class_is_measured_whatever_its_weight(folder, tmp_path):
-    """Rewards that are far apart: under the --beta of training 0.14, under the default one 1e-100."""
+    """Rewards far apart: 0.14 under the --beta of training, 1e-100 under the default one."""
     far = {name: {"condition": name, "reward": -100 * i} for i, name in enumerate(CLASSES)}
     (tmp_path / "far.json").write_text(json.dumps(far))
     files = {"eval_data": folder / "eval.jsonl"}
