@@ -54,7 +54,7 @@ from loss import (
     read_classes,
 )
 from support import memory, report
-from support.checkpoint import Checkpoints, as_exported, export, is_exported
+from support.checkpoint import Checkpoints, as_exported, export, is_exported, read_export
 from support.flags import Parser, flag_of
 from support.ranks import Ranks, SaveFailed, held_output, is_lost_rank
 from support.tokenizer import Tokenizer

@@ -467,12 +467,14 @@ def as_exported(config):
     """The Config by which --evaluate is planned, and its class table.
 
     As an export was trained, so it is measured: its own classes, with or without condition, cut at
-    its own length. Every token counts alike: under another --beta a class's weight could round to 0.
+    its own length. Every token counts alike: another --beta could round a class's weight to 0.
     """
     folder = exported(config.model)
     export = read_export(folder) or {}
     if not export and (folder / "crlft.json").exists():
-        raise ValueError(f"{folder / 'crlft.json'}: cannot be read, and says how the model is asked")
+        raise ValueError(
+            f"{folder / 'crlft.json'}: cannot be read, and says how the model is asked"
+        )
     length = config.max_length or export.get("config", {}).get("max_length")
     own = {
         "model": str(folder), "data": config.eval_data, "epochs": 1, "random_weights": False,

@@ -70,8 +70,7 @@ def problem_lines(report):
             places = ", ".join(map(str, of["places"]))
             more = ", ..." if of["count"] > len(of["places"]) else ""
             unit = "lines" if of["lines"] else "items"
-            where = f"{of['path']}: {of['count']:,} {unit}"
-            out.append(f"{where}: {of['cause']} ({unit} {places}{more})")
+            out.append(f"{of['path']}: {of['count']:,} {unit}: {of['cause']} ({places}{more})")
     if report["other_causes"]:
         out.append(f"... and {report['other_causes']:,} for other causes, or in other files")
     return out

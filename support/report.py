@@ -311,8 +311,9 @@ def legend(colour):
     spelled = r"a special token's name that a text spells is shown as <\s>"
     if colour:
         marks = "not learned: dim; learned: bright, with its weight w; special: reversed"
-        return f"{marks}\n{spelled}"
-    return f"learned: ⟦between these⟧, with its weight w; {spelled}"
+    else:
+        marks = "learned: ⟦between these⟧, with its weight w"
+    return f"{marks}\n{spelled}"
 
 
 def preview(dataset, conversation, tokenizer, classes, class_weights, colour):

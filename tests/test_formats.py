@@ -234,7 +234,7 @@ def test_a_weight_on_what_is_never_learned_is_refused(role, prepare, tmp_path):
 def test_the_summary_shows_the_mean_weight_in_force(prepare, tmp_path):
     lines = [conversation("A", "B"), conversation("A", "B") | {"weight": 0.5}]
     found = prepare(write(tmp_path / "a.jsonl", *lines))
-    assert "    0.75      100.0%" in report.summary(found, CLASSES, WEIGHTS)[1]
+    assert report.summary(found, CLASSES, WEIGHTS)[1].split()[-2:] == ["0.75", "100.0%"]
 
 
 # ---------------------------------------------------------------------------------------- the class

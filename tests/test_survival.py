@@ -276,7 +276,7 @@ def test_a_finished_run_says_so_and_longer_ones_go_on(few, tmp_path):
     path.write_text(json.dumps(state))
     further = succeeds(flags(few, out, epochs=2))
     assert "resuming from" in further and len(metrics(out)) == 2 * steps
-    assert re.findall("changed since: (.*)", further) == ["--epochs 1, now 2"]
+    assert re.findall("changed since the checkpoint: (.*)", further) == ["--epochs 1, now 2"]
 
 
 def test_a_run_with_evaluation_data_goes_on_after_its_end(few, tmp_path):
@@ -391,7 +391,7 @@ def test_other_evaluation_data_has_losses_of_its_own(few, sums, tmp_path):
     hard.write_text("".join(json.dumps(line) + "\n" for line in lines))
     succeeds(flags(few, out, eval_data=easy, epochs=2))
     shown = succeeds(flags(few, out, eval_data=hard, epochs=3))
-    assert f"changed since: --eval-data ['{easy}'], now ['{hard}']" in shown
+    assert f"changed since the checkpoint: --eval-data ['{easy}'], now ['{hard}']" in shown
     easy_losses, hard_losses = (
         [line["eval"]["gpt4"]["loss"] for line in metrics(out, "eval")[part]]
         for part in (slice(1, 3), slice(3, 5))
