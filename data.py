@@ -180,6 +180,7 @@ class Encoder:
             "weights": np.repeat(np.array(values, ARRAYS["weights"]), np.array(counts, int)),
             "index": index,
         }
+        account.counted["unknown"] = int((arrays["tokens"] == self.tokenizer.unk).sum())
         return arrays, account
 
 

@@ -136,6 +136,7 @@ class Account:
     def __init__(self):
         self.counted = {"cut": 0, "tokens_cut": 0, "answer_cut": 0, "weightless": 0, "bad": 0}
         self.counted["other_causes"] = 0  # bad, of causes beyond the first 20
+        self.counted["unknown"] = 0  # tokens that stand for what the tokenizer lacks
         self.problems = []  # one a cause of a file, as `problem_lines` shows them
         self.not_read = collections.Counter()
 
@@ -238,7 +239,7 @@ class _Arrays:
             self.state |= json.loads((folder / "progress.json").read_text())
             self.account.problems = self.state["problems"]
             self.account.not_read.update(self.state["not_read"])
-            self.account.counted = {name: self.state[name] for name in self.account.counted}
+            self.account.counted = {name: self.state.get(name, 0) for name in self.account.counted}
         self._account_for()
 
         self.files = {name: open(folder / f"{name}.bin", "ab") for name in ARRAYS}

@@ -262,6 +262,11 @@ def summary(dataset, classes, class_weights):
             f"cut at the maximum length: {report['cut']:,} conversations, "
             f"{report['tokens_cut']:,} tokens lost"
         )
+    if report.get("unknown"):
+        out.append(
+            f"warning: {counted(report['unknown'], 'token')} of <unk>, characters that the "
+            "tokenizer lacks: the model cannot tell them apart"
+        )
     out += [f"dropped: {text}" for text in dropped(report)]
     if report["bad"]:
         out.append(f"dropped as bad (--skip-bad): {report['bad']:,} lines")

@@ -57,7 +57,7 @@ class Tokenizer:
     3's tokens the template is OpenChat 3.6's, else v3.2's.
     """
 
-    marks, warning, template = (), None, V32
+    marks, warning, template, unk = (), None, V32, -1
 
     def __new__(cls, folder=None):  # without it where it is unpickled
         if cls is Tokenizer:
@@ -182,6 +182,7 @@ class SentencePiece(Tokenizer):
         self.warning = SPACES_COLLAPSE if self.collapses_spaces else None
         self.ordinary = self.eot if self.eot_is_new else self.vocab_size
         self.names = {self.bos: "<s>", self.eos: "</s>", self.eot: END_OF_TURN}
+        self.unk = self.pieces.unk_id()  # what it lacks, where it has no bytes
         self._prefixes = {}
 
     def turn_text(self, role, content):

@@ -656,6 +656,16 @@ def test_a_class_weight_too_small_for_float32_gives_no_row(mixed):
 # ------------------------------------------------------------------------------ the command
 
 
+def test_characters_that_the_tokenizer_lacks_are_counted(sums, tmp_path, run):
+    path = write(tmp_path / "a.jsonl", line("What is 1 + 2?", "3"), line("What is Δ + é?", "ж"))
+    code, out, _ = run(data.main, path, "--model", sums, "--show", 0)
+    pieces = data.Tokenizer(sums).pieces
+    lacking = sum(pieces.piece_to_id(c) == pieces.unk_id() for c in "Δéж")
+    assert code == 0 and lacking == 3 and "warning: 3 tokens of <unk>" in out
+    write(path, line("What is 1 + 2?", "3"))
+    assert "<unk>" not in run(data.main, path, "--model", sums, "--show", 0)[1]
+
+
 def test_the_summary_shows_each_class_its_weight_and_its_share_of_it(prepare, tmp_path):
     path = write(tmp_path / "a.jsonl", line("Hi", "Ho"), line("Hi", "Ho", source_class="gpt3.5"))
     dataset, expected = prepare(path), {"gpt4": ["1", "90.9%"], "gpt3.5": ["0.1", "9.1%"]}
