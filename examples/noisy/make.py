@@ -42,7 +42,8 @@ def main():
     train = expert[:EXPERT] + noisy[EXPERT : EXPERT + SUBOPTIMAL]
     rng.shuffle(train)
     test = expert[-HELD_OUT:] + noisy[-HELD_OUT:]
-    sums.write(HERE, train, test, head_dim=32, initializer_range=0.1)  # a fast start
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32}
+    sums.write(HERE, train, test, **heads, initializer_range=0.1)  # a fast start
 
 
 if __name__ == "__main__":
