@@ -393,7 +393,7 @@ def test_data_without_an_expert_or_held_out_twice_is_said(few, tmp_path):
 def test_a_dry_run_prints_plan_and_batch_and_writes_nothing(few, tmp_path):
     settings = {"dry_run": True, "plan_ranks": 8, "plan_memory": 80}
     shown = succeeds(flags(few, tmp_path / "out", **settings))
-    assert "8 ranks x 1 x 256 tokens" in shown
+    assert "8 ranks x 1 micro-batch x 256 tokens" in shown
     assert re.search(r"memory .* fits 80.0", shown)
     assert "⟦" in shown and "w=0.1" in shown
     assert not (tmp_path / "out").exists()
@@ -483,7 +483,7 @@ def test_the_error_of_a_missing_flag_is_a_line_that_has_it(arguments, line, run,
          "error: --modle is not a flag of data.py; did you mean --model? --help lists all"),
         (plot.main, [], "error: RUN is missing: python plot.py RUN"),
         (plot.main, ["r", "--out", "f"],
-         "error: --out is not a flag of plot.py; did you mean --to? --help lists all"),
+         "error: --out is not a flag of plot.py; --help lists all"),
         (chat.main, [], "error: DIR is missing: python chat.py DIR"),
         (ablation.parse_arguments, ["--seed", "3"],
          "error: --seed is not a flag of ablation.py; did you mean --seeds? --help lists all"),
