@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -575,6 +576,8 @@ def test_a_terminal_has_history_and_takes_a_paste_of_many_lines_as_one_question(
 
     def type_and_wait(keys, awaited):
         nonlocal shown
+        if keys == b"\x03":
+            time.sleep(0.5)  # the prompt is shown just before Python waits for keys and signals
         os.write(terminal, keys)
         while awaited not in shown:
             assert select.select([terminal], [], [], 60)[0], shown
@@ -591,6 +594,7 @@ def test_a_terminal_has_history_and_takes_a_paste_of_many_lines_as_one_question(
     type_and_wait(b"", b"> ")
     type_and_wait(b"\x03", b"[Ctrl-C once more ends]")
     type_and_wait(b"", b"> ")
+    time.sleep(0.5)
     os.write(terminal, b"\x03")
     with contextlib.suppress(OSError):  # at its end; what nobody reads would hold it up
         while select.select([terminal], [], [], 60)[0] and os.read(terminal, 4096):
