@@ -1,7 +1,7 @@
 """The paper's ablation (OpenChat, arXiv 2309.11235, Table 2) on a task small enough to watch.
 
     python examples/ablation.py --quick          the table over five seeds: 16 minutes on 2 cores
-    python examples/ablation.py --quick --seeds 1        one seed: no intervals over seeds
+    python examples/ablation.py --quick --seeds 1        one seed, 3 minutes: no intervals
     python examples/ablation.py                  the table, and the axes over three seeds: 30 more
     python examples/ablation.py --task sums      the same on another task
 
