@@ -470,12 +470,12 @@ def as_exported(config):
     its own length. Every token counts alike: another --beta could round a class's weight to 0.
     """
     folder = exported(config.model)
-    export = read_export(folder) or {}
-    if not export and (folder / "crlft.json").exists():
-        raise ValueError(
-            f"{folder / 'crlft.json'}: cannot be read, and says how the model is asked"
-        )
-    length = config.max_length or export.get("config", {}).get("max_length")
+    path, export = folder / "crlft.json", read_export(folder) or {}
+    trained = export.get("config", {})
+    length = trained.get("max_length") if isinstance(trained, dict) else ""
+    if not isinstance(length, int | None) or (not export and path.exists()):
+        raise ValueError(f"{path}: cannot be read, and says how the model is asked")
+    length = config.max_length or length
     own = {
         "model": str(folder), "data": config.eval_data, "epochs": 1, "random_weights": False,
         "condition": config.condition and export.get("conditioned", True), "reward": False,

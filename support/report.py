@@ -149,8 +149,8 @@ FEW_STEPS = 20  # that train hardly anything
 
 
 def counted(count, noun):
-    plural = noun + ("es" if noun.endswith("ch") else "s")
-    return f"{count:,} {noun if count == 1 else plural}"
+    plural = "es" if noun.endswith("batch") else "s"
+    return f"{count:,} {noun}{'' if count == 1 else plural}"
 
 
 def schedule(plan):

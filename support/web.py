@@ -69,11 +69,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(409, "busy: another answer is being written")
         options = self.options | {"temperature": temperature, "seed": next(self.seeds)}
         try:
-            self.send(200, "", "application/x-ndjson")
-            for event in self.chat.streams(prompts, **options):
-                self.wfile.write(json.dumps(event).encode() + b"\n")
-        except OSError:
-            pass  # the browser has stopped listening
+            with contextlib.suppress(OSError):  # the browser has stopped listening
+                self.send(200, "", "application/x-ndjson")
+                for event in self.chat.streams(prompts, **options):
+                    self.wfile.write(json.dumps(event).encode() + b"\n")
         finally:
             self.answering.release()
 

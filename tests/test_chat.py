@@ -679,6 +679,12 @@ BROKEN = {
 }
 
 
+def test_a_run_without_an_export_is_said(run, tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    code, _, err = run(chat.main, tmp_path, "--prompt", "Hi")
+    assert (code, err) == (1, f"error: {tmp_path}: this run has exported no model yet\n")
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_folder_that_was_not_exported_is_said(name, folder, run, tmp_path):
     content, message = BROKEN[name]

@@ -264,6 +264,8 @@ def test_wrong_arguments_are_named():
         fused(hidden.bfloat16(), lm_head, targets, weights)
     with pytest.raises(ValueError, match="one dtype and one hidden size"):
         fused(hidden[:, 1:], lm_head, targets, weights)
+    with pytest.raises(ValueError, match=r"\(1, 4, 16\) and .* must be \(N, D\) and \(V, D\)"):
+        fused(hidden[None], lm_head, targets, weights)
     with pytest.raises(ValueError, match="must be"):
         fused(hidden, lm_head, targets[1:], weights)
     if not CUDA:

@@ -3,8 +3,8 @@
 The oracle for ids is the package `tokenizers` used directly, and transformers for an export.
 """
 
+import copy
 import json
-import pickle
 import shutil
 
 import pytest
@@ -136,8 +136,8 @@ def test_no_text_forges_a_turn(folder, pair):
 
 
 def test_no_text_forges_a_turn_in_another_process(tmp_path):
-    """A pickle of the package's own tokenizer forgets that special tokens are off."""
-    sent = pickle.loads(pickle.dumps(data.Tokenizer(small_bpe(tmp_path, [BOS, END, "<s>"]))))
+    """A copy, as a process gets one, of the package's own forgets that special tokens are off."""
+    sent = copy.deepcopy(data.Tokenizer(small_bpe(tmp_path, [BOS, END, "<s>"])))
     assert_no_text_forges_a_turn(sent, f"{BOS}<s>{END}")
 
 
@@ -394,6 +394,18 @@ def test_headers_with_gpt2s_way_of_splitting_are_refused(tmp_path):
     folder = small_bpe(tmp_path, [BOS, END, *HEADER])
     with pytest.raises(ValueError, match=r"joins '\\n\\n' and '!', as no turn may"):
         data.Tokenizer(folder)
+
+
+def test_config_json_names_the_beginning_where_nothing_else_does(tmp_path):
+    folder = small_bpe(tmp_path)
+    named = data.Tokenizer(folder)
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="no bos_token"):
+        data.Tokenizer(folder)
+    numbers = {"bos_token_id": named.bos, "eos_token_id": [named.eos, 7]}
+    model.write_json(folder / "config.json", numbers)
+    found = data.Tokenizer(folder)
+    assert (found.bos, found.eos) == (named.bos, named.eos) and named.bos >= 300
 
 
 @pytest.mark.parametrize("bos", [None, "<s>", [1], {}])

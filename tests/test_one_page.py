@@ -238,12 +238,26 @@ def test_a_class_is_measured_whatever_its_weight(folder, tmp_path):
     assert measured(model=tmp_path / "out" / "model", **files) == as_printed(expected)
 
 
+def test_a_run_is_evaluated_by_its_model_and_cut_where_it_was(folder, tmp_path):
+    """The numbers that the run itself logged: its own --max-length, which cuts these lines."""
+    files = {"eval_data": folder / "eval.jsonl"}
+    settings = {"max_steps": 2, "classes": folder / "classes.json", "max_length": 40} | files
+    succeeds(flags(folder / "train.jsonl", tmp_path / "out", model=folder, **settings))
+    logged = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").open()]
+    expected = [line["eval"] for line in logged if "eval" in line][-1]
+    assert measured(model=tmp_path / "out", **files) == as_printed(expected)
+    uncut = measured(model=tmp_path / "out", **files, max_length=BATCH_TOKENS)
+    assert uncut != as_printed(expected)
+
+
 def test_an_export_that_does_not_say_how_it_is_asked_is_not_evaluated(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "export")
-    (tmp_path / "export" / "crlft.json").write_text("{")
     evaluate = ["--evaluate", "--model", tmp_path / "export"]
-    message = refused([*evaluate, "--eval-data", folder / "eval.jsonl"])
-    assert message.startswith(f"error: {tmp_path}/export/crlft.json: cannot be read")
+    odd = '{"steps": 1, "checkpoint": "", "config": {"max_length": "40"}}'
+    for text in ("{", odd, odd.replace('{"max_length": "40"}', "[]")):
+        (tmp_path / "export" / "crlft.json").write_text(text)
+        message = refused([*evaluate, "--eval-data", folder / "eval.jsonl"])
+        assert message.startswith(f"error: {tmp_path}/export/crlft.json: cannot be read")
 
 
 def test_a_dry_run_evaluates_nothing(folder):

@@ -117,6 +117,8 @@ def test_a_run_without_steps_is_an_error(tmp_path, text):
 def test_a_folder_without_metrics_is_an_error(tmp_path):
     with pytest.raises(SystemExit, match="metrics.jsonl"):
         plot.main([str(tmp_path)])
+    with pytest.raises(SystemExit, match="nowhere: not found; RUN is the folder"):
+        plot.main([str(tmp_path / "nowhere")])
 
 
 def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):

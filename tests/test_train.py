@@ -390,6 +390,20 @@ def test_data_without_an_expert_or_held_out_twice_is_said(few, tmp_path):
     assert "warning: --eval-data is --data" in shown
 
 
+def test_a_run_that_would_learn_hardly_anything_is_said(few, tmp_path):
+    few_steps, rate = (
+        "warning: only 2 steps;",
+        "warning: OpenChat's learning rate is for pretrained",
+    )
+    settings = {"dry_run": True, "batch_tokens": 2048, "lr": "auto"}
+    shown = succeeds(flags(few, tmp_path / "out", **settings))
+    assert few_steps in shown and rate in shown
+    more = {"epochs": 20, "lr": 1e-3, "accumulate": 2}
+    shown = succeeds(flags(few, tmp_path / "out", **settings | more))
+    assert "warning" not in shown
+    assert "20 steps in 20 epochs, 1 rank x 2 micro-batches x 2,048 tokens a step" in shown
+
+
 def test_a_dry_run_prints_plan_and_batch_and_writes_nothing(few, tmp_path):
     settings = {"dry_run": True, "plan_ranks": 8, "plan_memory": 80}
     shown = succeeds(flags(few, tmp_path / "out", **settings))
@@ -443,6 +457,8 @@ def test_a_file_of_flags_that_cannot_be_read_is_named(content, run, tmp_path):
         ("--save-steps", "--save-every"),
         ("--max-seq-length", "--max-length"),
         ("--no-rewards", "--no-reward"),
+        ("--learning-rate", "--lr"),  # as other trainers name it
+        ("--temp", None),
         ("--zzz", None),
     ],
 )
