@@ -15,7 +15,6 @@ import functools
 import json
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ import data
 import loss
 import model
 from support.batch import answer_file
-from support.files import exported
+from support.files import model_folder, read_export
 from support.flags import Parser
 from support.terminal import converse, readable
 from support.web import PORT, serve
@@ -122,7 +121,7 @@ class Chat:
     """A loaded model with its tokenizer and the class under whose condition it answers."""
 
     def __init__(self, folder, source_class=None, device=None):
-        export = read_crlft(folder)
+        export = export_of(folder)
         name = source_class or loss.expert_class(export.classes)
         if name not in export.classes:
             raise ValueError(f"--class {name!r} is not one of {', '.join(export.classes)}")
@@ -211,30 +210,13 @@ class Chat:
                 yield i, self.text(answer)[len(shown[i]) :], limit
 
 
-class Export(NamedTuple):
-    """What crlft.json says of a model."""
-
-    classes: dict  # {name: SourceClass}
-    conditioned: bool  # was the class in the prompt?
-    weights: dict  # {name: weight}; {} in older exports
-    most_answers: int  # of a conversation it was trained on; 0 where that is not known
-
-
-def read_crlft(folder):
-    path = Path(folder) / "crlft.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        weights = {name: float(weight) for name, weight in raw.get("weights", {}).items()}
-        classes = loss.class_table(raw["classes"])
-        return Export(classes, raw["conditioned"], weights, raw.get("most_answers", 0))
-    except FileNotFoundError:
-        if (path.parent / "run.json").exists():
-            raise ValueError(f"{folder}: this run has exported no model yet") from None
-        raise ValueError(
-            f"{path}: not found; chat.py needs a folder exported by train.py"
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read: {error!r}") from None
+def export_of(folder):
+    """What crlft.json says of an exported folder; ValueError if it is not one."""
+    if export := read_export(folder):
+        return export
+    if (Path(folder) / "run.json").exists():
+        raise ValueError(f"{folder}: this run has exported no model yet")
+    raise ValueError(f"{folder}/crlft.json: not found; chat.py needs a folder exported by train.py")
 
 
 def ends_of(folder):
@@ -283,8 +265,8 @@ def main(argv=None):
         key: getattr(args, key) for key in ("temperature", "top_p", "max_new_tokens", "seed")
     }
     try:
-        folder = exported(args.folder)
-        if args.source_class and not read_crlft(folder).conditioned:
+        folder = model_folder(args.folder)
+        if args.source_class and not export_of(folder).conditioned:
             raise ValueError("--class: this model was trained without conditions")
         answer(Chat(folder, args.source_class), args, options)
     except (ValueError, OSError) as error:

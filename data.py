@@ -393,7 +393,7 @@ def run_preview(args):
             class_field=args.class_field, skip_bad=args.skip_bad,
             progress=report.Progress("tokenizing"),
         )  # fmt: skip
-        print(report.wrapped(report.summary(found, classes, weights)))
+        print("\n".join(report.summary(found, classes, weights)))
         if tokenizer.warning:
             print(tokenizer.warning)
         if context is None:
@@ -405,7 +405,7 @@ def run_preview(args):
             f"packing: {len(steps):,} steps of {shape}, {fill:.2%} full, "
             f"conversations up to {max_length:,} tokens"
         )
-        print(report.wrapped(report.weight_by_step(found, steps, classes, weights)))
+        print("\n".join(report.weight_by_step(found, steps, classes, weights)))
         print(f"\n{report.legend(sys.stdout.isatty())}\n")
         for conversation in varied(found, args.show):
             shown = report.preview(

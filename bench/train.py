@@ -172,7 +172,7 @@ class Loop:
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda" if cuda else "cpu")
         ranks = SimpleNamespace(world=1, rank=0, cuda=cuda, device=self.device)
-        ranks.first_does = lambda key, function: function()
+        ranks.first_does = lambda function: function()
         self.plan = synthetic_plan(args, ranks, folder)
         self.model = their_model(self.plan, folder, self.liger).to(self.device).train()
         config = self.plan.config

@@ -248,7 +248,7 @@ def ask(model, eval_data):
 
 
 def conditions(model):
-    conditioned = chat.read_crlft(model)[1]
+    conditioned = chat.export_of(model).conditioned
     return (EXPERT, SUBOPTIMAL) if conditioned else (EXPERT,)
 
 

@@ -1,45 +1,43 @@
-"""What a run keeps: checkpoints to go on from, and exported models.
+"""What a run keeps: checkpoints to resume from, and exported models.
 
     OUT/checkpoints/step-N/    float32 weights and AdamW's state, each rank its rows, as safetensors
-        state.json             where each file's rows belong, their checksums, of which run it is
-    OUT/epoch-K/               an exported Hugging Face folder, after the checkpoint of its step
+        state.json             which rows each file holds, their checksums, and of which run
+    OUT/epoch-K/               an exported Hugging Face folder, written after its step's checkpoint
     OUT/model                  a link to the export of the least loss, or to the last
-    OUT/run.json               that this folder holds a run with checkpoints
+    OUT/run.json               marks OUT as a run, even if its checkpoints are deleted
 
-A folder is written under another name, synced, and renamed on one rank once all have written: under
-its own name it is whole. So a kill at any instant costs the steps since the last checkpoint.
+A folder is written under a temporary name, synced, and renamed on rank 0 once all have written:
+under its own name it is complete. So a kill costs the steps since the last checkpoint, and a save
+that fails, which ends the run, leaves the earlier ones.
 
 Why a resumed run ends with the same bits: a step depends on the weights and AdamW's two moments,
 saved in float32 as they are; on its number, which decides the learning rate, AdamW's bias
 correction and the conversations (data.pack is a function of lengths, seed and epoch); and on
 nothing random, as nothing is drawn in training. The arithmetic itself repeats on a CPU, and on
-CUDA under --deterministic. The evaluation and the export that are due at a step come after its
-checkpoint; each leaves a record (metrics.jsonl, crlft.json), and one without it is made again.
+CUDA under --deterministic. The evaluation and the export due at a step follow its checkpoint, and
+a run resumed there makes both again.
 """
 
-import contextlib
 import dataclasses
-import hashlib
 import json
 import math
-import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 import model
 from loss import DEFAULT_CLASSES, expert_class
-from support.files import exported, sync
+from support.files import model_folder, read_export, sync
 from support.model_card import model_card
-from support.ranks import SaveFailed
 
-FILE_SIZE = 4 << 30  # bytes: what a rank on a GPU copies into the host's memory at a time
-MOMENTS = "exp_avg", "exp_avg_sq"  # what AdamW keeps of a parameter, besides its count of steps
-REMOVE = "remove that folder to go on from the one before"
+FILE_SIZE = 4 << 30  # bytes: how much a rank on a GPU copies into host memory at a time
+MOMENTS = "exp_avg", "exp_avg_sq"  # AdamW's state of a parameter, apart from its step count
+REMOVE = "remove that folder to resume from the one before"
 
 
 # ------------------------------------------------------------------------------------- checkpoints
@@ -52,6 +50,8 @@ class Checkpoints:
         self.plan, self.ranks, self.out = plan, ranks, out
         self.folder = out / "checkpoints"
         self.saved = 0  # the step of the newest checkpoint
+        self.finished = False  # was all made that is due after the last step?
+        self.finished = False  # is everything done that this command asks for?
         with torch.device("meta"):
             parameters = dict(model.Llama(plan.network).named_parameters())
         self.shapes = {name: list(p.shape) for name, p in parameters.items()}
@@ -60,104 +60,91 @@ class Checkpoints:
         self.bytes = 4 * len(MOMENTS + ("weight",)) * plan.network.parameter_count()
 
     def committed(self):
-        """[(step, folder)] of whole checkpoints, oldest first."""
+        """[(step, folder)] of complete checkpoints, oldest first."""
         found = [(re.fullmatch(r"step-(\d+)", p.name), p) for p in self.folder.glob("step-*")]
         return sorted((int(match[1]), path) for match, path in found if match)
-
-    def _check_space(self, needed):
-        free = shutil.disk_usage(self.out).free
-        if free < needed:
-            raise SaveFailed(
-                f"{self.out} has {free / 1e9:.1f} GB free, and the checkpoints and model need "
-                f"{needed / 1e9:.1f} GB: free some, choose another --out, or a smaller --keep"
-            )
 
     # --- save
 
     def save(self, llama, optimizer, step):
-        """Save the state after `step` steps, once; SaveFailed leaves the older checkpoints."""
+        """Save the state after `step` steps, once; a failure on any rank is an error on all."""
         if self.saved == step:
             return
         folder = self.folder / f"step-{step}"
         aside = folder.with_name(folder.name + ".tmp")
-        written = {}
-        try:
-            with self.ranks.all_or_none(f"saving {folder}"):
-                if self.ranks.first:
-                    self._check_space(self.bytes)
-                tensors = state_tensors(llama, optimizer)
-                aside.mkdir(exist_ok=True)
-                if self.ranks.rank < self.plan.world // self.plan.config.replicas:
-                    written = write_rows(aside, f"rank-{self.ranks.rank:05d}", tensors)
-            pieces = self.ranks.gather(written)
-            with self.ranks.all_or_none(f"saving {folder}"):
-                if self.ranks.first:
-                    files = {name: rows for found in pieces for name, rows in found.items()}
-                    check_rows(files, self.shapes)
-                    self._commit(aside, folder, step, files)
-        except SaveFailed:
-            if self.ranks.first:
-                shutil.rmtree(aside, ignore_errors=True)
-            raise
+        tensors = state_tensors(llama, optimizer)
+        saving = f"saving {folder}"
+        files = self.ranks.all_do(lambda: self._write(aside, tensors), saving)
+        self.ranks.first_does(lambda: self._commit(aside, folder, step, files), saving)
         self.saved = step
-        if self.ranks.first:
-            self._settle()
+
+    def _write(self, aside, tensors):
+        aside.mkdir(exist_ok=True)
+        if self.ranks.rank >= self.plan.world // self.plan.config.replicas:
+            return {}  # a replica's rows are those of the first one
+        return write_rows(aside, f"rank-{self.ranks.rank:05d}", tensors)
 
     def _commit(self, aside, folder, step, files):
+        files = {name: rows for of_rank in files for name, rows in of_rank.items()}
+        check_rows(files, self.shapes)
         state = {"step": step, "recipe": recipe(self.plan), "config": flags(self.plan)}
         (aside / "state.json").write_text(json.dumps(state | {"files": files}))
-        for path in (aside / "state.json", aside, self.out / "metrics.jsonl"):
+        for path in (aside / "state.json", aside):
             sync(path)
+        if (metrics := self.out / "metrics.jsonl").exists():  # or its user has moved it
+            sync(metrics)
         aside.rename(folder)
-
-    def _settle(self):
-        """After the rename, when the checkpoint stands: what may fail without harm."""
-        try:
-            sync(self.folder)
-            self._mark()
-            for _, path in self.committed()[: -self.plan.config.keep]:
-                doomed = path.with_name(path.name + ".tmp")  # a kill here leaves no half folder
-                path.rename(doomed)
-                shutil.rmtree(doomed)
-        except OSError as error:
-            self.ranks.say(f"warning: {error}")
+        sync(self.folder)
+        self._mark()
+        for _, path in self.committed()[: -self.plan.config.keep]:
+            doomed = path.with_name(path.name + ".tmp")  # a kill here leaves no half folder
+            path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
 
     def _mark(self):
-        """Say in OUT that it holds a run, even where its checkpoints are taken away."""
         temporary = self.out / ".run.tmp"
         model.write_json(temporary, {"recipe": recipe(self.plan), "config": flags(self.plan)})
         temporary.replace(self.out / "run.json")
 
+    def finish(self):
+        """Record that all is done that was due after the last step, with which evaluation data."""
+        if self.ranks.first:
+            (self.folder / f"step-{self.saved}" / "finished").write_text(str(self.plan.eval_name))
+
     # --- resume
 
     def resume(self):
-        """Steps done in the newest checkpoint, 0 without one; ValueError where it cannot serve.
+        """Steps done in the newest checkpoint, 0 without one; ValueError if it cannot be used.
 
-        Decided on rank 0 alone: the others might see an older state of the disk.
+        Only rank 0 looks: other machines might see an older state of the disk.
         """
-        self.saved = self.ranks.first_does("resume", self._newest)
+        self.saved, self.finished = self.ranks.first_does(self._newest)
         return self.saved
 
     def _newest(self):
         self.folder.mkdir(exist_ok=True)
-        committed, total = self.committed(), self.plan.order.total
-        check_exports(self.out, len(self.plan.order.ends), bool(committed))
-        step = self._resumable(*committed[-1]) if committed else 0
+        committed, keep = self.committed(), self.plan.config.keep
+        check_ownership(self.out, len(self.plan.order.ends), bool(committed))
+        step, finished = self._resumable(*committed[-1]) if committed else (0, False)
         clear_leftovers(self.out)
-        if step < total:  # the newest --keep, and the one being written
-            missing = max(0, self.plan.config.keep + 1 - len(committed))
-            self._check_space(missing * self.bytes + self.bytes // 3)
+        if step < self.plan.order.total:  # room for the newest --keep, and the one being written
+            needed = max(0, keep + 1 - len(committed)) * self.bytes + self.bytes // 3
+            free = shutil.disk_usage(self.out).free
+            if free < needed:
+                raise ValueError(
+                    f"{self.out} has {free / 1e9:.1f} GB free, and the checkpoints and model need "
+                    f"{needed / 1e9:.1f} GB: free some, or give another --out or a smaller --keep"
+                )
         if step:
-            with contextlib.suppress(OSError):
-                self._mark()
-        return step
+            self._mark()
+        return step, finished and (self.out / "model").exists()
 
     def _resumable(self, step, folder):
         total = self.plan.order.total
         if not self.plan.config.resume:
             raise ValueError(
-                f"{self.out} holds a run ({folder.name}): --resume goes on with it, a new --out "
-                "starts another"
+                f"{self.out} holds a run ({folder.name}): resume it with --resume, or start "
+                "another in a new --out"
             )
         state = read_state(folder)
         check_recipe(folder, state["recipe"], recipe(self.plan))
@@ -166,33 +153,33 @@ class Checkpoints:
                 f"{folder} is beyond the {total} steps asked for: raise --epochs or --max-steps, "
                 "or give a new --out"
             )
-        older = type(self.plan.config)()  # what was no flag yet acted as its default does
-        saved = as_read_back(dataclasses.asdict(older)) | state["config"]
-        for change in changed_flags(saved, flags(self.plan)):
+        for change in changed_flags(state["config"], self.plan):
             self.ranks.say(f"changed since the checkpoint: {change}")
-        return step
+        mark = folder / "finished"
+        same_evaluation = mark.exists() and mark.read_text() == str(self.plan.eval_name)
+        return step, step == total and same_evaluation
 
     def load(self, llama, optimizer):
         """Fill weights and optimizer state from the checkpoint that resume() found."""
         folder, ranks = self.folder / f"step-{self.saved}", self.ranks
         state = read_state(folder)
-        for parameter in llama.parameters():  # as AdamW makes it in its first step
+        for parameter in llama.parameters():  # as AdamW's first step makes it
             optimizer.state[parameter] = {
                 "step": torch.full((), float(state["step"]), device=parameter.device)
             } | {moment: torch.zeros_like(parameter) for moment in MOMENTS}
         tensors, files = state_tensors(llama, optimizer), state["files"]
-        with ranks.all_or_none(f"resuming from {folder}"):
-            try:
-                check_rows(files, self.shapes)
-            except ValueError as error:
-                raise ValueError(f"{error}; {REMOVE}") from None
-            for name in sorted(files)[ranks.rank :: ranks.world]:  # each file is summed once
+
+        def check():
+            check_rows(files, self.shapes)
+            for name in sorted(files)[ranks.rank :: ranks.world]:  # each file on one rank
                 check_sums(folder / name, files[name])
+
+        ranks.all_do(check, f"reading {folder} ({REMOVE})")
         for name, rows in files.items():
             first_rows = {tensor: first for tensor, (first, _, _) in rows.items()}
             model.read_rows(folder / name, {n: tensors[n] for n in rows}, first_rows)
         if ranks.cuda:
-            torch.cuda.empty_cache()  # what loading took, FSDP's streams could not use again
+            torch.cuda.empty_cache()  # FSDP's streams cannot reuse the blocks that loading took
         ranks.say(f"resuming from {folder}")
 
 
@@ -201,16 +188,16 @@ def moment_name(parameter, moment):
 
 
 def state_tensors(llama, optimizer):
-    """{name: tensor}: the parameters, and beside each AdamW's moments; SaveFailed if one has none.
+    """{name: tensor}: each parameter and its AdamW moments; RuntimeError if one has none.
 
-    FSDP2 puts plain tensors in the place of a module's parameters while it is gathered, as the
-    root is after a forward without a backward. AdamW knows nothing of those.
+    FSDP2 replaces a module's parameters with plain tensors while it is gathered, as the root is
+    after a forward without a backward. AdamW does not know those.
     """
     found = {}
     for name, parameter in llama.named_parameters():
         state = optimizer.state.get(parameter, {})  # indexing would make one
         if not isinstance(parameter, DTensor) or any(moment not in state for moment in MOMENTS):
-            raise SaveFailed(f"{name} has no optimizer state, as where FSDP has gathered it")
+            raise RuntimeError(f"{name} has no optimizer state, as when FSDP has gathered it")
         found[name] = parameter.detach()
         found |= {moment_name(name, moment): state[moment] for moment in MOMENTS}
     return found
@@ -227,7 +214,10 @@ def write_rows(folder, prefix, tensors):
     for number, names in enumerate(model.split(mine, torch.float32, FILE_SIZE), start=1):
         path = folder / f"{prefix}-{number:05d}.safetensors"
         rows = {name: mine[name].cpu().contiguous() for name in names}
-        save_file(rows, path, metadata={"format": "pt"})
+        try:
+            save_file(rows, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{path}: {error}") from None
         sync(path)
         with ThreadPoolExecutor(4) as pool:
             sums = list(pool.map(model.checksum, rows.values()))
@@ -261,46 +251,29 @@ def check_rows(files, shapes):
 
 def check_sums(path, rows):
     """ValueError unless a file holds exactly these rows, bit for bit."""
-    try:
-        with model.open_safetensors(path) as file:
-            if set(file.keys()) != set(rows):
-                raise ValueError(f"{path} holds other tensors than state.json says")
-            with ThreadPoolExecutor(4) as pool:
-                tensors = list(pool.map(file.get_tensor, rows))
-                found = zip(map(len, tensors), pool.map(model.checksum, tensors), strict=True)
-                found = dict(zip(rows, found, strict=True))
-    except ValueError as error:
-        raise ValueError(f"{error}; {REMOVE}") from None
-    odd = [name for name, (_, count, known) in rows.items() if found[name] != (count, known)]
+    with model.open_safetensors(path) as file, ThreadPoolExecutor(4) as pool:
+        if set(file.keys()) != set(rows):
+            raise ValueError(f"{path.name} holds other tensors than state.json says")
+        tensors = list(pool.map(file.get_tensor, rows))
+        sums = list(pool.map(model.checksum, tensors))
+    found = zip(rows, map(len, tensors), sums, strict=True)
+    odd = [name for name, count, value in found if rows[name][1:] != [count, value]]
     if odd:
-        raise ValueError(f"{path} is damaged: {', '.join(odd[:5])}; {REMOVE}")
-
-
-# What a resumed run must share with the saved one, and the flags that set it.
-RECIPE = {
-    "data": "data, tokenizer or length (--data, --model, --max-length, --no-condition)",
-    "network": "network (config.json of --model)",
-    "base": "weights that it began with (--model, --random-weights)",
-    "classes": "classes (--classes)",
-    "beta": "weights of the classes (--beta, --no-reward)",
-    "seed": "order of the data (--seed)",
-    "batch_tokens": "tokens a micro-batch (--batch-tokens)",
-    "micro_batches": "micro-batches a step (ranks x --accumulate)",
-}
+        raise ValueError(f"{path.name} is damaged: {', '.join(odd[:5])}")
 
 
 def recipe(plan):
-    """What makes this run itself: a checkpoint that differs in any of it is refused."""
+    """{flags: what they set} of all that identifies a run: a checkpoint of another is refused."""
     config = plan.config
     values = {
-        "data": plan.dataset.folder.name,
-        "network": dataclasses.asdict(plan.network),
-        "base": plan.base or "random weights",
-        "classes": {name: dataclasses.asdict(c) for name, c in plan.classes.items()},
-        "beta": config.beta if config.reward else None,
-        "seed": config.seed,
-        "batch_tokens": config.batch_tokens,
-        "micro_batches": plan.world * config.accumulate,
+        "--data, --model, --max-length, --no-condition": plan.dataset.folder.name,
+        "config.json of --model": dataclasses.asdict(plan.network),
+        "weights of --model, --random-weights": plan.base or "random",
+        "--classes": {name: dataclasses.asdict(c) for name, c in plan.classes.items()},
+        "--beta, --no-reward": config.beta if config.reward else None,
+        "--seed": config.seed,
+        "--batch-tokens": config.batch_tokens,
+        "ranks x --accumulate": plan.world * config.accumulate,
     }
     return as_read_back(values)
 
@@ -315,26 +288,28 @@ def as_read_back(value):
 
 def check_recipe(folder, saved, now):
     different = []
-    for key, text in RECIPE.items():
-        before, here = saved.get(key), now[key]
+    for key, here in now.items():
+        before = saved.get(key)
+        if isinstance(before, dict):  # show only the entries that differ
+            changed = [k for k in before | here if before.get(k) != here.get(k)]
+            before, here = ({k: of.get(k) for k in changed} for of in (before, here))
         if before != here:
-            if isinstance(before, dict):  # only what differs of it
-                changed = [k for k in before | here if before.get(k) != here.get(k)]
-                before = {k: before.get(k) for k in changed}
-                here = {k: here.get(k) for k in changed}
-            different.append(f"{text}: saved {before!r}, now {here!r}")
+            different.append(f"\n  {key}: saved {before!r}, now {here!r}")
     if different:
         raise ValueError(
-            f"{folder} is of another run; give the saved values, or a new --out:\n  "
-            + "\n  ".join(different)
+            f"{folder} is of a different run; give the saved values, or a new --out:"
+            + "".join(different)
         )
 
 
-def changed_flags(saved, now):
-    """What may differ from the run as it was saved, but changes where it goes."""
-    for name, value in now.items():
-        if name not in ("model", "data", "out") and saved.get(name) != value:
-            yield f"--{name.replace('_', '-')} {saved.get(name)!r}, now {value!r}"
+def changed_flags(saved, plan):
+    """Flags that may differ from those of the saved run, but change where it goes."""
+    saved = as_read_back(dataclasses.asdict(type(plan.config)())) | saved  # of an older version
+    return [
+        f"--{name.replace('_', '-')} {saved[name]!r}, now {value!r}"
+        for name, value in flags(plan).items()
+        if name not in ("model", "data", "out") and saved[name] != value
+    ]
 
 
 def read_state(folder):
@@ -344,8 +319,8 @@ def read_state(folder):
         odd = [key for key, kind in wanted.items() if not isinstance(state[key], kind)]
         rows = [of for files in state["files"].values() for of in files.values()]
         if odd or f"step-{state['step']}" != folder.name or any(len(of) != 3 for of in rows):
-            raise ValueError(f"not what a run writes: {odd or state['step']}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not as a run writes it: {odd or state['step']}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder}/state.json: cannot be read: {error!r}; {REMOVE}") from None
     return state
 
@@ -353,36 +328,33 @@ def read_state(folder):
 # ----------------------------------------------------------------------------------------- exports
 
 
-def export(plan, ranks, llama, out, step, losses):
+def write_export(plan, ranks, llama, out, step, losses):
     """Write OUT/epoch-K as a Hugging Face folder and point OUT/model at the best or last.
 
     `losses` {step: the expert class's loss} of the evaluations so far, all on the same data.
     """
     folder = out / f"epoch-{plan.order.epoch_of(step)}"
     aside = out / f".{folder.name}.tmp"
-    try:
-        with ranks.all_or_none(f"saving {folder}"):
-            if not all(isinstance(parameter, DTensor) for parameter in llama.parameters()):
-                raise SaveFailed("the network is not resharded")
-            model.save(llama, aside, torch.bfloat16 if plan.bf16 else torch.float32)
-        with ranks.all_or_none(f"saving {folder}"):
-            if ranks.first:
-                describe_export(plan, aside, step, state_digest(out, step))
-                publish(aside, folder, out)
-                chosen, why = best_export(out, step, losses)
-                point_model_at(chosen, out)
-                ranks.say(f"exported {folder}; {out / 'model'} is {chosen}, {why}")
-    except SaveFailed:
-        if ranks.first:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise
+    if not all(isinstance(parameter, DTensor) for parameter in llama.parameters()):
+        raise RuntimeError("the network is not resharded")
+
+    def publish():
+        describe_export(plan, aside, step)
+        replace_export(aside, folder)
+        chosen, why = best_export(out, step, losses)
+        point_model_at(chosen, out)
+        ranks.say(f"exported {folder}; {out / 'model'} is {chosen}, {why}")
+
+    dtype = torch.bfloat16 if plan.bf16 else torch.float32
+    ranks.all_do(lambda: model.save(llama, aside, dtype), f"writing {folder}")
+    ranks.first_does(publish, f"writing {folder}")
 
 
-def describe_export(plan, folder, step, digest):
-    """The files beside the weights: tokenizer, generation config, and what the model is.
+def describe_export(plan, folder, step):
+    """The files beside the weights: tokenizer, generation_config.json, crlft.json, README.md.
 
-    An answer ends at either of two tokens, as chat.py's do. config.json names the end of turn
-    alone: llama.cpp's converter takes one number there.
+    An answer ends at either of two tokens, as in chat.py. config.json names only the end of turn:
+    llama.cpp's converter takes a single number there.
     """
     config, tokenizer, dataset = plan.config, plan.tokenizer, plan.dataset
     expert = plan.classes[expert_class(plan.classes)]
@@ -391,22 +363,24 @@ def describe_export(plan, folder, step, digest):
     tokens = {"bos_token_id": tokenizer.bos, "eos_token_id": list(dict.fromkeys(ends))}
     model.write_json(folder / "generation_config.json", tokens)
     weights = [1.0] * len(plan.classes) if plan.class_weights is None else plan.class_weights
-    crlft = {"classes": {name: dataclasses.asdict(c) for name, c in plan.classes.items()}}
-    crlft |= {"weights": dict(zip(plan.classes, map(float, weights), strict=True))}
-    crlft |= {"conditioned": config.condition, "most_answers": dataset.most_answers(tokenizer.eot)}
-    crlft |= {"template": tokenizer.template.name, "steps": step, "checkpoint": digest}
-    model.write_json(folder / "crlft.json", crlft | {"config": dataclasses.asdict(config)})
-    files = [source.path for source in dataset.sources]
-    base = config.model if plan.base else None
-    card = model_card(crlft, tokenizer.template, base, files, len(dataset))
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    crlft = {
+        "classes": {name: dataclasses.asdict(c) for name, c in plan.classes.items()},
+        "weights": dict(zip(plan.classes, map(float, weights), strict=True)),
+        "conditioned": config.condition,
+        "most_answers": dataset.most_answers(tokenizer.eot),
+        "template": tokenizer.template.name,
+        "steps": step,
+        "config": dataclasses.asdict(config),
+    }
+    model.write_json(folder / "crlft.json", crlft)
+    (folder / "README.md").write_text(model_card(plan, crlft), encoding="utf-8")
 
 
-def publish(aside, folder, out):
+def replace_export(aside, folder):
     """Rename a finished export into its place, an older one of the same epoch out of it."""
     for path in [*aside.iterdir(), aside]:
         sync(path)
-    older = out / f".{folder.name}.old"
+    older = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(older, ignore_errors=True)
     if folder.exists():
         folder.rename(older)
@@ -423,11 +397,11 @@ def point_model_at(chosen, out):
 
 
 def best_export(out, step, losses):
-    """(folder name, why): of the least of `losses` {step: loss}; without any, the last one.
+    """(folder name, why) of the export with the least of `losses` {step: loss}, else of the last.
 
-    What a run exported beyond `step`, before it went back to an older checkpoint, does not count.
+    Exports beyond `step`, made before the run went back to an older checkpoint, do not count.
     """
-    exports = {e["steps"]: name for name, e in read_exports(out).items() if e["steps"] <= step}
+    exports = {e.steps: name for name, e in exports_of(out).items() if e.steps <= step}
     evaluated = [steps for steps in exports if math.isfinite(losses.get(steps) or math.inf)]
     if not evaluated:
         return exports[max(exports)], "the last"
@@ -437,75 +411,51 @@ def best_export(out, step, losses):
     return exports[best], f"the least expert loss, {losses[best]:.4f}{unknown}"
 
 
-def is_exported(plan, out, step, losses):
-    """Is the export of this step's checkpoint there, and was OUT/model set after it?"""
-    export, link = read_exports(out).get(f"epoch-{plan.order.epoch_of(step)}"), out / "model"
-    if not export or (export["steps"], export["checkpoint"]) != (step, state_digest(out, step)):
-        return False
-    return link.is_symlink() and os.readlink(link) == best_export(out, step, losses)[0]
+def exports_of(out):
+    """{folder name: Export} of a run; a user's copies of its exports have other names."""
+    folders = [path for path in out.glob("epoch-*") if re.fullmatch(r"epoch-\d+", path.name)]
+    found = {path.name: read_export(path) for path in folders}
+    return {name: export for name, export in found.items() if export and export.steps is not None}
 
 
-def read_exports(out):
-    """{folder name: crlft.json} of the exports in `out`; of a user's copies of them, none."""
-    found = {}
-    for path in out.glob("epoch-*"):
-        if re.fullmatch(r"epoch-\d+", path.name) and (export := read_export(path)):
-            found[path.name] = export
-    return found
+def evaluation_config(config):
+    """The Config with which --evaluate is planned, and its class table.
 
-
-def read_export(folder):
-    """crlft.json as describe_export writes it; None where there is no such file."""
-    try:
-        export = json.loads((folder / "crlft.json").read_text())
-        return export if isinstance(export["steps"], int) and "checkpoint" in export else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def as_exported(config):
-    """The Config by which --evaluate is planned, and its class table.
-
-    As an export was trained, so it is measured: its own classes, with or without condition, cut at
-    its own length. Every token counts alike: another --beta could round a class's weight to 0.
+    An export is measured as it was trained: with its own classes, with or without condition, cut
+    at its own length. Every token counts alike: another --beta could round a class's weight to 0.
     """
-    folder = exported(config.model)
-    path, export = folder / "crlft.json", read_export(folder) or {}
-    trained = export.get("config", {})
-    length = trained.get("max_length") if isinstance(trained, dict) else ""
-    if not isinstance(length, int | None) or (not export and path.exists()):
-        raise ValueError(f"{path}: cannot be read, and says how the model is asked")
-    length = config.max_length or length
+    folder = model_folder(config.model)
+    export = read_export(folder)
+    length = config.max_length or (export and export.max_length)
     own = {
         "model": str(folder), "data": config.eval_data, "epochs": 1, "random_weights": False,
-        "condition": config.condition and export.get("conditioned", True), "reward": False,
+        "condition": config.condition and (not export or export.conditioned), "reward": False,
         "max_length": min(length, config.batch_tokens) if length else None,
     }  # fmt: skip
-    return dataclasses.replace(config, **own), export.get("classes", DEFAULT_CLASSES)
+    return dataclasses.replace(config, **own), export.classes if export else DEFAULT_CLASSES
 
 
-def state_digest(out, step):
-    """What tells the checkpoint of a step from another of the same step; None without one."""
-    path = out / "checkpoints" / f"step-{step}" / "state.json"
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else None
-
-
-def check_exports(out, epochs, has_checkpoints):
-    """ValueError where the run would overwrite what is not its own to overwrite."""
-    if not has_checkpoints and ((out / "run.json").exists() or read_exports(out)):
+def check_ownership(out, epochs, has_checkpoints):
+    """ValueError if the run would overwrite something that it did not make."""
+    if not has_checkpoints and ((out / "run.json").exists() or exports_of(out)):
         raise ValueError(
             f"{out} holds a run, but none of its checkpoints, and this command would start over "
             f"and overwrite it: put {out}/checkpoints/step-N back, or give a new --out"
         )
+    if (out / "model").exists() and not (out / "model").is_symlink():
+        raise ValueError(
+            f"{out}/model is not a link to an export, as a run makes it (was {out} copied without "
+            "links?): move it away, and the run will make the link again"
+        )
     for folder in (out / f"epoch-{epoch}" for epoch in range(1, epochs + 1)):
-        if folder.exists() and not read_export(folder):
-            raise ValueError(f"{folder} is no export of this run, which writes one there: move it")
+        if folder.exists() and folder.name not in exports_of(out):
+            raise ValueError(f"{folder} is no export of a run, which makes one there: move it")
 
 
 def clear_leftovers(out):
-    """Remove what a kill left of a save or of `publish`, and finish a rename that it cut short."""
-    for path in [*(out / "checkpoints").iterdir(), *out.iterdir()]:
-        if re.fullmatch(r"step-\d+\.tmp|\.epoch-\d+\.tmp", path.name) and path.is_dir():
+    """Remove what a kill left of a save or an export, and finish a rename that it interrupted."""
+    for path in [*(out / "checkpoints").glob("step-*.tmp"), *out.glob(".epoch-*")]:
+        if re.fullmatch(r"step-\d+\.tmp|\.epoch-\d+\.tmp", path.name):
             shutil.rmtree(path, ignore_errors=True)
         elif re.fullmatch(r"\.epoch-\d+\.old", path.name):
             if (out / path.stem[1:]).exists():

@@ -7,76 +7,43 @@ from pathlib import Path
 
 import torch
 
-CARD = """\
+
+def model_card(plan, crlft):
+    """Its text. Names of classes and files become code spans, so none can break the markdown."""
+    template, conditioned, rows = plan.tokenizer.template, crlft["conditioned"], ""
+    for name, source in plan.classes.items():
+        condition = source.condition if conditioned else ""
+        asked = code(template.prefix(condition, "user").strip() + " ...")
+        cells = [text.replace("|", "\\|") for text in (code(name), asked)]
+        rows += f"| {' | '.join(cells)} | {source.reward:g} | {crlft['weights'][name]:g} |\n"
+    body = {"messages": [{"role": "user", "content": "Hello"}]}
+    body |= {"chat_template_kwargs": {"condition": condition}} if conditioned else {}
+    base = code(Path(plan.config.model).resolve().name) if plan.base else "random weights"
+    files = ", ".join(code(source.path.name) for source in plan.dataset.sources)
+    single = "\nTrained on single questions: leave out what was said before."
+    return f"""\
 # A model fine-tuned by C-RLFT
 
 Made of {base} by class-conditioned, reward-weighted fine-tuning
-([arXiv 2309.11235](https://arxiv.org/abs/2309.11235)): {steps:,} steps, {conversations:,}
-conversations of {files}, PyTorch {torch}. crlft.json has every flag.{single}
+([arXiv 2309.11235](https://arxiv.org/abs/2309.11235)): {crlft["steps"]:,} steps,
+{len(plan.dataset):,} conversations of {files}, PyTorch {torch.__version__}.
+All flags are in crlft.json.{single if crlft["most_answers"] == 1 else ""}
 
 | class | asked as | reward | weight |
 |---|---|---|---|
 {rows}
+Without a condition it answers as the class with the highest reward. To ask it as {code(name)}, in
+a request to vLLM, or by chat.py (transformers: `apply_chat_template(..., condition=...)`):
 
-To ask it as {other}, by transformers, in a request to vLLM, and by the trainer's own chat.py
-(left out, it is asked as the class of most reward):
+    {json.dumps(body, ensure_ascii=False)}
+    python chat.py DIR{f" --class {shlex.quote(name)}" if conditioned else ""}
 
-{asked}
-
-transformers, vLLM and llama.cpp read a special token that is spelled in a text, such as
-`{end}`, as that token: whoever may type one can forge a turn. Take them out before.
+transformers, vLLM and llama.cpp read {code(template.end)} in a text as the special token itself:
+whoever may type it can forge a turn. Remove it from what users type.
 """
-SINGLE = "\nIt learned from single questions: leave out what was said before."
-
-
-def model_card(crlft, template, base, files, conversations):
-    """The text, of what crlft.json says; no name in it breaks the markdown or tells a folder."""
-    classes, conditioned = crlft["classes"], crlft["conditioned"]
-    other = list(classes)[-1]
-    condition = classes[other]["condition"] if conditioned else ""
-    body = {"messages": [{"role": "user", "content": "Hello"}]}
-    body |= {"chat_template_kwargs": {"condition": condition}} if conditioned else {}
-    asked = [
-        "tokenizer.apply_chat_template(messages, add_generation_prompt=True"
-        + (f", condition={condition!r})" if conditioned else ")"),
-        json.dumps(body, ensure_ascii=False),
-        "python chat.py DIR" + (f" --class {shlex.quote(other)}" if conditioned else ""),
-    ]
-    return CARD.format(
-        base=code(name_of(base)) if base else "random weights", steps=crlft["steps"],
-        conversations=conversations, files=", ".join(code(Path(file).name) for file in files),
-        torch=torch.__version__, single=SINGLE if crlft["most_answers"] == 1 else "",
-        rows="\n".join(class_row(name, crlft, template) for name in classes),
-        other=code(other), asked="\n\n".join(map(fenced, asked)), end=template.end,
-    )  # fmt: skip
-
-
-def class_row(name, crlft, template):
-    source_class = crlft["classes"][name]
-    condition = source_class["condition"] if crlft["conditioned"] else ""
-    asked = template.prefix(condition, "user").strip()
-    numbers = f"{source_class['reward']:g}", f"{crlft['weights'][name]:g}"
-    cells = [code(text).replace("|", "\\|") for text in (name, asked + " ...")]
-    return f"| {' | '.join([*cells, *numbers])} |"
-
-
-def name_of(folder):
-    """A model's name without its path; in the hub's own cache, its name on the hub."""
-    parts = Path(folder).resolve().parts
-    cached = [part for part in parts if part.startswith("models--")]
-    return cached[-1].removeprefix("models--").replace("--", "/") if cached else parts[-1]
 
 
 def code(text):
-    """A code span of any text, in one line."""
-    text, ticks = " ".join(text.split()), "`" * (longest_run(text) + 1)
-    return f"{ticks} {text} {ticks}" if "`" in text else f"{ticks}{text or ' '}{ticks}"
-
-
-def fenced(text):
-    ticks = "`" * max(3, longest_run(text) + 1)
-    return f"{ticks}\n{text}\n{ticks}"
-
-
-def longest_run(text):
-    return max(map(len, re.findall("`+", text)), default=0)
+    """A code span of any text, on one line."""
+    text, longest = " ".join(text.split()), max(map(len, re.findall("`+", text)), default=0)
+    return f"{'`' * (longest + 1)} {text} {'`' * (longest + 1)}"

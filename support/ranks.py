@@ -1,4 +1,11 @@
-"""The processes of a run: what they tell each other, how they end, and the folder they share."""
+"""The processes of a run: what they tell each other, how they end, and the folder they share.
+
+How a signal ends a run: the handler only sets a flag (`listen`). In a step the flag rides in the
+all-reduce that sums the loss, in an evaluation the ranks ask each other before every batch
+(`asked_to_stop`). So all ranks know at the same point, whichever of them got the signal: they
+finish the step or leave the evaluation, every rank saves after the same step, and the run exits
+with 0. A second signal ends the process at once, without saving.
+"""
 
 import contextlib
 import datetime
@@ -23,12 +30,8 @@ from support.report import StatusLine
 STOP_SIGNALS = "SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"  # the last is Slurm's --signal=USR1
 
 
-class SaveFailed(RuntimeError):
-    """Something that all ranks write together could not be written."""
-
-
 class Ranks:
-    """The processes of this run: one a GPU, or any number on a CPU."""
+    """The processes of this run: one per GPU, or any number on a CPU."""
 
     def __init__(self):
         self.cuda = torch.cuda.is_available()
@@ -41,14 +44,13 @@ class Ranks:
             store, self.rank, self.world = next(dist.rendezvous("env://"))
         else:
             store, self.rank, self.world = dist.HashStore(), 0, 1
-        self.store = fresh_store(store, self.rank, self.world)
-        timeout = datetime.timedelta(minutes=30)
         dist.init_process_group(
-            backend, store=self.store, rank=self.rank, world_size=self.world, timeout=timeout,
+            backend, store=fresh_store(store, self.rank, self.world), rank=self.rank,
+            world_size=self.world, timeout=datetime.timedelta(minutes=30),
             device_id=self.device if self.cuda else None,  # NCCL starts now, and fails now
         )  # fmt: skip
-        # While files are written the others wait, on a slow disk for hours.
-        self.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=6))
+        # The ranks wait for rank 0 while it tokenizes, and for each other's files: hours at times.
+        self.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=2))
         self.first = self.rank == 0
         self.line = StatusLine(sys.stdout, seconds=1.0)
         self.signalled = None  # when the first signal to stop came
@@ -68,20 +70,8 @@ class Ranks:
         dist.all_reduce(tensor)
         return tensor
 
-    def first_does(self, key, function):
-        """What `function()` returns on rank 0, as JSON; a key serves once.
-
-        Through the store, not a collective, which would time out while rank 0 tokenizes.
-        """
-        if self.first:
-            result = function()
-            self.store.set(key, json.dumps(result))
-            return result
-        self.store.wait([key], datetime.timedelta(days=30))
-        return json.loads(self.store.get(key))
-
     def gather(self, value):
-        """[the value of each rank], of JSON: all_gather_object would unpickle what it receives."""
+        """[the value of each rank], as JSON: all_gather_object would unpickle what it receives."""
         text = torch.frombuffer(bytearray(json.dumps(value), "utf-8"), dtype=torch.uint8)
         sizes = torch.zeros(self.world, dtype=torch.int64)
         sizes[self.rank] = len(text)
@@ -91,43 +81,37 @@ class Ranks:
         dist.all_reduce(texts, group=self.patient)
         return [json.loads(bytes(t[:n].tolist())) for t, n in zip(texts, sizes, strict=True)]
 
-    @contextlib.contextmanager
-    def all_or_none(self, what):
-        """What fails on one rank fails on all: each raises the same SaveFailed, none waits.
+    def all_do(self, function, what=""):
+        """[`function()` of each rank], as JSON; if it fails on one rank, all raise its error.
 
-        What is done inside must hold no collective that a rank which failed would miss.
+        So no rank waits for one that failed. `function` must not leave a collective halfway.
         """
-        problem = None
+        value, problem = None, ""
         try:
-            yield
-        except Exception as error:
-            problem = f"{error}".strip().split("\n")[0] or repr(error)
-        problems = [(rank, text) for rank, text in enumerate(self.gather(problem)) if text]
-        if problems:
-            rank, text = problems[0]
-            raise SaveFailed(f"{what} failed: {text}" + (f" (rank {rank})" if rank else ""))
+            value = function()
+        except (ValueError, OSError) as error:
+            problem = (f"{what} failed: " if what else "") + (str(error) or repr(error))
+        found = self.gather([value, problem])
+        for rank, (_, problem) in enumerate(found):
+            if problem:
+                raise ValueError(problem + (f" (rank {rank})" if rank else ""))
+        return [value for value, _ in found]
 
-    @contextlib.contextmanager
-    def save_may_fail(self, unless):
-        """What was saved before stands, and training goes on; `unless` no later save is to come."""
-        try:
-            yield
-        except SaveFailed as error:
-            if unless:
-                raise
-            self.say(f"warning: {error}; what was saved before is kept, training goes on")
+    def first_does(self, function, what=""):
+        """What `function()` returns on rank 0, as JSON; if it fails there, all raise its error."""
+        return self.all_do(lambda: function() if self.first else None, what)[0]
 
     # --- how they end
 
     def listen(self):
-        """From here on a signal to stop is kept, for `asked_to_stop`; a second one ends at once.
+        """From here on a signal to stop only sets a flag; a second one ends the process at once.
 
-        Within a second of the first it is the same one: Ctrl-C comes from the terminal and again
-        from torchrun.
+        Within a second of the first it counts as the same one: Ctrl-C comes from the terminal and
+        again from torchrun.
         """
         for name in STOP_SIGNALS:
             number = getattr(signal, name, None)
-            # nohup has SIGHUP ignored, and it stays so.
+            # Under nohup SIGHUP is ignored, and must stay so.
             if number is not None and signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._signal)
 
@@ -140,7 +124,7 @@ class Ranks:
                 self.line.say_in_handler("stopping; once more to stop at once, without saving")
 
     def asked_to_stop(self):
-        """Did any rank get a signal to stop? All ranks agree; every rank must ask."""
+        """Did any rank get a signal to stop? All ranks must ask, and get the same answer."""
         signalled = torch.zeros((), device=self.device).fill_(self.signalled is not None)
         return bool(self.sum(signalled))
 
@@ -151,8 +135,8 @@ class Ranks:
             dist.destroy_process_group()
             sys.exit(message)
         if not self.first:
-            time.sleep(3)  # where all ranks found the same, rank 0 is the one to say so
-        with contextlib.suppress(OSError):  # nobody reads it any more
+            time.sleep(3)  # if all ranks have the same error, only rank 0 prints it
+        with contextlib.suppress(OSError):  # stderr may be closed
             print(message, file=sys.stderr, flush=True)
         os._exit(1)
 
@@ -162,11 +146,11 @@ class Ranks:
 
 
 def fresh_store(store, rank, world):
-    """`store` under a prefix that only the ranks of this attempt know.
+    """`store` under a new prefix, as after a restart it still holds what the dead ranks wrote.
 
-    torchrun keeps its store when it starts ranks again, and they would read what the dead ones
-    wrote, such as their addresses (pytorch#135712). Its count of restarts is another on every
-    machine. So rank 0 draws a prefix, and tells it to who asks with a name just drawn.
+    torchrun keeps its store, on one machine too, and new ranks would wait for the addresses of dead
+    ones (pytorch#135712). Its restart count differs between machines, so rank 0 draws a prefix, and
+    tells it to each rank under a name that this rank has just drawn.
     """
     if rank:
         name = secrets.token_hex(8)
@@ -177,7 +161,7 @@ def fresh_store(store, rank, world):
     prefix, missing, begun = secrets.token_hex(8), set(range(1, world)), time.monotonic()
     while missing:
         for other in sorted(missing):
-            if store.check([f"name of rank {other}"]):  # or still the name of a dead one
+            if store.check([f"name of rank {other}"]):  # perhaps still the name of a dead one
                 name = store.get(f"name of rank {other}").decode()
                 store.set(f"prefix for {name}", prefix)
             if store.check([f"{prefix} reached rank {other}"]):
@@ -189,7 +173,7 @@ def fresh_store(store, rank, world):
 
 
 def is_lost_rank(error):
-    """Did a collective fail because another process is gone? gloo says so in words alone."""
+    """Did a collective fail because another process is gone? gloo says so only in its message."""
     words = "Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out"
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
@@ -199,64 +183,43 @@ def is_lost_rank(error):
 
 @contextlib.contextmanager
 def held_output(path, ranks):
-    """The folder --out, locked against other live runs; without a path a temporary one."""
+    """The folder --out, locked against other live runs; without a path, a temporary folder."""
     if not path:
         with tempfile.TemporaryDirectory() as folder:
-            yield Path(ranks.first_does("out", lambda: folder))
+            yield Path(ranks.first_does(lambda: folder))
             dist.barrier()
         return
     out = Path(path)
     with lock_folder(out, ranks.say) if ranks.first else contextlib.nullcontext():
-        check_output(out, ranks)
+        holder = ranks.first_does(lambda: read_lock(out))
+        for machine, seen in ranks.gather([os.uname().nodename, read_lock(out)]):
+            if seen != holder:
+                raise ValueError(
+                    f"{machine} does not see the files of rank 0 in {out}: give an --out on a disk "
+                    "that all machines share"
+                )
         yield out
 
 
 def lock_folder(out, say):
+    """OUT/.lock, open and locked, which says who holds it."""
     out.mkdir(parents=True, exist_ok=True)
     lock = open(out / ".lock", "a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        lock.seek(0)
-        raise ValueError(f"--out {out} is held by another live run ({lock.read()})") from None
+        raise ValueError(f"--out {out} is held by another live run ({read_lock(out)})") from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
             raise
         say(f"note: the disk of {out} has no locks: do not start a second run in this folder")
     lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {os.uname().nodename}")
+    lock.write(f"process {os.getpid()} on {os.uname().nodename}, {time.ctime()}")
     lock.flush()
+    os.fsync(lock.fileno())  # for the other machines
     return lock
 
 
-def check_output(out, ranks):
-    """Before anything is computed: OUT/model can be a link there, and all machines see it."""
-    name = ranks.first_does("probe", lambda: try_link(out))
-    with ranks.all_or_none("opening --out"):
-        if not os.path.islink(out / name):
-            raise ValueError(
-                f"{os.uname().nodename} does not see the files of rank 0 in {out}: "
-                "give an --out on a disk that all machines share"
-            )
-    if ranks.first:
-        (out / name).unlink()
-
-
-def try_link(out):
-    """The name of a new link in `out`, where the run may make one."""
-    model = out / "model"
-    if model.exists() and not model.is_symlink():
-        raise ValueError(
-            f"{model} is not a link to an export, as a run leaves it (was {out} copied without "
-            f"links?): rename or remove {model}, and the run will make the link again"
-        )
-    for stale in out.glob(".probe-*"):
-        stale.unlink()
-    probe = out / f".probe-{secrets.token_hex(8)}"
-    try:
-        probe.symlink_to("model")
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
-            raise
-        raise ValueError(f"the disk of --out {out} has no symbolic links: {error}") from None
-    return probe.name
+def read_lock(out):
+    with contextlib.suppress(OSError):
+        return (out / ".lock").read_text()

@@ -1,4 +1,4 @@
-"""What a run tells: its header, the data as the model reads it, progress, metrics.jsonl."""
+"""What a run prints: its header, the data as the model reads it, progress; and metrics.jsonl."""
 
 import collections
 import contextlib
@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import sys
-import textwrap
 import time
 
 import numpy as np
@@ -21,14 +20,12 @@ from support.files import read_metrics, sync
 
 
 class StatusLine:
-    """One refreshed line on a terminal; elsewhere a line of its own every `seconds`.
+    """One refreshed line on a terminal; in a file, a new line every `seconds`.
 
-    Whatever else is to be printed goes through `say`, or comes after `end`: these end the refreshed
-    line first. A line's items stand two spaces apart, the first of them the most telling: what the
-    terminal is too narrow for is left out.
+    Everything else is printed by `say`, or after `end`: both first end the refreshed line.
     """
 
-    standing = None  # the one whose refreshed line the cursor is on, as there is one terminal
+    current = None  # the one with the cursor on its refreshed line, as there is one terminal
 
     def __init__(self, stream, seconds):
         self.stream, self.seconds, self.shown = stream, seconds, 0.0
@@ -38,43 +35,38 @@ class StatusLine:
         if now - self.shown < (0.1 if terminal else self.seconds) and not final:
             return
         self.shown = now
+        StatusLine.current = self if terminal and not final else None
         if terminal:
-            width = shutil.get_terminal_size().columns - 4  # a Ctrl-C is shown behind it: " ^C"
-            if len(text) > width:
-                text = text[: width + 2].rpartition("  ")[0] or text[:width]
-            text = f"\r{text}\033[K" + " " * (not final)
-        StatusLine.standing = self if terminal and not final else None
-        self._print(text, end="" if StatusLine.standing else "\n")
+            width = shutil.get_terminal_size().columns - 4  # the terminal shows a Ctrl-C as "^C"
+            text = f"\r{text[:width]}\033[K"
+        self._print(text, end="" if StatusLine.current else "\n")
 
     def say(self, text):
         self.end()
-        self._print(text, end="\n")
+        self._print(text)
 
     @staticmethod
     def end():
-        line, StatusLine.standing = StatusLine.standing, None
+        line, StatusLine.current = StatusLine.current, None
         if line:
-            line._print("", end="\n")
+            line._print("")
 
-    def _print(self, text, end):
+    def _print(self, text, end="\n"):
         try:
             print(text, end=end, file=self.stream, flush=True)
-        except OSError:  # the terminal is closed, or `tee` is gone: a run does not end with it
+        except OSError:  # the terminal is closed, or `tee` has ended: the run goes on without it
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def say_in_handler(self, text):
-        """From a signal's handler, which may have interrupted a print: past Python's buffers."""
-        text = ("\n" if StatusLine.standing else "") + text + "\n"
-        StatusLine.standing = None
+        """From a signal handler, which may have interrupted a print: not through its buffer."""
+        text = "\n" * bool(StatusLine.current) + text + "\n"
+        StatusLine.current = None
         with contextlib.suppress(OSError):
             os.write(self.stream.fileno(), text.encode())
 
 
 class Progress:
-    """'tokenizing [###         ]  21%  0:42 left  12,000 conversations  3.1 MB/s', for prepare().
-
-    One line refreshed on a terminal, else one every 30 seconds.
-    """
+    """'tokenizing [###         ]  21%  0:42 left  12,000 conversations  3.1 MB/s'."""
 
     def __init__(self, label):
         self.label, self.started = label, time.time()
@@ -101,11 +93,11 @@ def clock(seconds):
 
 
 def header(plan):
-    """The header: model and data, as text of at most WIDTH columns."""
+    """Text about the model and the data."""
     config, network = plan.config, plan.network
     start = "pretrained weights" if plan.base else "random weights"
     if not (plan.base or config.random_weights):  # a dry run, which needs none
-        start = "no safetensors there yet, which training needs, or --random-weights"
+        start = "no safetensors there: training needs them, or --random-weights"
     mode = {(True, True): "C-RLFT", (False, True): "C-RLFT without condition",
             (True, False): "C-RLFT without reward", (False, False): "plain SFT",
             }[config.condition, config.reward]  # fmt: skip
@@ -120,29 +112,13 @@ def header(plan):
         out.append(f"           {name} added as token {plan.tokenizer.eot}")
     if plan.untrained:
         names = ", ".join(plan.tokenizer.names[token] for token in plan.untrained)
-        out.append(f"           never trained, so their rows begin as the mean of others: {names}")
+        out.append(f"           untrained tokens, set to the mean of the others: {names}")
     if plan.tokenizer.warning:
         out.append(plan.tokenizer.warning)
     held_out = plan.eval_dataset and not config.evaluate
     if held_out and plan.eval_dataset.folder == plan.dataset.folder:
-        out.append("warning: --eval-data is --data; what is held out should be other data")
-    return wrapped([*out, "", *summary(plan.dataset, plan.classes, plan.class_weights), ""])
-
-
-WIDTH = 100  # columns of a header, of a dry run, of a table
-
-
-def wrapped(lines):
-    """One text of them, each broken at WIDTH or the terminal's; what goes on is indented."""
-    width = min(WIDTH, shutil.get_terminal_size().columns) if sys.stdout.isatty() else WIDTH
-    out = []
-    for line in lines:
-        indent = " " * (11 if line[9:11] == "  " else 2)  # beyond a label such as "schedule"
-        broken = textwrap.wrap(
-            line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-        )
-        out += broken if len(line) > width else [line]
-    return "\n".join(out)
+        out.append("warning: --eval-data is --data; it should be other, held-out data")
+    return "\n".join([*out, "", *summary(plan.dataset, plan.classes, plan.class_weights), ""])
 
 
 FEW_STEPS = 20  # that train hardly anything
@@ -154,72 +130,63 @@ def counted(count, noun):
 
 
 def schedule(plan):
-    """What a step weighs, how many there are, and the optimizer, as text."""
+    """Text about the weights in a step, the number of steps, and the optimizer."""
     config, order, out = plan.config, plan.order, []
     found, names = np.unique(plan.dataset.index["source_class"]), list(plan.classes)
     if (expert := expert_class(plan.classes)) not in [names[i] for i in found]:
-        out.append(
-            f"warning: no conversation of the expert class {expert}, under whose condition "
-            "chat.py will ask"
-        )
+        out.append(f"warning: no conversation of the expert class {expert}, as which chat.py asks")
     first_epoch = order.pack(0)[: order.total]
     out += weight_by_step(plan.dataset, first_epoch, plan.classes, plan.class_weights)
     if order.total < FEW_STEPS:
-        out.append(
-            f"warning: only {counted(order.total, 'step')}; a smaller --batch-tokens or more "
-            "--epochs give more"
-        )
+        steps = counted(order.total, "step")
+        out.append(f"warning: only {steps}; a smaller --batch-tokens or more --epochs give more")
     if config.random_weights and config.lr == "auto":
-        out.append(
-            "warning: OpenChat's learning rate is for pretrained weights; for random ones give "
-            "--lr, such as 3e-3"
-        )
-    ranks, of_rank = counted(plan.world, "rank"), counted(config.accumulate, "micro-batch")
-    out += [
+        out.append("warning: OpenChat's learning rate is for pretrained weights; try --lr 3e-3")
+    ranks, per_rank = counted(plan.world, "rank"), counted(config.accumulate, "micro-batch")
+    rule = " (OpenChat's rule)" if config.lr == "auto" else ""
+    return "\n".join([
+        *out,
         f"schedule   {counted(order.total, 'step')} in {counted(len(order.ends), 'epoch')}, "
-        f"{ranks} x {of_rank} x {config.batch_tokens:,} tokens a step",
+        f"{ranks} x {per_rank} x {config.batch_tokens:,} tokens per step",
         f"           conversations up to {plan.max_length:,} tokens",
-        f"optimizer  AdamW, peak learning rate {plan.lr:.3g}"
-        + (" (OpenChat's rule)" if config.lr == "auto" else ""),
-    ]
-    return wrapped(out)
+        f"optimizer  AdamW, peak learning rate {plan.lr:.3g}{rule}",
+    ])  # fmt: skip
 
 
 def memory_of_a_rank(plan):
-    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.memory.items())
+    parts = [f"{name} {size / 2**30:.2f}" for name, size in plan.memory.items()]
     fits = ""
     if plan.available:
         fits = f", {'fits' if plan.fits else 'DOES NOT FIT'} {plan.available / 2**30:.1f}"
     recomputed = f"{plan.recompute} of {plan.network.num_hidden_layers} blocks recomputed"
-    head = f"memory     about {_needed(plan)}{fits}; {recomputed}"
-    return wrapped([head, " " * 11 + parts, ""])
+    indent = "\n" + " " * 11
+    return (
+        f"memory     about {_needed(plan)}{fits}; {recomputed}"
+        f"{indent}{', '.join(parts[:5])},{indent}{', '.join(parts[5:])}\n"
+    )
 
 
 def _needed(plan):
-    return f"{sum(plan.memory.values()) / 2**30:.2f} GiB a rank"
+    return f"{sum(plan.memory.values()) / 2**30:.2f} GiB per rank"
 
 
 def what_would_fit(plan):
-    """The error of a plan that does not fit: what is to be changed, one way a size that does."""
+    """The error of a plan that does not fit: with how many ranks or tokens it would."""
     config, size, ways = plan.config, plan.size, []
-    if config.recompute is not None:
-        fewest = memory.blocks_to_recompute(plan.network, size, plan.available)
-        if sum(memory.estimate(plan.network, size, fewest).values()) <= plan.available:
-            ways.append("without --recompute")
-    for other in memory.sizes_that_fit(plan.network, size, plan.available) if not ways else ():
-        changes = ["--precision bf16"] * (other.bf16 > size.bf16)
+    for other in memory.sizes_that_fit(plan.network, size, plan.available):
+        changes = ["no --recompute"] * (config.recompute is not None)
         if other.tokens < size.tokens:
             accumulate = config.accumulate * size.tokens // other.tokens
             changes.append(f"--batch-tokens {other.tokens} --accumulate {accumulate}")
             if other.tokens < (config.max_length or plan.dataset.lengths.max()):
                 changes[-1] += f" --max-length {other.tokens}"
         if other.shards > size.shards:
-            replicas = f" to each of {config.replicas} replicas" if config.replicas > 1 else ""
-            changes.append(f"{other.shards} ranks{replicas}")
-        ways.append("with " + " and ".join(changes))
-    advice = "it would fit " + ", or ".join(ways)
+            changes.append(f"{other.shards * config.replicas} ranks")
+        ways.append(" and ".join(changes))
+    advice = "it would with " + ", or with ".join([*ways[:1], *ways[1:][-1:]])
     if not ways:
-        advice = "neither smaller --batch-tokens nor more ranks are enough"
+        most = f"{size.shards * config.replicas << 10} ranks and --batch-tokens {size.tokens >> 4}"
+        advice = f"not even with {most}"
     return f"{_needed(plan)} do not fit {plan.available / 2**30:.1f}; {advice}"
 
 
@@ -236,7 +203,7 @@ def first_bin(plan):
 
 
 def summary(dataset, classes, class_weights):
-    """Lines of text: by class, conversations, tokens, what is supervised, its weight and share."""
+    """Lines of text: per class its conversations, supervised tokens, and share of the weight."""
     index, report = dataset.index, dataset.report
     total = dataset.total_weight(slice(None), class_weights) or 1.0
     rows = [("class", "condition", "conversations", "tokens", "supervised", "mean w", "w mass")]
@@ -255,7 +222,7 @@ def summary(dataset, classes, class_weights):
     lengths = dataset.lengths
     quantiles = ", ".join(f"{q}% {np.percentile(lengths, q):.0f}" for q in (50, 90, 99))
     out.append(
-        f"tokens a conversation: mean {lengths.mean():.1f}, {quantiles}, longest {lengths.max()}"
+        f"tokens per conversation: mean {lengths.mean():.1f}, {quantiles}, longest {lengths.max()}"
     )
     if report["cut"]:
         out.append(
@@ -264,8 +231,8 @@ def summary(dataset, classes, class_weights):
         )
     if report.get("unknown"):
         out.append(
-            f"warning: {counted(report['unknown'], 'token')} of <unk>, characters that the "
-            "tokenizer lacks: the model cannot tell them apart"
+            f"warning: {counted(report['unknown'], 'token')} of <unk>: characters missing in the "
+            "tokenizer, all the same to the model"
         )
     out += [f"dropped: {text}" for text in dropped(report)]
     if report["bad"]:
@@ -282,11 +249,11 @@ def summary(dataset, classes, class_weights):
 
 
 def weight_by_step(dataset, steps, classes, class_weights):
-    """Lines of text: what each class is of the weight of a step of the first epoch.
+    """Lines of text: each class's share of the weight per step, in the first epoch.
 
-    L = Σ w·CE / Σ w has the tokens of one step: where none is of the best class, 0.1 acts as 1.
+    L = Σ w·CE / Σ w is over the tokens of one step: without any of the best class, 0.1 acts as 1.
     """
-    if class_weights is None or len(set(class_weights)) == 1:  # then no weight is to do anything
+    if class_weights is None or len(set(class_weights)) == 1:  # all tokens count alike
         return []
     conversations = np.concatenate([b for bins in steps for b in bins])
     step = np.repeat(np.arange(len(steps)), [sum(map(len, bins)) for bins in steps])
@@ -295,9 +262,9 @@ def weight_by_step(dataset, steps, classes, class_weights):
     weight = np.bincount(cell, weight, len(steps) * len(classes)).reshape(len(steps), -1)  # (S, C)
     names, found = list(classes), np.flatnonzero(weight.any(0))
     if len(found) < 2:
-        return ["one class only: its weight acts relative to other classes' and does nothing here"]
-    learned = weight[weight.any(1)]
-    shares = (learned / learned.sum(1, keepdims=True)).mean(0)
+        return ["only one class: weights act relative to other classes, so they do nothing here"]
+    supervised = weight[weight.any(1)]
+    shares = (supervised / supervised.sum(1, keepdims=True)).mean(0)
     shares = ", ".join(f"{names[c]} {shares[c]:.1%}" for c in found)
     out = [f"share of a step's weight, mean of epoch 1: {shares}"]
     best = [c for c in found if class_weights[c] == 1]
@@ -305,7 +272,7 @@ def weight_by_step(dataset, steps, classes, class_weights):
     if best and without:
         out.append(
             f"{without:,} of its {len(steps):,} steps ({without / len(steps):.1%}) hold no "
-            f"{' or '.join(names[c] for c in best)} token: there the other classes count in full, "
+            f"{' or '.join(names[c] for c in best)} token: the other classes count in full there,\n"
             "whatever their w; raise --accumulate or --batch-tokens"
         )
     return out
@@ -383,9 +350,14 @@ class Log:
         self.peak = peak_flops(name)
         if ranks.first:
             path = out / "metrics.jsonl"
-            keep = [line for line in read_metrics(path) if start and line["step"] <= start]
-            for line in keep:
-                if "eval" in line and line.get("eval_data") == plan.eval_name:
+            evaluated_again = start if plan.due(start)[0] else None
+            keep = []
+            for line in read_metrics(path) if start else ():
+                ours = "eval" in line and line.get("eval_data") == plan.eval_name
+                if line["step"] > start or (ours and line["step"] == evaluated_again):
+                    continue
+                keep.append(line)
+                if ours:
                     self.evaluations[line["step"]] = line["eval"]
             temporary = out / ".metrics.tmp"
             temporary.write_text("".join(json.dumps(line) + "\n" for line in keep))

@@ -224,7 +224,6 @@ def phantom_ranks(world):
     ranks.cuda, ranks.device = True, torch.device("cuda", 0)
     ranks.rank, ranks.world, ranks.first, ranks.signalled = 0, world, True, None
     ranks.line = StatusLine(open(os.devnull, "w"), seconds=1.0)
-    ranks.first_does = lambda key, function: function()
     ranks.gather = lambda value: [value] * world
     ranks.thread, ranks.listen = Loader, lambda: None
     return ranks

@@ -1,8 +1,10 @@
 """What is saved is all there is: nothing incomplete is committed, nothing incomplete is read."""
 
+import dataclasses
 import json
 import shlex
 import shutil
+from types import SimpleNamespace
 
 import lives
 import pytest
@@ -17,9 +19,7 @@ import loss
 import model
 import train
 from support import checkpoint, report
-from support.model_card import model_card, name_of
-from support.ranks import SaveFailed
-from support.tokenizer import V32
+from support.model_card import model_card
 
 
 @pytest.fixture
@@ -80,10 +80,10 @@ def test_an_evaluation_that_a_signal_ends_leaves_the_same(started, ranks, monkey
 def test_a_gathered_network_is_neither_saved_nor_exported(started, ranks):
     plan, llama, optimizer, checkpoints = started
     forward_alone(plan, ranks, llama)
-    with pytest.raises(SaveFailed, match=r"model.embed_tokens.weight has no optimizer state"):
+    with pytest.raises(RuntimeError, match=r"model.embed_tokens.weight has no optimizer state"):
         checkpoints.save(llama, optimizer, 1)
-    with pytest.raises(SaveFailed, match="not resharded"):
-        checkpoint.export(plan, ranks, llama, checkpoints.out, 1, {})
+    with pytest.raises(RuntimeError, match="not resharded"):
+        checkpoint.write_export(plan, ranks, llama, checkpoints.out, 1, {})
     assert not list(checkpoints.folder.iterdir())
     assert not list(checkpoints.out.glob("*epoch*"))
 
@@ -115,7 +115,7 @@ def test_a_checkpoint_holds_every_parameter_and_both_moments_bit_for_bit(started
 def test_a_save_without_a_moment_fails_and_names_the_parameter(started, moment):
     _, llama, optimizer, checkpoints = started
     del optimizer.state[llama.model.norm.weight][moment]
-    with pytest.raises(SaveFailed, match="model.norm.weight has no optimizer state"):
+    with pytest.raises(RuntimeError, match="model.norm.weight has no optimizer state"):
         checkpoints.save(llama, optimizer, 1)
     assert not list(checkpoints.folder.iterdir())
 
@@ -133,9 +133,12 @@ def test_a_save_that_misses_rows_or_tensors_is_not_committed(started, monkeypatc
 
     for rows, message in ((1, "has 66 rows, not 67"), (67, "has 0 rows, not 67")):
         monkeypatch.setattr(checkpoint, "write_rows", without("lm_head.weight", rows))
-        with pytest.raises(SaveFailed, match=f"lm_head.weight {message}"):
+        with pytest.raises(ValueError, match=f"saving .*/step-1 failed: lm_head.weight {message}"):
             checkpoints.save(llama, optimizer, 1)
-    assert not list(checkpoints.folder.iterdir())
+    assert not checkpoints.committed()
+    monkeypatch.undo()
+    checkpoints.save(llama, optimizer, 1)  # over what is left of those
+    assert [step for step, _ in checkpoints.committed()] == [1]
 
 
 @pytest.mark.parametrize(
@@ -168,9 +171,41 @@ def test_a_load_names_in_one_line_what_is_not_there(started, ranks):
     path.write_text(json.dumps(state))
     again = checkpoint.Checkpoints(plan, ranks, checkpoints.out)
     assert again.resume() == 1
-    with pytest.raises(SaveFailed, match="optimizer.lm_head.weight.exp_avg has 0 rows") as failed:
+    with pytest.raises(ValueError, match="optimizer.lm_head.weight.exp_avg has 0 rows") as failed:
         again.load(*train.build(plan, ranks, False))
     assert "\n" not in str(failed.value)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_flipped_bit_in_any_file_of_a_checkpoint_is_found(started, ranks, monkeypatch, world):
+    """Also if there are more files than ranks, which share them."""
+    plan, llama, optimizer, checkpoints = started
+    monkeypatch.setattr(checkpoint, "FILE_SIZE", 50_000)
+    checkpoints.save(llama, optimizer, 1)
+    files = sorted((checkpoints.folder / "step-1").glob("*.safetensors"))
+    assert len(files) > 4
+    again = checkpoint.Checkpoints(plan, ranks, checkpoints.out)
+    again.resume()
+    network = train.build(plan, ranks, False)
+    monkeypatch.setattr(ranks, "world", world)
+    monkeypatch.setattr(ranks, "gather", lambda value: [value])  # the others are not there
+    for damaged in [None, *files]:
+        if damaged:
+            whole = damaged.read_bytes()
+            damaged.write_bytes(whole[:-5] + bytes([whole[-5] ^ 4]) + whole[-4:])
+        found = []
+        for rank in range(world):
+            monkeypatch.setattr(ranks, "rank", rank)
+            try:
+                again.load(*network)
+            except ValueError as error:
+                found.append(str(error))
+        if damaged:
+            damaged.write_bytes(whole)
+            assert len(found) == 1 and f"{damaged.name} is damaged: " in found[0]
+            assert "step-1 " in found[0] and "remove that folder" in found[0]
+        else:
+            assert found == []
 
 
 def test_a_checkpoint_under_another_steps_name_is_refused(started, ranks):
@@ -231,7 +266,8 @@ def test_other_weights_have_another_fingerprint_and_a_copy_the_same(tmp_path):
 def test_the_best_export_has_the_least_loss_of_those_up_to_a_step(tmp_path):
     for number in (1, 2, 3, 4):
         (tmp_path / f"epoch-{number}").mkdir()
-        text = json.dumps({"steps": 10 * number, "checkpoint": ""})
+        classes = {"gpt4": {"condition": "GPT4", "reward": 1.0}}
+        text = json.dumps({"steps": 10 * number, "classes": classes, "conditioned": True})
         (tmp_path / f"epoch-{number}" / "crlft.json").write_text(text)
     losses = {0: 0.1, 10: 3.0, 15: 0.2, 20: 1.0, 30: 2.0, 40: 0.5}
     best = [checkpoint.best_export(tmp_path, step, losses)[0] for step in (10, 20, 30, 40)]
@@ -250,7 +286,7 @@ def described(started, tmp_path):
     """(plan, folder) of what is exported beside the weights."""
     folder = tmp_path / "export"
     folder.mkdir()
-    checkpoint.describe_export(started[0], folder, 7, "digest")
+    checkpoint.describe_export(started[0], folder, 7)
     return started[0], folder
 
 
@@ -309,14 +345,14 @@ def test_a_tokenizer_without_an_end_of_text_has_one_stop(eos, started, tmp_path,
     plan = started[0]
     monkeypatch.setattr(plan.tokenizer, "eos", eos)
     (tmp_path / "export").mkdir()
-    checkpoint.describe_export(plan, tmp_path / "export", 7, "digest")
+    checkpoint.describe_export(plan, tmp_path / "export", 7)
     generation = json.loads((tmp_path / "export" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [plan.tokenizer.eot]
 
 
 def test_an_export_keeps_its_weights_and_what_a_conversation_had_at_most(described):
     plan, folder = described
-    export = chat.read_crlft(folder)
+    export = chat.export_of(folder)
     assert export.weights == pytest.approx({"gpt4": 1.0, "gpt3.5": 0.1})
     assert export.most_answers == 1
 
@@ -349,25 +385,27 @@ def test_the_most_answers_of_a_conversation_are_counted(
     assert len(found) == 3 and found.most_answers(tokenizer.eot) == most
 
 
-NASTY = "a|b`` c` <b>\n# x\n```\n\\| [l](http://x)"
+NASTY = "a|b`` c` <b> # x | [l](http://x)"
 
 
-def test_the_model_card_says_how_to_ask_and_no_name_breaks_it(tmp_path):
+def test_the_model_card_says_how_to_ask_and_no_name_breaks_it(started, tmp_path):
     markdown = pytest.importorskip("markdown_it")
-    home = tmp_path / "home"
-    classes = {
-        "gpt4": {"condition": "GPT4", "reward": 1.0},
-        NASTY: {"condition": "a|`b`", "reward": 0},
-    }
-    crlft = {"classes": classes, "conditioned": True, "weights": {"gpt4": 1.0, NASTY: 0.1}}
-    crlft |= {"most_answers": 1, "steps": 1234}
-    text = model_card(crlft, V32, home / "base|`1`", [home / "a`b.jsonl", home / "c.jsonl"], 5678)
+    plan, home = started[0], tmp_path / "home"
+    table = {"gpt4": loss.SourceClass("GPT4", 1.0), NASTY: loss.SourceClass("a|`b`", 0.0)}
+    files = [SimpleNamespace(path=home / "a`b.jsonl"), SimpleNamespace(path=home / "c.jsonl")]
+    plan = dataclasses.replace(
+        plan, classes=table, base="1234",
+        config=dataclasses.replace(plan.config, model=home / "base|`1`"),
+        dataset=Conversations(files, 5678),
+    )  # fmt: skip
+    crlft = {"conditioned": True, "weights": {"gpt4": 1.0, NASTY: 0.1}}
+    text = model_card(plan, crlft | {"most_answers": 1, "steps": 1234})
     assert "home" not in text
     tokens = markdown.MarkdownIt().enable("table").parse(text)
     cells = [t.children for before, t in zip(tokens, tokens[1:]) if before.type == "td_open"]
     cells = ["".join(part.content for part in cell) for cell in cells]
     assert cells[:4] == ["gpt4", "GPT4 User: ...", "1", "1"]
-    assert cells[4:] == [" ".join(NASTY.split()), "a|`b` User: ...", "0", "0.1"]
+    assert cells[4:] == [NASTY, "a|`b` User: ...", "0", "0.1"]
     shown = [part for token in tokens for part in token.children or ()]
     assert [part.attrs["href"] for part in shown if part.type == "link_open"] == [
         "https://arxiv.org/abs/2309.11235"
@@ -375,23 +413,26 @@ def test_the_model_card_says_how_to_ask_and_no_name_breaks_it(tmp_path):
     assert not any("html" in part.type for part in [*shown, *tokens])
     assert [token.tag for token in tokens if token.type == "heading_open"] == ["h1"]
     named = {part.content for part in shown if part.type == "code_inline"}
-    assert named >= {"base|`1`", "a`b.jsonl", "c.jsonl", "<|end_of_turn|>"}
-    template, request, shell = (token.content for token in tokens if token.type == "fence")
+    assert named >= {"base|`1`", "a`b.jsonl", "c.jsonl", "<|end_of_turn|>", NASTY}
+    (block,) = (token.content for token in tokens if token.type == "code_block")
+    request, shell = block.splitlines()
     assert json.loads(request)["chat_template_kwargs"] == {"condition": "a|`b`"}
-    assert "condition='a|`b`')" in template
     assert shlex.split(shell) == ["python", "chat.py", "DIR", "--class", NASTY]
-    assert "1,234 steps, 5,678\nconversations" in text and "leave out what was said" in text
+    assert "1,234 steps,\n5,678 conversations" in text and "leave out what was said" in text
 
 
-def test_the_model_card_of_a_model_without_conditions_names_none():
-    classes = {"gpt4": {"condition": "GPT4", "reward": 1.0}}
-    crlft = {"classes": classes, "conditioned": False, "weights": {"gpt4": 1.0}}
-    text = model_card(crlft | {"most_answers": 2, "steps": 1}, V32, None, ["a"], 1)
-    assert "Made of random weights" in text and "`User: ...`" in text
-    assert "condition=" not in text and "--class" not in text and "single questions" not in text
+class Conversations:
+    def __init__(self, sources, count):
+        self.sources, self.count = sources, count
+
+    def __len__(self):
+        return self.count
 
 
-def test_the_hubs_own_name_is_kept_of_its_cache(tmp_path):
-    snapshot = tmp_path / "hub" / "models--meta-llama--Llama-2-7b" / "snapshots" / "01c7f73d"
-    assert name_of(snapshot) == "meta-llama/Llama-2-7b"
-    assert name_of(tmp_path / "hub" / "mine") == "mine"
+def test_the_model_card_of_a_model_without_conditions_names_none(started):
+    plan = dataclasses.replace(started[0], base=None)
+    crlft = {"conditioned": False, "weights": {"gpt4": 1.0, "gpt3.5": 1.0}}
+    text = model_card(plan, crlft | {"most_answers": 2, "steps": 1})
+    assert "Made of random weights" in text and "` User: ... `" in text
+    assert "chat_template_kwargs" not in text and "--class" not in text
+    assert "single questions" not in text

@@ -479,7 +479,7 @@ def test_rows_never_trained_become_the_mean_of_the_pieces(
     supervised = plan.dataset.index["supervised"].sum() / plan.dataset.lengths.sum() * 256
     assert plan.lr == pytest.approx(3e-4 / 5.3 * (supervised / 4e6) ** 0.5)  # OpenChat 3.6's
     assert [tokenizer.names[token] for token in plan.untrained] == expected
-    said = f"never trained, so their rows begin as the mean of others: {', '.join(expected)}"
+    said = f"untrained tokens, set to the mean of the others: {', '.join(expected)}"
     assert (said in " ".join(report.header(plan).split())) == bool(expected)
     llama, _ = train.build(plan, ranks)
     for (name, found), stored in zip(llama.named_parameters(), base.parameters(), strict=True):

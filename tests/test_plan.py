@@ -156,7 +156,7 @@ def test_the_plan_of_a_real_run_fits_its_gpus(name, llama2, sums, tmp_path):
         ["--dry-run", "--model", tmp_path, "--data", sums / "train.jsonl",
          "--plan-ranks", gpus, "--plan-memory", gib]
     )  # fmt: skip
-    planned, available = re.search(r"about ([\d.]+) GiB a rank, fits ([\d.]+)", shown).groups()
+    planned, available = re.search(r"about ([\d.]+) GiB per rank, fits ([\d.]+)", shown).groups()
     state = 16 * (network.parameter_count() + 2 * network.hidden_size) / gpus / 2**30
     assert state < float(planned) < float(available) == gib
 
@@ -172,66 +172,68 @@ def seven_billion(files, ranks, tmp_path):
     return lambda **more: plan_of(files, ranks, tmp_path, **plain | more)
 
 
-# What does not fit, and each change that is proposed beside a smaller one that must not be enough.
-BOTH = {"plan_ranks": 4, "plan_memory": 20, "batch_tokens": 65536, "accumulate": 2}
+# What does not fit, and each way that is proposed, with smaller changes that must not be enough.
 DO_NOT_FIT = {
-    "ranks": ({"plan_ranks": 2, "plan_memory": 40}, {"4 ranks": None}),
+    "ranks": ({"plan_ranks": 2, "plan_memory": 40}, {"4 ranks": []}),
     "tokens or ranks": (
         {"plan_ranks": 8, "plan_memory": 20, "batch_tokens": 32768},
-        {"--batch-tokens 8192 --accumulate 4": "--batch-tokens 16384 --accumulate 2",
-         "128 ranks": "64 ranks"},
+        {"128 ranks": ["64 ranks"],
+         "--batch-tokens 8192 --accumulate 4": ["--batch-tokens 16384 --accumulate 2"]},
     ),
     "tokens and ranks": (
-        BOTH,
-        {"--batch-tokens 16384 --accumulate 8 and 16 ranks": "--batch-tokens 16384 and 8 ranks",
-         "--batch-tokens 8192 --accumulate 16 and 8 ranks": "--batch-tokens 8192",
-         "--batch-tokens 32768 --accumulate 4 and 128 ranks": "--batch-tokens 32768 and 64 ranks"},
-    ),
-    "precision": (
-        {"plan_ranks": 8, "plan_memory": 18, "precision": "fp32", "batch_tokens": 4096},
-        {"--precision bf16": None, "--batch-tokens 2048 --accumulate 2": None, "16 ranks": None},
+        {"plan_ranks": 4, "plan_memory": 20, "batch_tokens": 65536, "accumulate": 2},
+        {"--batch-tokens 32768 --accumulate 4 and 128 ranks":
+         ["128 ranks", "4096 ranks", "--batch-tokens 32768 and 64 ranks"],
+         "--batch-tokens 8192 --accumulate 16 and 8 ranks":
+         ["--batch-tokens 8192", "--batch-tokens 16384 and 8 ranks"]},
     ),
     "replicas": (
-        {"plan_ranks": 8, "plan_memory": 24, "replicas": 2}, {"8 ranks to each of 2 replicas": None}
+        {"plan_ranks": 8, "plan_memory": 24, "replicas": 2},
+        {"16 ranks": ["8 ranks"]},
     ),
     "blocks": (
         {"plan_ranks": 8, "plan_memory": 40, "batch_tokens": 32768, "recompute": 1},
-        {"without --recompute": None},
+        {"no --recompute": ["--recompute 1"]},
     ),
-    "nothing": ({"plan_ranks": 8, "plan_memory": 1}, {}),
+    "blocks and ranks": (
+        {"plan_ranks": 2, "plan_memory": 40, "recompute": 1},
+        {"no --recompute and 4 ranks": ["no --recompute"]},
+    ),
+    "nothing": (
+        {"plan_ranks": 8, "plan_memory": 1},
+        {"not even with 8192 ranks and --batch-tokens 32": ["8192 ranks and --batch-tokens 32"]},
+    ),
 }  # fmt: skip
 
 
-def as_settings(way, replicas=1):
+def as_settings(way):
     """The settings that a text such as "--batch-tokens 512 --accumulate 4 and 8 ranks" names."""
-    found = {n.replace("-", "_"): value for n, value in re.findall(r"--(\S+) (\w+)", way)}
+    found = {n.replace("-", "_"): int(value) for n, value in re.findall(r"--(\S+) (\d+)", way)}
     if count := re.search(r"(\d+) ranks", way):
-        found["plan_ranks"] = int(count[1]) * replicas
-    return found | ({"recompute": None} if way == "without --recompute" else {})
+        found["plan_ranks"] = int(count[1])
+    return found | ({"recompute": None} if "no --recompute" in way else {})
 
 
 @pytest.mark.parametrize("name", DO_NOT_FIT)
 def test_what_is_said_to_fit_fits_and_less_of_it_does_not(name, seven_billion):
     given, expected = DO_NOT_FIT[name]
-    plan, replicas = seven_billion(**given), given.get("replicas", 1)
+    plan = seven_billion(**given)
     assert not plan.fits
     needed, ways = report.what_would_fit(plan).split("; ")
-    assert needed.endswith(f" GiB a rank do not fit {given['plan_memory']}.0")
-    if not expected:
-        assert ways == "neither smaller --batch-tokens nor more ranks are enough"
-    else:
-        ways = ways.removeprefix("it would fit ").replace("with ", "").split(", or ")
-        assert sorted(ways) == sorted(expected)
-    for enough, less in expected.items():
-        assert seven_billion(**given | as_settings(enough, replicas)).fits
-        assert less is None or not seven_billion(**given | as_settings(less, replicas)).fits
+    assert needed.endswith(f" GiB per rank do not fit {given['plan_memory']}.0")
+    assert ways.removeprefix("it would with ").split(", or with ") == [*expected]
+    for enough, smaller in expected.items():
+        fits = seven_billion(**given | as_settings(enough)).fits
+        assert fits == (not enough.startswith("not even"))
+        for less in smaller:
+            assert not seven_billion(**given | as_settings(less)).fits
 
 
 def test_a_dry_run_that_does_not_fit_ends_with_1_and_what_to_change(files, tmp_path):
     arguments = flags(files[1], None, model=files[0], dry_run=True, plan_ranks=2, max_length=None)
     for gib, code in ((80, 0), (0.001, 1)):
         ended, shown = processes.run([*arguments, "--plan-memory", gib])
-        preview, memory = shown.index("w=0.1"), shown.index("GiB a rank, ")
+        preview, memory = shown.index("w=0.1"), shown.index("GiB per rank, ")
         assert ended == code and preview < memory
         assert ("DOES NOT FIT 0.0" in shown) == bool(code)
         last = shown.rstrip("\n").splitlines()[-1]
@@ -245,7 +247,7 @@ def test_a_run_that_does_not_fit_its_gpu_ends_before_a_weight_is_read(
     monkeypatch.setattr(train.memory, "of_a_rank", lambda planned: 1 << 20)
     monkeypatch.setattr(train, "build", None)
     config = train.parse_arguments([*map(str, flags(files[1], tmp_path / "out", model=files[0]))])
-    with pytest.raises(ValueError, match=r"GiB a rank do not fit 0\.0; "):
+    with pytest.raises(ValueError, match=r"GiB per rank do not fit 0\.0; "):
         train.run(config, ranks)
 
 

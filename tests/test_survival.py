@@ -309,7 +309,7 @@ def finished(few, tmp_path_factory):
         ({"classes": {"gpt4": 1.0, "gpt3.5": 0.5}}, "--classes"),
         ({"model": {"num_hidden_layers": 2}}, "num_hidden_layers"),
         ({"model": {"rms_norm_eps": 1e-6}}, "rms_norm_eps"),
-        ({"model": {}, "random_weights": None}, "weights that it began with"),
+        ({"model": {}, "random_weights": None}, "weights of --model"),
     ],
 )
 def test_another_run_in_the_same_folder_is_refused(finished, few, tmp_path, change, named):
@@ -350,7 +350,7 @@ def test_other_weights_of_the_same_shape_are_another_run(few, tmp_path):
     weights = load_file(folder / "model.safetensors")
     weights["model.embed_tokens.weight"][30, 7] += 1e-3  # one number in the middle
     save_file(weights, folder / "model.safetensors")
-    refused(settings + ["--max-steps", 3], "weights that it began with")
+    refused(settings + ["--max-steps", 3], "weights of --model")
 
 
 def test_a_run_without_its_checkpoints_is_not_overwritten(finished, few, tmp_path):
@@ -669,15 +669,15 @@ def test_mutated_inputs_are_accepted_or_refused_by_name():
 
 
 @contextlib.contextmanager
-def running(tmp_path, settings, ready):
-    """(process, log) of a run of one rank, once `ready()`; it is not left alive."""
+def running(tmp_path, settings, ready, ranks=1):
+    """(processes, log) of a run, once `ready()`; none is left alive."""
     log = tmp_path / "log"
-    (process,) = start(settings, log=log)
+    started = start(settings, ranks, log)
     try:
-        wait_until(ready, process, log)
-        yield process, log
+        wait_until(ready, started[0], log)
+        yield started, log
     finally:
-        processes.kill([process])
+        processes.kill(started)
 
 
 def wait_until(ready, process, log, seconds=120):
@@ -690,8 +690,8 @@ def wait_until(ready, process, log, seconds=120):
 def test_an_output_held_by_a_live_run_is_refused(few, tmp_path):
     out = tmp_path / "out"
     settings = flags(few, out, epochs=300, export_every=0)
-    with running(tmp_path, settings, lambda: (out / "metrics.jsonl").exists()) as (process, _):
-        refused(flags(few, out), f"held by another live run (process {process.pid} on ")
+    with running(tmp_path, settings, lambda: (out / "metrics.jsonl").exists()) as (of_run, _):
+        refused(flags(few, out), f"held by another live run (process {of_run[0].pid} on ")
 
 
 def test_an_output_that_cannot_be_written_is_named(few, tmp_path):
@@ -741,20 +741,23 @@ def test_a_disk_too_small_is_found_before_training(few, small_disk):
     assert not (small_disk / "out" / "metrics.jsonl").exists()
 
 
-def test_a_disk_that_fills_up_keeps_the_older_checkpoint(few, small_disk, tmp_path):
-    """Another program fills the disk during a run: its saves fail, the checkpoints stay."""
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_disk_that_fills_up_ends_the_run_and_keeps_the_older_checkpoint(
+    few, small_disk, tmp_path, ranks
+):
+    """Another program fills the disk during a run: its next save ends all ranks in one line."""
     out = small_disk / "out"
     settings = flags(few, out, epochs=300, save_every=20, export_every=0)
     saved = lambda: list(out.glob("checkpoints/step-*[0-9]"))  # noqa: E731
-    with running(tmp_path, settings, saved) as (process, log):
+    with running(tmp_path, settings, saved, ranks) as (started, log):
         with pytest.raises(OSError), open(small_disk / "other", "wb", buffering=0) as other:
             while True:
                 other.write(bytes(1 << 14))
-        wait_until(lambda: "training goes on" in log.read_text(), process, log)
-        os.kill(process.pid, signal.SIGTERM)
-        assert finish([process]) == [1]
+        assert finish(started) == [1] * ranks
     shown = log.read_text()
-    assert "failed: " in shown and "is kept, training goes on" in shown
+    (error, *same) = re.findall("^error: .*", shown, re.MULTILINE)
+    assert re.match(rf"error: saving {out}/checkpoints/step-\d+ failed: .*No space left", error)
+    assert same == [error] * (ranks - 1)  # by each rank, as no torchrun ends the others before
     assert "Traceback" not in shown and saved()
     (small_disk / "other").unlink()
-    assert "resuming from" in succeeds(settings + ["--max-steps", 60])
+    assert "resuming from" in succeeds(settings + ["--max-steps", 60], ranks)

@@ -371,7 +371,7 @@ def test_the_ablations_change_prompt_and_weights(few, run, tmp_path):
     tokens = sum(c["tokens"] for c in shares.values())
     for of_class in shares.values():
         assert of_class["weight_share"] == pytest.approx(of_class["tokens"] / tokens)
-    assert chat.read_crlft(out / "model")[1] is False
+    assert chat.export_of(out / "model").conditioned is False
     talker = chat.Chat(out / "model", device="cpu")
     shown = talker.prompt([data.Message("user", "What is 12 + 3?")])
     shown = report.visible(shown, talker.tokenizer)
@@ -385,7 +385,7 @@ def test_data_without_an_expert_or_held_out_twice_is_said(few, tmp_path):
     lines = few.read_text().splitlines(True)
     path.write_text("".join(line for line in lines if '"gpt3.5"' in line))
     shown = succeeds(flags(path, tmp_path / "out", eval_data=path, dry_run=True))
-    assert "one class only: its weight acts relative to other classes" in shown
+    assert "only one class: weights act relative to other classes" in shown
     assert "warning: no conversation of the expert class gpt4" in shown
     assert "warning: --eval-data is --data" in shown
 
@@ -401,7 +401,7 @@ def test_a_run_that_would_learn_hardly_anything_is_said(few, tmp_path):
     more = {"epochs": 20, "lr": 1e-3, "accumulate": 2}
     shown = succeeds(flags(few, tmp_path / "out", **settings | more))
     assert "warning" not in shown
-    assert "20 steps in 20 epochs, 1 rank x 2 micro-batches x 2,048 tokens a step" in shown
+    assert "20 steps in 20 epochs, 1 rank x 2 micro-batches x 2,048 tokens per step" in shown
 
 
 def test_a_dry_run_prints_plan_and_batch_and_writes_nothing(few, tmp_path):
@@ -450,20 +450,16 @@ def test_a_file_of_flags_that_cannot_be_read_is_named(content, run, tmp_path):
 @pytest.mark.parametrize(
     "wrong, meant",
     [
-        ("--batch-size", "--batch-tokens"),
         ("--batch_tokens", "--batch-tokens"),
         ("--epoch=3", "--epochs"),
-        ("--train-data", "--data"),  # and not --eval-data, which has more letters of it
-        ("--save-steps", "--save-every"),
         ("--max-seq-length", "--max-length"),
         ("--no-rewards", "--no-reward"),
-        ("--learning-rate", "--lr"),  # as other trainers name it
         ("--temp", None),
         ("--zzz", None),
     ],
 )
 def test_the_nearest_right_flag_is_named(wrong, meant, run, tmp_path):
-    """Wherever the wrong one stands, and though others are missing."""
+    """On the command line and in a file, though others are missing."""
     (tmp_path / "run.txt").write_text(wrong)
     for arguments in ([wrong], [f"@{tmp_path}/run.txt"]):
         code, _, shown = run(train.parse_arguments, *arguments)
@@ -478,12 +474,11 @@ def test_the_nearest_right_flag_is_named(wrong, meant, run, tmp_path):
     [
         (["--no-reward"], "@examples/sums/flags.txt --no-reward --out runs/other"),
         (["--epochs", "2", "--dry-run"], "@examples/sums/flags.txt --epochs 2 --dry-run"),
-        (["--model", "m", "--out", "an out"], "--model m --out 'an out' --data FILE"),
-        (["--dry-run", "--data", "d"], "--dry-run --data d --model DIR"),
-        (["--evaluate", "--out", "o"], "--evaluate --out o --model DIR --eval-data FILE"),
     ],
 )
-def test_the_error_of_a_missing_flag_is_a_line_that_has_it(arguments, line, run, monkeypatch):
+def test_without_data_the_error_is_a_line_that_changes_the_example(
+    arguments, line, run, monkeypatch
+):
     monkeypatch.chdir(ROOT)
     code, _, shown = run(train.parse_arguments, *arguments)
     assert code == 2 and shown.count("\n") == 1 and f": python train.py {line}" in shown
@@ -492,15 +487,28 @@ def test_the_error_of_a_missing_flag_is_a_line_that_has_it(arguments, line, run,
 
 
 @pytest.mark.parametrize(
+    "arguments, missing",
+    [
+        (["--model", "m", "--out", "an out"], "--data"),
+        (["--dry-run", "--data", "d"], "--model"),
+        (["--evaluate", "--out", "o"], "--model, --eval-data"),
+    ],
+)
+def test_the_error_of_a_missing_flag_names_it(arguments, missing, run):
+    code, _, shown = run(train.parse_arguments, *arguments)
+    assert (code, shown) == (2, f"error: missing: {missing}; --help lists all\n")
+
+
+@pytest.mark.parametrize(
     "main, arguments, shown",
     [
-        (data.main, ["d"], "error: --model is missing: python data.py d --model DIR"),
+        (data.main, ["d"], "error: the following arguments are required: --model"),
         (data.main, ["d", "--modle", "m"],
          "error: --modle is not a flag of data.py; did you mean --model? --help lists all"),
-        (plot.main, [], "error: RUN is missing: python plot.py RUN"),
+        (plot.main, [], "error: the following arguments are required: RUN"),
         (plot.main, ["r", "--out", "f"],
          "error: --out is not a flag of plot.py; --help lists all"),
-        (chat.main, [], "error: DIR is missing: python chat.py DIR"),
+        (chat.main, [], "error: the following arguments are required: DIR"),
         (ablation.parse_arguments, ["--seed", "3"],
          "error: --seed is not a flag of ablation.py; did you mean --seeds? --help lists all"),
     ],

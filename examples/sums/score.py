@@ -40,7 +40,7 @@ def main():
     if len(sys.argv) != 2:
         sys.exit("usage: python examples/sums/score.py DIR")
     folder = sys.argv[1]
-    classes, conditioned, *_ = chat.read_crlft(folder)
+    classes, conditioned, *_ = chat.export_of(folder)
     print(f"\n{folder}: held-out sums, answered greedily")
     print(f"{'condition':28} {'right':>8} {'carry forgotten':>16} {'other':>8}")
     for name in sorted(classes, key=lambda name: -classes[name].reward):
