@@ -54,9 +54,10 @@ from loss import (
     read_classes,
 )
 from support import memory, report
-from support.checkpoint import Checkpoints, as_exported, export, is_exported, read_export
+from support.checkpoint import Checkpoints, evaluation_config, write_export
+from support.files import read_export
 from support.flags import Parser, flag_of
-from support.ranks import Ranks, SaveFailed, held_output, is_lost_rank
+from support.ranks import Ranks, held_output, is_lost_rank
 from support.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent
@@ -190,7 +191,7 @@ def require_files(parser, flags, arguments):
             f"{there}python train.py {line} --out runs/other"
         )
     if missing:
-        parser.error_missing(missing, arguments)
+        parser.error(f"missing: {', '.join(missing)}; --help lists all")
 
 
 def main(arguments=None):
@@ -213,7 +214,7 @@ def main(arguments=None):
         if embedded and finished and ranks.first:
             subprocess.run([sys.executable, EXAMPLE / "score.py", f"{config.out}/model"])
         ranks.finish()
-    except (ValueError, OSError, SaveFailed) as error:
+    except (ValueError, OSError) as error:
         ranks.stop(f"error: {error}")
     except KeyboardInterrupt:
         ranks.stop("interrupted")
@@ -253,11 +254,10 @@ def train(plan, ranks, out):
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads what it fills
     checkpoints = Checkpoints(plan, ranks, out)
     step = checkpoints.resume()  # so many steps are done
-    log = report.Log(plan, ranks, out, step)
-    due = ranks.first_does("due", lambda: owed_after(plan, log, out, step))
-    if step == total and not any(due):
+    if checkpoints.finished:
         ranks.say(f"this run is finished: {step} steps are done; the model is {out / 'model'}")
         return True
+    log = report.Log(plan, ranks, out, step)
     ranks.listen()
     llama, optimizer = build(plan, ranks, with_weights=step == 0)
     if step:
@@ -265,7 +265,8 @@ def train(plan, ranks, out):
     # What stands now stays: later collections, a third of a second each, need not look at it.
     gc.collect()
     gc.freeze()
-    stopped = not evaluate_and_export(plan, ranks, llama, log, out, step, due)
+    # What is due at a resumed step is made again; a kill may have come before it was done.
+    stopped = not evaluate_and_export(plan, ranks, llama, log, out, step)
 
     with ranks.thread() as loader:  # makes the next step's batches during this one
         batches_of = functools.partial(loader.submit, load_step, plan, ranks)
@@ -288,25 +289,24 @@ def train(plan, ranks, out):
             stopped = signalled > 0
             log.step(step, bins, loss, lr, grad_norm, np.reshape(table, (4, -1)), seconds)
 
-            # Once in a while: a checkpoint, and then what may fail without losing anything.
+            # Once in a while: a checkpoint, then the evaluation and the export.
             if plan.saves(step) and not stopped:
-                with ranks.save_may_fail(unless=step == total):
-                    checkpoints.save(llama, optimizer, step)
-            due = plan.due(step)
-            stopped = stopped or not evaluate_and_export(plan, ranks, llama, log, out, step, due)
+                checkpoints.save(llama, optimizer, step)
+            stopped = stopped or not evaluate_and_export(plan, ranks, llama, log, out, step)
     if stopped:
         checkpoints.save(llama, optimizer, step)
         ranks.say(f"stopped after step {step}, as asked; the same command goes on from here")
         return False
+    checkpoints.finish()
     ranks.say(f"done: the model is {out / 'model'}, the metrics {out / 'metrics.jsonl'}")
     run = shlex.quote(str(out))
     ranks.say(f"  curves:  python plot.py {run}\n  chat:    python chat.py {run}")
     return True
 
 
-def evaluate_and_export(plan, ranks, llama, log, out, step, due):
-    """What is `due` after a step; False where a signal to stop came meanwhile."""
-    evaluation_due, export_due = due
+def evaluate_and_export(plan, ranks, llama, log, out, step):
+    """What is due after a step; False if a signal to stop came meanwhile."""
+    evaluation_due, export_due = plan.due(step)
     if evaluation_due:
         table = evaluate(plan, ranks, llama)
         if table is None:
@@ -315,17 +315,10 @@ def evaluate_and_export(plan, ranks, llama, log, out, step, due):
     if export_due:
         if ranks.asked_to_stop():  # it may take long, and the checkpoint is there
             return False
-        with ranks.save_may_fail(unless=step == plan.order.total):
-            export(plan, ranks, llama, out, step, log.expert_losses())
-    # After the last step nothing is left to be stopped.
-    return step == plan.order.total or not (any(due) and ranks.asked_to_stop())
-
-
-def owed_after(plan, log, out, step):
-    """What a run that is taken up after `step` steps still owes to that step, as `Plan.due`."""
-    evaluation_due, export_due = plan.due(step)
-    evaluated, exported = step in log.evaluations, is_exported(plan, out, step, log.expert_losses())
-    return evaluation_due and not evaluated, export_due and not exported
+        write_export(plan, ranks, llama, out, step, log.expert_losses())
+    # After the last step there is nothing left to stop.
+    due = evaluation_due or export_due
+    return step == plan.order.total or not (due and ranks.asked_to_stop())
 
 
 # ----------------------------------------------------------------------------------------- network
@@ -606,7 +599,7 @@ def make_plan(config, ranks, out):
     """The Plan of a run; whatever is wrong with the input raises here. Tokenizes the data."""
     table = DEFAULT_CLASSES
     if config.evaluate:
-        config, table = as_exported(config)
+        config, table = evaluation_config(config)
     world = config.plan_ranks or ranks.world
     _require(world % config.replicas == 0, "replicas", f"a divisor of {world} ranks")
     cuda = ranks.cuda or config.plan_memory > 0  # a GPU is planned for, here or not
@@ -636,7 +629,7 @@ def make_plan(config, ranks, out):
             skip_bad=config.skip_bad,
             progress=report.Progress(f"tokenizing {flag_of(field)}"),
         )  # fmt: skip
-        name = ranks.first_does(field, lambda: prepare().folder.name)
+        name = ranks.first_does(lambda: prepare().folder.name)
         return data.Dataset(out / "tokens" / name, data.sources(getattr(config, field), classes))
 
     dataset = tokenized("data")
