@@ -223,18 +223,6 @@ def what_would_fit(plan):
     return f"{_needed(plan)} do not fit {plan.available / 2**30:.1f}; {advice}"
 
 
-def first_bin(plan):
-    """The conversations of the first step's first bin, as the model reads them."""
-    conversations = plan.order.bins(1)[0]
-    terminal = sys.stdout.isatty()
-    out = ["", f"step 1, rank 0: {len(conversations)} conversations, the first of them:"]
-    out += ["", legend(terminal), ""]
-    for conversation in conversations[:4]:
-        out += preview(plan.dataset, conversation, plan.tokenizer, plan.classes,
-                       plan.class_weights, terminal)  # fmt: skip
-    return "\n".join(out)
-
-
 def summary(dataset, classes, class_weights):
     """Lines of text: by class, conversations, tokens, what is supervised, its weight and share."""
     index, report = dataset.index, dataset.report
@@ -460,15 +448,12 @@ class Log:
         return {step: classes[expert]["loss"] for step, classes in self.evaluations.items()}
 
 
-TABLE = "tokens", "loss", "correct", "weight"  # rows of what a step or an evaluation sums up
-
-
 def by_class(plan, table):
     """Per class: unweighted loss and accuracy over its supervised tokens, share of the weight.
 
-    table (4, C): a column a class, its rows the sums that TABLE names.
+    table {row of train.TABLE: (C,) sums}.
     """
-    sums = [dict(zip(TABLE, column, strict=True)) for column in table.T]
+    sums = [dict(zip(table, column, strict=True)) for column in zip(*table.values(), strict=True)]
     all_weight = sum(of["weight"] for of in sums) or 1.0
     return {
         name: {
