@@ -791,7 +791,8 @@ def test_the_command_says_in_one_line_what_is_wrong(flags, message, stories, run
     path = write(tmp_path / "a.jsonl", line("Hi", "Ho"))
     (tmp_path / "classes.json").write_text('{"gpt4": {"condition": "GPT4"}}')
     flags = [flag.format(data=path, tmp=tmp_path) for flag in flags]
-    code, _, err = run(preview.main, *(["--model", stories] if "--model" not in flags else []), *flags)
+    given = [] if "--model" in flags else ["--model", stories]
+    code, _, err = run(preview.main, *given, *flags)
     assert code == 1
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
 

@@ -5,7 +5,6 @@ import sys
 import numpy as np
 import pytest
 
-import data
 from support import picture, preview
 
 
