@@ -18,30 +18,27 @@ Beyond --max-length a conversation loses its end, and is dropped where no answer
     a file -> its lines -> parse_conversation -> lay_out -> arrays -> pack -> collate -> Batch
     support/containers.py  support/formats.py    below  support/dataset.py        below
 
-`python data.py FILE --model DIR` checks files and shows what would be trained on.
+`python data.py FILE --model DIR` checks files and shows what would be trained on
+(support/preview.py).
 """
 
 import dataclasses
+import functools
 import itertools
-import os
-import sys
-import tempfile
-from pathlib import Path
+import math
+from bisect import bisect_left
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from loss import BETA, DEFAULT_CLASSES, class_table, class_weights, read_classes
-from support import report
+from loss import class_table
 from support.containers import sources
 from support.dataset import ARRAYS, INDEX, Account, encode_files
 from support.dataset import BadData as BadData  # "as": a name that others take from here
 from support.dataset import Dataset as Dataset
-from support.flags import Parser
 from support.formats import BadLine, Conversation, parse_conversation, parse_json
 from support.formats import Message as Message
-from support.picture import draw_batch, first_of_all_classes, require_matplotlib
 from support.tokenizer import Tokenizer as Tokenizer
 
 # --------------------------------------------------------------------------- one conversation
@@ -187,25 +184,19 @@ class Encoder:
 # ----------------------------------------------------------------------------------- packing
 
 WINDOW = 2048  # conversations packed together: enough choice for bins both full and even
-AT_ONCE = 128  # windows filled side by side, while 128 x 400 bins stay in the cache
 SPARE = 0.004  # share of its capacity that a full bin may leave empty
 
 
 def pack(lengths, capacity, bins_per_step, seed, epoch):
     """Bins of whole conversations for every optimizer step: steps[k][b] is an array of indices.
 
-    Rank r of R takes bins r, r + R, ... of a step. Every conversation comes exactly once an epoch,
-    no bin exceeds `capacity` tokens, and nothing but the arguments decides the result.
+    Rank r of R takes bins r, r + R, ... of a step. Every conversation comes exactly once per
+    epoch, no bin exceeds `capacity` tokens, and only the arguments decide the result.
 
-    A random permutation is cut into windows of about 2,048 conversations (at least a step), so
-    that every step is a random sample of the data. Within a window, longest first, a conversation
-    goes where it fills a bin to 99.6 % without making that the most expensive, else into the
-    cheapest bin with room; a bin costs Σ len², its attention. The 0.3 % without room join later
-    windows. The last step takes the rest, evenly; only there can a bin be empty.
-
-    On ShareGPT's lengths (at most 2048), 8 bins of 8192 a step: 99.7 % full, the most expensive
-    bin 1.02 x the mean, 1M conversations in 2 s (bench/packing.py). A bin of only one or two of
-    the longest conversations cannot be evened: with bins of 4096 it is 1.14 x the mean.
+    A random permutation is packed in windows of about 2,048 conversations (at least one step), so
+    that every step is a random sample of the data. A conversation that finds no room, 0.3 % of
+    them, joins the next window. The last step takes the rest; only there can a bin be empty.
+    How full and how even the bins are: bench/packing.py.
 
     Raises ValueError at a length outside 1..capacity.
     """
@@ -216,65 +207,80 @@ def pack(lengths, capacity, bins_per_step, seed, epoch):
             f"conversation {bad[0]} has {lengths[bad[0]]} tokens; a bin takes 1 to {capacity}"
         )
     rng = np.random.default_rng([seed, epoch])
-    todo = rng.permutation(len(lengths))
+    todo, full_steps, last_step = rng.permutation(len(lengths)), [], []
     step_tokens = bins_per_step * capacity
-    window_tokens = WINDOW * lengths.sum() / max(1, len(lengths))
-    window_bins = bins_per_step * max(1, round(window_tokens / step_tokens))
-    indices, sizes, full_steps = [], [], 0
+    mean = lengths.mean() if len(lengths) else 1.0
+    window_steps = max(1, round(WINDOW * mean / step_tokens))
+    ahead = math.ceil(4 * window_steps * step_tokens / mean)  # surely enough for a window
     while len(todo):
-        tokens = np.cumsum(lengths[todo])
-        steps = int(tokens[-1]) // step_tokens  # 0: what is left is the last, partial step
-        bins = min(window_bins, steps * bins_per_step) or bins_per_step
-        # Half of what is left at a time: leftovers then mix with as many fresh conversations.
-        windows = min(max(1, steps * bins_per_step // bins // 2), AT_ONCE)
-        ends = np.searchsorted(tokens, np.arange(1, windows + 1) * bins * capacity, side="right")
-        now, later = todo[: ends[-1]], todo[ends[-1] :]
-        chosen = choose_bins(lengths[now], ends, bins, capacity, 2 if steps else 1, rng)
-        placed = chosen < windows * bins
-        indices.append(now[np.argsort(chosen, kind="stable")][: placed.sum()])
-        sizes.append(np.bincount(chosen[placed], minlength=windows * bins))
-        full_steps += windows * bins // bins_per_step if steps else 0
-        todo = rng.permutation(np.concatenate([now[~placed], later]))
-    ends = np.cumsum(np.concatenate(sizes or [todo]))
-    bins = np.split(np.concatenate(indices or [todo]), ends[:-1])
-    order = [*rng.permutation(full_steps), *range(full_steps, len(ends) // bins_per_step)]
-    return [bins[k * bins_per_step : (k + 1) * bins_per_step] for k in order]
+        tokens = np.cumsum(lengths[todo[:ahead]])
+        steps = min(window_steps, int(tokens[-1]) // step_tokens)  # 0: the rest is no full step
+        bins = max(1, steps) * bins_per_step
+        window = todo[: np.searchsorted(tokens, bins * capacity, side="right")]
+        chosen = choose_bins(lengths[window], bins, capacity, power=2 if steps else 1)
+        # In random order: otherwise rank 0 would always get the longest conversations.
+        filled = [window[chosen == b] for b in rng.permutation(bins)]
+        packed = [filled[b : b + bins_per_step] for b in range(0, bins, bins_per_step)]
+        (full_steps if steps else last_step).extend(packed)
+        left = window[chosen < 0]
+        todo = todo[len(window) - len(left) :]
+        todo[: len(left)] = left
+    return [full_steps[k] for k in rng.permutation(len(full_steps))] + last_step
 
 
-def choose_bins(lengths, ends, bins, capacity, power, rng):
-    """The bin of each conversation, or len(ends) * bins where its window has no room left.
+def choose_bins(lengths, bins, capacity, power):
+    """The bin of each conversation, -1 if none has room for it.
 
-    Window w is lengths[ends[w - 1]:ends[w]] and owns the `bins` bins from w * bins. All windows
-    move together: table[m, w] is the m-th longest of window w, 0 past its end. The cost of a bin
-    is Σ len ** power: 2, attention, for full bins; 1 to spread the tokens of the last step.
+    Longest first, a conversation goes where it fills a bin to 99.6 % without making it the most
+    expensive, otherwise into the cheapest bin with room. A bin costs Σ len ** power: 2, its
+    attention, for full bins; 1 to spread the tokens of the last step.
     """
-    window = np.searchsorted(ends, np.arange(len(lengths)), side="right")
-    longest_first = np.lexsort((-lengths, window))
-    m = np.arange(len(lengths)) - np.concatenate([[0], ends])[window]
-    table = np.zeros((m.max() + 1, len(ends)), dtype=np.float32)
-    table[m, window] = lengths[longest_first]
-    chosen = np.full(table.shape, len(ends) * bins)
-    rows = np.arange(len(ends))
-    gap = np.full((len(ends), bins), capacity, dtype=np.float32)
-    cost = np.zeros_like(gap)
-    most = (1.03 * (table**power).sum(0, dtype=np.float64) / bins).astype(np.float32)
-    # Ties favour low columns: without new names rank 0 would get the longest conversations.
-    names = rng.permuted(np.arange(gap.size).reshape(gap.shape), axis=1)
-    for length, choice in zip(table, chosen):
+    chosen = np.full(len(lengths), -1)
+    room, cost = np.full(bins, float(capacity)), np.zeros(bins)
+    most = 1.03 * (lengths.astype(float) ** power).sum() / bins
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        length = float(lengths[i])
         added = length**power
-        room = gap - length[:, None]
-        fills = (room <= SPARE * capacity) & (cost <= (most - added)[:, None])
-        score = np.where(fills, -1, cost)
-        score[room < 0] = np.inf
-        best = score.argmin(1)
-        fits = score[rows, best] < np.inf
-        choice[fits] = names[rows, best][fits]
-        gap[rows, best] -= fits * length
-        cost[rows, best] += fits * added
-        most = np.maximum(most, cost[rows, best])
-    where = np.empty(len(lengths), dtype=np.int64)
-    where[longest_first] = chosen[m, window]
-    return where
+        score = np.where(room >= length, cost, np.inf)
+        score[(room - length <= SPARE * capacity) & (score <= most - added)] = -1
+        b = score.argmin()
+        if score[b] < np.inf:
+            chosen[i] = b
+            room[b] -= length
+            cost[b] += added
+            most = max(most, cost[b])
+    return chosen
+
+
+class Order:
+    """Which conversations make up a step: a function of (lengths, seed, epoch) alone."""
+
+    def __init__(self, lengths, config, bins_per_step):
+        of_epoch = functools.partial(
+            pack, lengths, config.batch_tokens, bins_per_step, config.seed
+        )
+        self.pack = functools.lru_cache(maxsize=1)(of_epoch)  # pack(epoch): all its steps
+        self.ends, self.fullest = [], 0  # last step of each epoch; most conversations of a bin
+        for epoch in range(config.epochs):
+            begun = self.ends[-1] if self.ends else 0
+            if not config.max_steps or begun < config.max_steps:
+                self.ends.append(begun + len(self.pack(epoch)))
+                self.fullest = max(self.fullest, *(len(b) for s in self.pack(epoch) for b in s))
+        self.total = min(config.max_steps or math.inf, self.ends[-1])
+
+    def epoch_of(self, step):
+        """The epoch of a step; both count from 1."""
+        return bisect_left(self.ends, step) + 1
+
+    def ends_epoch(self, step, every):
+        """Is `step` the last of every `every`-th epoch?"""
+        return bool(every) and step in self.ends and self.epoch_of(step) % every == 0
+
+    def bins(self, step):
+        assert 1 <= step <= self.ends[-1]
+        epoch = self.epoch_of(step) - 1
+        begun = self.ends[epoch - 1] if epoch else 0
+        return self.pack(epoch)[step - begun - 1]
 
 
 # ----------------------------------------------------------------------------------- batches
@@ -330,106 +336,7 @@ def collate(dataset, conversations, class_weights, shape=None):
     return Batch(*tensors)
 
 
-# ------------------------------------------------------------------------------- the command
-
-
-def length_limit(max_length, batch_tokens, context):
-    """The tokens at which a conversation is cut, without --max-length 4096, or less if needed.
-
-    `context` is the model's max_position_embeddings, None where it is not known.
-    """
-    if max_length and context and max_length > context:
-        raise ValueError(f"--max-length must be within the model's {context}")
-    return max_length or min(4096, batch_tokens, context or 4096)
-
-
-def main(argv=None):
-    parser = Parser(
-        prog="data.py", description="Check conversations and show what would be trained on."
-    )
-    add = parser.add_argument
-    add("files", nargs="+", metavar="FILE", help="conversations, or CLASS=FILE: all of one class")
-    add("--model", required=True, metavar="DIR", help="folder with its tokenizer")
-    add("--classes", metavar="C", help='JSON: {"gpt4": {"condition": "GPT4", "reward": 1.0}, ...}')
-    add("--class-field", default="class", metavar="KEY", help="what names a conversation's class")
-    add("--beta", type=float, default=BETA, help="w = exp((reward - best reward) / beta)")
-    add("--max-length", type=int, help="tokens; longer ones are cut (default: as in train.py)")
-    add("--batch-tokens", type=int, default=8192, help="tokens a bin, for the packing's figures")
-    add("--ranks", type=int, default=1, help="bins a step: ranks x --accumulate in train.py")
-    add("--show", type=int, default=4, metavar="N", help="conversations to show")
-    add("--draw", metavar="PNG", help="a picture of one bin as a batch: try --batch-tokens 128")
-    add("--skip-bad", action="store_true", help="drop bad lines and count them")
-    args = parser.parse_args(argv)
-    try:
-        run_preview(args)
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        report.StatusLine.end()
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        report.StatusLine.end()
-        sys.exit("interrupted")
-
-
-def run_preview(args):
-    from model import LlamaConfig  # not above: the processes that tokenize need no network
-
-    if args.draw:
-        require_matplotlib()
-    asked = 1 if args.max_length is None else args.max_length
-    if not 1 <= asked <= args.batch_tokens or args.ranks < 1:
-        raise ValueError("needs 1 <= --max-length <= --batch-tokens and --ranks of at least 1")
-    classes = read_classes(args.classes) if args.classes else DEFAULT_CLASSES
-    tokenizer = Tokenizer(args.model)
-    weights = np.array(list(class_weights(classes, args.beta).values()))
-    context = None
-    if (Path(args.model) / "config.json").exists():
-        context = LlamaConfig.from_folder(args.model).max_position_embeddings
-    max_length = length_limit(args.max_length, args.batch_tokens, context)
-    with tempfile.TemporaryDirectory() as folder:
-        found = prepare(
-            args.files, tokenizer, classes, folder, max_length=max_length,
-            class_field=args.class_field, skip_bad=args.skip_bad,
-            progress=report.Progress("tokenizing"),
-        )  # fmt: skip
-        print("\n".join(report.summary(found, classes, weights)))
-        if tokenizer.warning:
-            print(tokenizer.warning)
-        if context is None:
-            print(f"{args.model} has no config.json: the model's context is not known")
-        steps = pack(found.lengths, args.batch_tokens, args.ranks, seed=0, epoch=0)
-        fill = found.lengths.sum() / (len(steps) * args.ranks * args.batch_tokens)
-        shape = f"{args.ranks} x {args.batch_tokens:,} tokens"
-        print(
-            f"packing: {len(steps):,} steps of {shape}, {fill:.2%} full, "
-            f"conversations up to {max_length:,} tokens"
-        )
-        print("\n".join(report.weight_by_step(found, steps, classes, weights)))
-        print(f"\n{report.legend(sys.stdout.isatty())}\n")
-        for conversation in varied(found, args.show):
-            shown = report.preview(
-                found, conversation, tokenizer, classes, weights, sys.stdout.isatty()
-            )
-            print("\n".join(shown))
-        if args.draw:
-            bins = [b for step in steps for b in step]
-            conversations = first_of_all_classes(bins, found.index["source_class"])
-            batch = collate(found, conversations, weights)
-            of_class = found.index["source_class"][conversations].tolist()
-            draw_batch(args.draw, batch, of_class, classes, tokenizer)
-            print(f"drawn: {args.draw}")
-
-
-def varied(dataset, count):
-    """Indices of the first conversations of each class in turn."""
-    by_class = [
-        np.flatnonzero(dataset.index["source_class"] == c)
-        for c in range(dataset.index["source_class"].max() + 1)
-    ]
-    turns = [of[i] for i in range(count) for of in by_class if i < len(of)]
-    return turns[:count]
-
-
 if __name__ == "__main__":
+    from support.preview import main
+
     main()

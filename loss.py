@@ -1,14 +1,14 @@
 """C-RLFT's loss: source class -> reward -> weight -> weighted cross-entropy.
 
-OpenChat (arXiv 2309.11235) knows of each conversation x, y only its source class c, and takes
-that for the reward:
+OpenChat (arXiv 2309.11235) knows only the source class c of a conversation x, y, and takes the
+reward from it:
 
     (3)  r_c = 1 for the expert class, alpha < 1 for a sub-optimal one
     (6)  maximise  E[ exp(r_c / beta) · log pi(y | x, c) ]
          w_c = exp((r_c - r_max) / beta)        L = Σ_t w_t · CE_t / Σ_t w_t
 
-with t over every supervised token of the global batch. A weight therefore acts only relative to
-the other classes in the same global batch: a data set of one class trains the same at any reward.
+with t over every supervised token of the global batch. So a weight acts only relative to the other
+classes in the same global batch: a data set of one class trains the same at any reward.
 This file gives w_c and the sum Σ w·CE; train.py, which knows the whole step, divides.
 
 N rows (supervised tokens), V vocabulary, D hidden size.
@@ -17,7 +17,6 @@ N rows (supervised tokens), V vocabulary, D hidden size.
 import json
 import math
 import os
-import unicodedata
 from dataclasses import dataclass
 
 import torch
@@ -33,10 +32,11 @@ from kernels.linear_cross_entropy import (
 class SourceClass:
     condition: str  # starts every turn of the class: "GPT4 User: ..."
     reward: float  # r_c of Eq. (3)
-    match: tuple = ()  # shell patterns of what names it in the field of --class-field
+    match: tuple = ()  # shell patterns for the values of --class-field that mean this class
 
 
-BETA = 1 / math.log(10)  # rewards 1 and 0 then weigh 1 and 0.1, as in OpenChat's own runs
+BETA = 1 / math.log(10)  # rewards 1 and 0 then give the weights 1 and 0.1 of OpenChat's own runs
+SMALLEST = 1e-30  # weights below are 0: in float32 a step of nothing else could not be normalised
 DEFAULT_CLASSES = {
     "gpt4": SourceClass("GPT4", 1.0, ("gpt-4*", "gpt4*", "model: *gpt-4*")),
     "gpt3.5": SourceClass(
@@ -50,21 +50,23 @@ def class_weights(classes, beta):
 
     The factor exp(r_max / beta) cancels in L = Σ w·CE / Σ w, so the best class has weight 1, and
     beta = 1 / ln 10 with rewards 1 and 0 gives the 1.0 and 0.1 of OpenChat's own runs. An infinite
-    beta gives every class weight 1.
+    beta gives every class weight 1. To train on a different reward, change the last lines.
     """
     if not beta > 0:
         raise ValueError(f"beta must be a number above 0, not {beta!r}")
     classes = class_table(classes)
     best = max(c.reward for c in classes.values())
-    return {name: math.exp((c.reward - best) / beta) for name, c in classes.items()}  # Eq. (6)
+    gaps = {name: 0.0 if beta == math.inf else c.reward - best for name, c in classes.items()}
+    weights = {name: math.exp(gap / beta) for name, gap in gaps.items()}  # Eq. (6)
+    return {name: weight if weight >= SMALLEST else 0.0 for name, weight in weights.items()}
 
 
 def read_classes(path):
     """The class table of a JSON file: {"gpt4": {"condition": "GPT4", "reward": 1.0}, ...}."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return class_table(json.load(file, object_pairs_hook=_without_repeats))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -86,36 +88,35 @@ def class_table(mapping):
         if (other := owner.setdefault(entry.condition, name)) != name:
             raise ValueError(
                 f"class {name!r}: condition {entry.condition!r} already belongs to class "
-                f"{other!r}, and two classes of one condition cannot be told apart"
+                f"{other!r}, and two classes with one condition cannot be told apart"
             )
     return table
 
 
 def _source_class(name, entry):
-    def wrong(what):
-        return ValueError(f"class {name!r}: {what}")
-
-    if isinstance(entry, SourceClass):
-        entry = vars(entry)
-    if not isinstance(entry, dict) or {*entry, "match"} != {"condition", "reward", "match"}:
-        raise wrong(f'must be {{"condition": text, "reward": number}}, not {entry!r}')
-    condition, reward = entry["condition"], entry["reward"]
-    if not isinstance(condition, str):
-        raise wrong(f"condition must be text, not {condition!r}")
-    if condition != condition.strip() or any(unicodedata.category(c) == "Cc" for c in condition):
-        raise wrong(f"condition {condition!r} has control characters, or spaces around it")
-    if isinstance(reward, bool) or not isinstance(reward, (int, float)):
-        raise wrong(f"reward must be a number, not {reward!r}")
-    if not abs(reward) <= 1e308:  # NaN, infinities, and integers beyond floats
-        raise wrong(f"reward must be finite, not {reward!r}")
-    match = entry.get("match", ())
-    if not isinstance(match, (list, tuple)) or not all(isinstance(text, str) for text in match):
-        raise wrong(f"match must be a list of patterns, not {match!r}")
+    fields = vars(entry) if isinstance(entry, SourceClass) else entry
+    if not isinstance(fields, dict) or {*fields, "match"} != {"condition", "reward", "match"}:
+        wanted = '{"condition": text, "reward": number}'
+        raise ValueError(f"class {name!r}: must be {wanted}, not {entry!r}")
+    condition, reward, match = fields["condition"], fields["reward"], fields.get("match", ())
+    number = isinstance(reward, (int, float)) and not isinstance(reward, bool)
+    patterns = isinstance(match, (list, tuple)) and all(isinstance(text, str) for text in match)
+    for right, problem in (
+        (name and name.isprintable(), "its name has characters that do not print, or none"),
+        (isinstance(condition, str), f"condition must be text, not {condition!r}"),
+        (str(condition).isprintable(), f"condition {condition!r} has control characters"),
+        (str(condition) == str(condition).strip(), f"condition {condition!r} has spaces around it"),
+        (number, f"reward must be a number, not {reward!r}"),
+        (number and abs(reward) <= 1e308, f"reward must be finite, not {reward!r}"),
+        (patterns, f"match must be a list of patterns, not {match!r}"),
+    ):
+        if not right:
+            raise ValueError(f"class {name!r}: {problem}")
     return SourceClass(condition, float(reward), tuple(match))
 
 
 def expert_class(classes):
-    """The name of the class of the highest reward, under whose condition the model answers."""
+    """The name of the class with the highest reward; the model answers under its condition."""
     return max(classes, key=lambda name: classes[name].reward)
 
 
@@ -164,7 +165,7 @@ def _one_dtype(hidden, lm_head):
     if hidden.dim() != 2 or lm_head.dim() != 2:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} and lm_head {tuple(lm_head.shape)} must be (N, D) and "
-            "(V, D): select the learned rows first"
+            "(V, D): select the supervised rows first"
         )
     if hidden.dtype != lm_head.dtype or hidden.shape[1] != lm_head.shape[1]:
         raise ValueError(

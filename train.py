@@ -3,24 +3,24 @@
     python train.py                                   the embedded example, examples/sums
     torchrun --nproc_per_node 8 train.py --model DIR --data F.jsonl --out RUN
 
-The whole method, with where each part lives:
+The whole method, and where each part is:
 
-    the class c of a conversation conditions its prompt, "GPT4 User: ..."     data.py, lay_out
-    the class's reward becomes a weight, w_c = exp((r_c - r_max) / beta)      loss.py, class_weights
-    L = Σ w_t · CE_t / Σ w_t over the learned tokens of a step, all ranks      gradients, below
+    the class c of a conversation conditions its prompt, "GPT4 User: ..."   data.py, lay_out
+    the class's reward becomes a weight, w_c = exp((r_c - r_max) / beta)    loss.py, class_weights
+    L = Σ w_t · CE_t / Σ w_t over the supervised tokens of all ranks        forward_backward, below
     no reference model, no value model, no sampling: pi_c of Eq. (4) is the data itself
-    another reward, of a line or of a single turn, is a "weight" in the data  support/formats.py
-    the head and the loss without the logits, rows padded where V = 32002     kernels/
 
-Read down: flags, main, the loop, the sharded network, one step, evaluation; then the schedule, the
-order of the data, and the plan of a run. What a run needs and the method does not is in support/.
+    other classes: --classes; a reward per conversation or turn: a "weight" in the data
+    the head and the loss without the logits, rows padded if V = 32002: kernels/
+
+Read down: flags, main, the loop, the sharded network, one step, evaluation, the schedule. What a
+run needs and the method does not is in support/; what is decided before the first step is a Plan.
 Shapes: T tokens of a micro-batch, N supervised rows, C classes, D hidden, V vocabulary.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import functools
 import gc
 import math
 import os
@@ -28,12 +28,11 @@ import shlex
 import subprocess
 import sys
 import time
-from bisect import bisect_left
 from pathlib import Path
+from typing import NamedTuple
 
-# Read when torch is imported. Threads that spin at a barrier hold each other up where other
-# programs share the CPU. Every micro-batch has another number of rows, and a GPU's memory would be
-# left in pieces that are too small for the next one's.
+# Read when torch is imported. Spinning OpenMP threads slow each other down on a shared CPU.
+# Batch sizes vary; without expandable segments the CUDA allocator fragments.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
@@ -45,20 +44,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import data
 import model
-from loss import (
-    BETA,
-    DEFAULT_CLASSES,
-    class_table,
-    class_weights,
-    linear_weighted_cross_entropy,
-    read_classes,
-)
-from support import memory, report
-from support.checkpoint import Checkpoints, evaluation_config, write_export
-from support.files import read_export
+from loss import BETA, linear_weighted_cross_entropy
+from support import report
+from support.checkpoint import Checkpoints, write_export
 from support.flags import Parser, flag_of
+from support.plan import make_plan
 from support.ranks import Ranks, held_output, is_lost_rank
-from support.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent
 EXAMPLE = ROOT / "examples" / "sums"
@@ -225,15 +216,13 @@ def main(arguments=None):
 
 
 def run(config, ranks):
-    """Plan and train; True where the run is done, False where it was stopped before."""
+    """Plan and train; True if the run is done, False if it was stopped before."""
     with held_output(None if config.dry_run else config.out, ranks) as out:
         plan = make_plan(config, ranks, out)
         ranks.say(report.header(plan))
         if config.evaluate:
             return evaluate_alone(plan, ranks)
         ranks.say(report.schedule(plan))
-        if config.dry_run:
-            ranks.say(report.first_bin(plan))
         ranks.say(report.memory_of_a_rank(plan))
         if not plan.fits:
             raise ValueError(report.what_would_fit(plan))
@@ -244,58 +233,51 @@ def run(config, ranks):
 
 
 def train(plan, ranks, out):
-    """True where the run is done, False where it was stopped before. Steps count from 1."""
+    """True if the run is done, False if it was stopped before. Steps count from 1."""
     config, total = plan.config, plan.order.total
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may vary
-    torch.use_deterministic_algorithms(config.deterministic or not ranks.cuda)
-    if config.deterministic:
-        # From torch 2.15 on cuDNN may attend instead of FlashAttention, which repeats its bits.
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads what it fills
+    make_repeatable(config, ranks)
     checkpoints = Checkpoints(plan, ranks, out)
-    step = checkpoints.resume()  # so many steps are done
+    done = checkpoints.resume()  # steps
     if checkpoints.finished:
-        ranks.say(f"this run is finished: {step} steps are done; the model is {out / 'model'}")
+        ranks.say(f"this run is finished: {done} steps are done; the model is {out / 'model'}")
         return True
-    log = report.Log(plan, ranks, out, step)
+    log = report.Log(plan, ranks, out, done)
     ranks.listen()
-    llama, optimizer = build(plan, ranks, with_weights=step == 0)
-    if step:
+    llama, optimizer = build(plan, ranks, with_weights=not done)
+    if done:
         checkpoints.load(llama, optimizer)
-    # What stands now stays: later collections, a third of a second each, need not look at it.
     gc.collect()
-    gc.freeze()
-    # What is due at a resumed step is made again; a kill may have come before it was done.
-    stopped = not evaluate_and_export(plan, ranks, llama, log, out, step)
+    gc.freeze()  # long-lived objects: each later collection would spend 0.3 s on them
+    stopped = not evaluate_and_export(plan, ranks, llama, log, out, done)
 
-    with ranks.thread() as loader:  # makes the next step's batches during this one
-        batches_of = functools.partial(loader.submit, load_step, plan, ranks)
-        pending = batches_of(step + 1) if step < total else None
-        while step < total and not stopped:
+    with ranks.thread() as loader:
+        next_step = loader.submit(load_step, plan, ranks, done + 1)
+        for step in range(done + 1, total + 1):
+            if stopped:
+                break
             began = time.perf_counter()
-            step += 1
-            bins, batches, total_weight = pending.result()
-            if step < total:
-                pending = batches_of(step + 1)
-            sums, losses = gradients(plan, ranks, llama, batches, total_weight)
+            bins, batches, total_weight = next_step.result()
+            next_step = loader.submit(load_step, plan, ranks, step + 1)  # during this one
+
+            sums, of_batches = forward_backward(plan, ranks, llama, batches, total_weight)
             lr = learning_rate(step, total, plan.lr, config)
-            update(optimizer, sums, lr, config.clip)
-            # Here, and nowhere else in a step, a GPU is waited for: the step's time is all in.
-            loss, grad_norm, signalled, *table = sums.tolist()
+            clip_and_update(optimizer, sums, lr, config.clip)
+            # The only wait for a GPU in a step, so `seconds` covers the whole step.
+            loss, grad_norm, signals, table = sums.to_host()
             seconds = time.perf_counter() - began
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
                 where = f"step {step}: loss {loss}, gradient norm {grad_norm}"
-                raise ValueError(where + not_finite(plan, ranks, bins, losses))
-            stopped = signalled > 0
-            log.step(step, bins, loss, lr, grad_norm, np.reshape(table, (4, -1)), seconds)
+                raise ValueError(where + not_finite(plan, ranks, bins, of_batches))
+            log.step(step, bins, loss, lr, grad_norm, table, seconds)
 
-            # Once in a while: a checkpoint, then the evaluation and the export.
+            # Once in a while: save, evaluate, export.
+            done, stopped = step, signals > 0
             if plan.saves(step) and not stopped:
                 checkpoints.save(llama, optimizer, step)
             stopped = stopped or not evaluate_and_export(plan, ranks, llama, log, out, step)
     if stopped:
-        checkpoints.save(llama, optimizer, step)
-        ranks.say(f"stopped after step {step}, as asked; the same command goes on from here")
+        checkpoints.save(llama, optimizer, done)
+        ranks.say(f"stopped after step {done}, as asked; the same command goes on from here")
         return False
     checkpoints.finish()
     ranks.say(f"done: the model is {out / 'model'}, the metrics {out / 'metrics.jsonl'}")
@@ -305,20 +287,33 @@ def train(plan, ranks, out):
 
 
 def evaluate_and_export(plan, ranks, llama, log, out, step):
-    """What is due after a step; False if a signal to stop came meanwhile."""
-    evaluation_due, export_due = plan.due(step)
-    if evaluation_due:
+    """Evaluate and export if they are due after `step`; False if a signal to stop came meanwhile.
+
+    A run that resumes at `step` does both again: their results replace the earlier ones.
+    """
+    evaluate_now, export_now = plan.evaluates(step), plan.exports(step)
+    if evaluate_now:
         table = evaluate(plan, ranks, llama)
         if table is None:
             return False
         log.evaluation(step, table)
-    if export_due:
-        if ranks.asked_to_stop():  # it may take long, and the checkpoint is there
+    if export_now:
+        if ranks.asked_to_stop():  # exporting is slow, and can be redone from the checkpoint
             return False
         write_export(plan, ranks, llama, out, step, log.expert_losses())
     # After the last step there is nothing left to stop.
-    due = evaluation_due or export_due
-    return step == plan.order.total or not (due and ranks.asked_to_stop())
+    return step == plan.order.total or not ((evaluate_now or export_now) and ranks.asked_to_stop())
+
+
+def make_repeatable(config, ranks):
+    """The same bits in every run: always on a CPU, on CUDA with --deterministic."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may vary
+    torch.use_deterministic_algorithms(config.deterministic or not ranks.cuda)
+    if config.deterministic:
+        # From torch 2.15 on cuDNN may attend instead of FlashAttention, which repeats its bits.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    # We never read uninitialised memory, so there is no need to fill it.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 # ----------------------------------------------------------------------------------------- network
@@ -336,7 +331,7 @@ def build(plan, ranks, with_weights=True):
         llama = model.Llama(plan.network)
     llama.recompute = plan.recompute
     if plan.compile:
-        # What costs no matrix product is made again in backward rather than kept: norms, SiLU.
+        # Recompute cheap operations (norms, SiLU) in backward instead of storing them.
         torch._functorch.config.activation_memory_budget = 0.9
         for block in llama.model.layers:
             block.compile(fullgraph=plan.flash, dynamic=False)
@@ -345,14 +340,15 @@ def build(plan, ranks, with_weights=True):
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # the rotary table stays float32
     )
-    shape, names = (config.replicas, ranks.world // config.replicas), ("replicate", "shard")
-    mesh = dist.init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
+    groups = (config.replicas, ranks.world // config.replicas)
+    names = ("replicate", "shard")
+    mesh = dist.init_device_mesh(ranks.device.type, groups, mesh_dim_names=names)
     mesh = mesh if config.replicas > 1 else mesh["shard"]
     for block in llama.model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(llama, mesh=mesh, mp_policy=policy)
     llama.to_empty(device=ranks.device)
-    if with_weights and plan.base:  # not where a checkpoint is to be loaded
+    if with_weights and plan.base:  # otherwise a checkpoint will be loaded
         new_tokens = [plan.tokenizer.eot] if plan.tokenizer.eot_is_new else plan.untrained
         model.fill_parameters(
             llama, config.model, plan.new_rows, new_tokens, plan.tokenizer.ordinary
@@ -372,8 +368,11 @@ def build(plan, ranks, with_weights=True):
 def load_step(plan, ranks, step):
     """All bins of a step, this rank's batches of them, and Σ w over all of the step's tokens.
 
-    Every rank knows every bin, so the normaliser of the loss needs no communication.
+    Every rank knows every bin, so the normaliser of the loss needs no communication. None after
+    the last step.
     """
+    if step > plan.order.total:
+        return None
     bins, device = plan.order.bins(step), ranks.device
     total_weight = sum(plan.dataset.total_weight(b, plan.class_weights) for b in bins)
     mine = bins[ranks.rank :: ranks.world]  # as not_finite takes it
@@ -385,11 +384,16 @@ def load_step(plan, ranks, step):
     return bins, batches, total_weight or 1.0  # without any weight the loss is 0 / 1
 
 
-def objective(batch, classes):
-    """C-RLFT on one micro-batch: what Llama.forward calls with hidden (N, D) and the head (V, D).
+TABLE = "tokens", "loss", "correct", "weight"  # the rows that objective sums up, a column per class
 
-    Returns the numerator of L, Σ w·CE, to be differentiated, and for the log a float64 table
-    (4, C), its rows report.TABLE: tokens, their Σ CE, how many were the likeliest, their Σ w.
+
+def objective(batch, classes):
+    """C-RLFT on one micro-batch: a function of hidden (N, D) and lm_head (V, D).
+
+    Llama.forward calls it, inside the root's forward: only there has FSDP gathered the head, and
+    anywhere else its gradient would be silently wrong. Returns the numerator of L, Σ w·CE, to be
+    differentiated, and for the log a float64 table (4, C): per class the number of supervised
+    tokens, their Σ CE, how many of them were predicted right, their Σ w.
     """
 
     def weighted_loss(hidden, lm_head):
@@ -400,7 +404,7 @@ def objective(batch, classes):
         per_token = torch.stack(
             [torch.ones_like(losses), unweighted, correct.float(), batch.weights]
         )
-        table = torch.zeros(4, classes, dtype=torch.float64, device=hidden.device)
+        table = torch.zeros(len(TABLE), classes, dtype=torch.float64, device=hidden.device)
         return total, table.index_add(1, batch.classes, per_token.double())
 
     return weighted_loss
@@ -413,50 +417,65 @@ def forward(llama, plan, batch):
     )  # fmt: skip
 
 
-def gradients(plan, ranks, llama, batches, total_weight):
-    """Forward and backward over this rank's micro-batches of one step; nothing here waits for it.
+class StepSums(NamedTuple):
+    """One step over all ranks, in float64 on the device; after to_host(), in numbers."""
 
-    Returns over all ranks, in float64, L, the norm of its gradient, how many ranks have a signal to
-    stop, and `objective`'s table, laid end to end; and this rank's Σ w·CE of each micro-batch.
+    loss: torch.Tensor  # L
+    grad_norm: torch.Tensor
+    signals: torch.Tensor  # how many ranks have a signal to stop
+    table: torch.Tensor  # (4, C), as objective's; on the host {row: (C,)}
+
+    def to_host(self):
+        loss, grad_norm, signals, *table = torch.cat([x.flatten() for x in self]).tolist()
+        rows = np.reshape(table, self.table.shape)
+        return StepSums(loss, grad_norm, signals, dict(zip(TABLE, rows, strict=True)))
+
+
+def forward_backward(plan, ranks, llama, batches, total_weight):
+    """Forward and backward over this rank's micro-batches. Does not synchronise with the GPU.
+
+    Returns the step's sums over all ranks, and this rank's Σ w·CE of each micro-batch.
     """
-    losses, table = [], 0
+    of_batches, table = [], 0
     for batch in batches:
-        llama.set_requires_all_reduce(batch is batches[-1])  # between replicas, once a step
-        weighted_sum, sums = forward(llama, plan, batch)
+        llama.set_requires_all_reduce(batch is batches[-1])  # between replicas, once per step
+        weighted_sum, of_classes = forward(llama, plan, batch)
         # Eq. (6), normalised: L = Σ w·CE / Σ w over the tokens of all ranks and micro-batches.
         # This micro-batch's part of L; x ranks, as FSDP takes the mean of their gradients.
         (weighted_sum * (ranks.world / total_weight)).backward()
-        losses.append(weighted_sum.detach().double())
-        table = table + sums
-    losses = torch.stack(losses)
+        of_batches.append(weighted_sum.detach().double())
+        table = table + of_classes
+    of_batches = torch.stack(of_batches)
     shards = [model.local_tensor(p.grad) for p in llama.parameters()]
     norm = torch.nn.utils.get_total_norm(shards).double()  # of what this rank holds
-    sums = [losses.sum(), norm**2, torch.full_like(norm, ranks.signalled is not None)]
-    sums = ranks.sum(torch.cat([torch.stack(sums), table.flatten()]))  # one all-reduce
-    sums[0] /= total_weight
-    sums[1] = (sums[1] / plan.config.replicas).sqrt()  # each of which holds all shards
-    return sums, losses
+    signal = torch.full_like(norm, ranks.signalled is not None)
+    sums = torch.cat([torch.stack([of_batches.sum(), norm**2, signal]), table.flatten()])
+    sums = ranks.sum(sums)  # the step's only all-reduce of ours
+    loss = sums[0] / total_weight
+    grad_norm = (sums[1] / plan.config.replicas).sqrt()  # each replica holds all shards
+    return StepSums(loss, grad_norm, sums[2], sums[3:].reshape(table.shape)), of_batches
 
 
-def update(optimizer, sums, lr, clip):
-    """AdamW on the gradient clipped to a norm of `clip`, as clip_grad_norm_ does before it.
+def clip_and_update(optimizer, sums, lr, clip):
+    """optimizer.step() on the gradient clipped to a norm of `clip`, as clip_grad_norm_ does.
 
-    Within AdamW's own pass over the gradients: it divides them by grad_scale, and leaves all as it
-    is where found_inf is 1. So neither waits for the norm to be known here.
+    Fused AdamW divides by grad_scale and skips the update if found_inf, both on the device: so
+    clipping needs no synchronisation, and a loss or gradient that is not finite changes no weight.
     """
-    grad_norm = sums[1].float()
+    grad_norm = sums.grad_norm.float()
     optimizer.grad_scale = (grad_norm / clip).clamp(min=1)
-    optimizer.found_inf = sums[:2].isfinite().all().logical_not().float()
+    finite = sums.loss.isfinite() & sums.grad_norm.isfinite()
+    optimizer.found_inf = finite.logical_not().float()
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
 
 
-def not_finite(plan, ranks, bins, losses):
-    """What to say of a step with NaN or inf; every rank comes here, before the optimizer."""
-    of_rank = torch.zeros(ranks.world, len(losses), dtype=torch.float64, device=ranks.device)
-    of_rank[ranks.rank] = losses
+def not_finite(plan, ranks, bins, of_batches):
+    """The conversations behind a NaN or inf, for the error; every rank must call it."""
+    of_rank = torch.zeros(ranks.world, len(of_batches), dtype=torch.float64, device=ranks.device)
+    of_rank[ranks.rank] = of_batches
     of_bin = ranks.sum(of_rank).T.flatten()  # bin b is micro-batch b // ranks of rank b % ranks
     bad = [b for b, loss in enumerate(of_bin.tolist()) if not math.isfinite(loss)]
     conversations = [c for b in bad or range(len(bins)) for c in bins[b]]
@@ -473,9 +492,9 @@ def not_finite(plan, ranks, bins, losses):
 
 @torch.no_grad()
 def evaluate(plan, ranks, llama):
-    """(4, classes) table of the held-out conversations, as `objective`'s.
+    """{row of TABLE: (C,)} of the held-out conversations.
 
-    None where a signal to stop came: it is asked for at every batch.
+    None if a signal to stop came, which is checked once per batch.
     """
     lengths, stopped = plan.eval_dataset.lengths, False
     table = torch.zeros(4, len(plan.classes), dtype=torch.float64, device=ranks.device)
@@ -490,7 +509,7 @@ def evaluate(plan, ranks, llama):
     # A forward without a backward leaves FSDP's root gathered: embedding, norm and head would be
     # other tensors than those that AdamW has (pytorch#131965).
     llama.reshard()
-    return None if stopped else ranks.sum(table).cpu().numpy()
+    return None if stopped else dict(zip(TABLE, ranks.sum(table).cpu().numpy(), strict=True))
 
 
 def evaluate_alone(plan, ranks):
@@ -501,7 +520,7 @@ def evaluate_alone(plan, ranks):
     return True
 
 
-# ------------------------------------------------------------------------------- schedule and order
+# ---------------------------------------------------------------------------------------- schedule
 
 
 def learning_rate(step, total, peak, config):
@@ -512,199 +531,6 @@ def learning_rate(step, total, peak, config):
     progress = (step - warmup) / max(1, total - warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return peak * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
-
-
-class Order:
-    """Which conversations make up a step: a function of (lengths, seed, epoch) alone."""
-
-    def __init__(self, lengths, config, bins_per_step):
-        self.pack = functools.lru_cache(maxsize=1)(  # pack(epoch): all its steps
-            functools.partial(data.pack, lengths, config.batch_tokens, bins_per_step, config.seed)
-        )
-        self.ends, self.fullest = [], 0  # last step of each epoch; most conversations of a bin
-        for epoch in range(config.epochs):
-            begun = self.ends[-1] if self.ends else 0
-            if not config.max_steps or begun < config.max_steps:
-                self.ends.append(begun + len(self.pack(epoch)))
-                self.fullest = max(self.fullest, *(len(b) for s in self.pack(epoch) for b in s))
-        self.total = min(config.max_steps or math.inf, self.ends[-1])
-
-    def epoch_of(self, step):
-        """The epoch of a step; both count from 1."""
-        return bisect_left(self.ends, step) + 1
-
-    def ends_epoch(self, step, every):
-        """Is `step` the last of every `every`-th epoch?"""
-        return bool(every) and step in self.ends and self.epoch_of(step) % every == 0
-
-    def bins(self, step):
-        assert 1 <= step <= self.ends[-1]
-        epoch = self.epoch_of(step) - 1
-        begun = self.ends[epoch - 1] if epoch else 0
-        return self.pack(epoch)[step - begun - 1]
-
-
-# -------------------------------------------------------------------------------------------- plan
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Everything decided before a weight is read."""
-
-    config: Config
-    world: int  # ranks
-    bf16: bool
-    flash: bool  # does FlashAttention attend?
-    compile: bool
-    classes: dict  # {name: SourceClass}
-    class_weights: np.ndarray | None  # (C,), None without reward: every w is 1
-    tokenizer: Tokenizer
-    network: model.LlamaConfig
-    new_rows: int  # that the vocabulary gains over the checkpoint's
-    untrained: list  # special tokens of a turn that the checkpoint has, but never trained
-    base: str | None  # what tells the weights of --model from others; None: random ones
-    max_length: int
-    dataset: data.Dataset
-    eval_dataset: data.Dataset | None
-    order: Order
-    shape: tuple | None  # (tokens, offsets, longest) of every batch, where it is compiled
-    lr: float
-    recompute: int  # blocks
-    size: memory.Size
-    memory: dict  # {part: bytes a rank}
-    available: int  # bytes a rank has; 0: not limited here
-
-    @property
-    def fits(self):
-        return not self.available or sum(self.memory.values()) <= self.available
-
-    @property
-    def eval_name(self):
-        return self.eval_dataset.folder.name if self.eval_dataset else None
-
-    def due(self, step):
-        """(evaluation, export): what is to be made after `step` steps; 0 is before the first."""
-        every, order = self.config.eval_every, self.order
-        export_due = step == order.total or order.ends_epoch(step, self.config.export_every)
-        evaluation_due = step == 0 or export_due or (every and step % every == 0)
-        return bool(self.eval_dataset and evaluation_due), export_due
-
-    def saves(self, step):
-        """Is a checkpoint due after `step` steps?"""
-        every = self.config.save_every
-        return self.due(step)[1] or bool(every and step % every == 0)
-
-
-def make_plan(config, ranks, out):
-    """The Plan of a run; whatever is wrong with the input raises here. Tokenizes the data."""
-    table = DEFAULT_CLASSES
-    if config.evaluate:
-        config, table = evaluation_config(config)
-    world = config.plan_ranks or ranks.world
-    _require(world % config.replicas == 0, "replicas", f"a divisor of {world} ranks")
-    cuda = ranks.cuda or config.plan_memory > 0  # a GPU is planned for, here or not
-    bf16 = (config.precision or ("bf16" if cuda else "fp32")) == "bf16"
-
-    classes = read_classes(config.classes) if config.classes else class_table(table)
-    weights = np.array(list(class_weights(classes, config.beta).values()))
-    weights = weights if config.reward else None
-
-    tokenizer = Tokenizer(config.model)
-    network, new_rows = network_to_train(config.model, tokenizer)
-    pretrained = has_weights(config)
-    if pretrained:
-        model.check_weights(config.model, network, new_rows)
-    new = pretrained and not read_export(Path(config.model))  # an export has all its rows
-    untrained = model.untrained(config.model, tokenizer.marks) if new else []
-    # Only FlashAttention has fixed shapes; elsewhere each batch would be compiled anew.
-    flash = cuda and bf16 and model.flash_takes(network.head_dim)
-    compile = flash if config.compile is None else config.compile
-    context = network.max_position_embeddings
-    max_length = data.length_limit(config.max_length, config.batch_tokens, context)
-
-    def tokenized(field):
-        prepare = functools.partial(
-            data.prepare, getattr(config, field), tokenizer, classes, out / "tokens",
-            max_length=max_length, condition=config.condition, class_field=config.class_field,
-            skip_bad=config.skip_bad,
-            progress=report.Progress(f"tokenizing {flag_of(field)}"),
-        )  # fmt: skip
-        name = ranks.first_does(lambda: prepare().folder.name)
-        return data.Dataset(out / "tokens" / name, data.sources(getattr(config, field), classes))
-
-    dataset = tokenized("data")
-    eval_dataset = tokenized("eval_data") if config.eval_data else None
-    order = Order(dataset.lengths, config, world * config.accumulate)
-
-    share = dataset.total_weight(slice(None), None) / int(dataset.lengths.sum())
-    supervised = config.batch_tokens * world * config.accumulate * share  # tokens a step
-
-    offsets = most_offsets(order, eval_dataset, world, config, max_length)
-    sequences = offsets - 1 if flash else 0
-    size = memory.Size(world // config.replicas, config.batch_tokens, bf16, compile, sequences)
-    available = memory.of_a_rank(config.plan_memory)
-    recompute = config.recompute
-    if recompute is None:
-        recompute = memory.blocks_to_recompute(network, size, available)
-    return Plan(
-        config, world, bf16, flash, compile, classes, weights, tokenizer, network, new_rows,
-        untrained, identity_of_weights(config, ranks) if pretrained else None,
-        max_length, dataset, eval_dataset, order,
-        shape=(config.batch_tokens, offsets, max_length) if compile else None,
-        lr=auto_lr(network, tokenizer, supervised) if config.lr == "auto" else float(config.lr),
-        recompute=min(recompute, network.num_hidden_layers),
-        size=size,
-        memory=memory.estimate(network, size, recompute),
-        available=available,
-    )  # fmt: skip
-
-
-def network_to_train(folder, tokenizer):
-    """(LlamaConfig, rows that its vocabulary gains over the checkpoint's)."""
-    config = model.LlamaConfig.from_folder(folder)
-    tokenizer.check_vocabulary(config.vocab_size)
-    rows = max(config.vocab_size, tokenizer.vocab_size)
-    tokens = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eot}
-    network = dataclasses.replace(config, vocab_size=rows, **tokens)
-    return network, rows - config.vocab_size
-
-
-def has_weights(config):
-    """Does the run begin with the folder's weights? ValueError where it has none to begin with."""
-    if config.random_weights:
-        return False
-    found = model.has_weights(config.model)
-    if not found and not config.dry_run:  # which needs none
-        raise ValueError(
-            f"{config.model}: no *.safetensors there"
-            + ("; --random-weights begins with random ones" if not config.evaluate else "")
-        )
-    return found
-
-
-def identity_of_weights(config, ranks):
-    """What tells them from others; ValueError where the machines of a run have different ones."""
-    first_of_machine = int(os.environ.get("LOCAL_RANK", 0)) == 0 and not config.dry_run
-    found = set(ranks.gather(model.fingerprint(config.model) if first_of_machine else ""))
-    if len(found - {""}) > 1:
-        raise ValueError(f"--model {config.model}: not every machine has the same weights there")
-    return max(found) or "not read"
-
-
-def most_offsets(order, eval_dataset, world, config, longest):
-    """Offsets that hold the conversations of every bin of the run, and data.collate's padding."""
-    tokens, fullest = config.batch_tokens, order.fullest
-    if eval_dataset:
-        steps = data.pack(eval_dataset.lengths, tokens, world, 0, 0)
-        fullest = max(fullest, *(len(b) for step in steps for b in step))
-    return fullest + math.ceil(tokens / longest) + 1
-
-
-def auto_lr(network, tokenizer, supervised_tokens):
-    """OpenChat's rule: 3e-4 (Mistral / 6, Llama 3 / 5.3) · sqrt(supervised tokens a step / 4e6)."""
-    llama = 5.3 if tokenizer.template.name == "openchat_3.6" else 1
-    divisor = 6 if network.model_type == "mistral" else llama
-    return 3e-4 / divisor * math.sqrt(supervised_tokens / 4e6)
 
 
 if __name__ == "__main__":

@@ -157,9 +157,9 @@ class ThisProject:
             waited += time.perf_counter() - asked
             if step + 1 < steps.stop:
                 pending = self.loader.submit(train.load_step, plan, ranks, step + 2)
-            sums, _ = train.gradients(plan, ranks, self.llama, batches, total_weight)
-            train.update(self.optimizer, sums, plan.lr, plan.config.clip)
-            self.loss = sums.tolist()[0]  # where the trainer waits for the GPU
+            sums, _ = train.forward_backward(plan, ranks, self.llama, batches, total_weight)
+            train.clip_and_update(self.optimizer, sums, plan.lr, plan.config.clip)
+            self.loss = sums.to_host().loss  # where the trainer waits for the GPU
         return seconds_since(began), waited
 
 

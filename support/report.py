@@ -190,18 +190,6 @@ def what_would_fit(plan):
     return f"{_needed(plan)} do not fit {plan.available / 2**30:.1f}; {advice}"
 
 
-def first_bin(plan):
-    """The conversations of the first step's first bin, as the model reads them."""
-    conversations = plan.order.bins(1)[0]
-    terminal = sys.stdout.isatty()
-    out = ["", f"step 1, rank 0: {len(conversations)} conversations, the first of them:"]
-    out += ["", legend(terminal), ""]
-    for conversation in conversations[:4]:
-        out += preview(plan.dataset, conversation, plan.tokenizer, plan.classes,
-                       plan.class_weights, terminal)  # fmt: skip
-    return "\n".join(out)
-
-
 def summary(dataset, classes, class_weights):
     """Lines of text: per class its conversations, supervised tokens, and share of the weight."""
     index, report = dataset.index, dataset.report
@@ -350,7 +338,7 @@ class Log:
         self.peak = peak_flops(name)
         if ranks.first:
             path = out / "metrics.jsonl"
-            evaluated_again = start if plan.due(start)[0] else None
+            evaluated_again = start if plan.evaluates(start) else None
             keep = []
             for line in read_metrics(path) if start else ():
                 ours = "eval" in line and line.get("eval_data") == plan.eval_name
@@ -432,15 +420,12 @@ class Log:
         return {step: classes[expert]["loss"] for step, classes in self.evaluations.items()}
 
 
-TABLE = "tokens", "loss", "correct", "weight"  # rows of what a step or an evaluation sums up
-
-
 def by_class(plan, table):
     """Per class: unweighted loss and accuracy over its supervised tokens, share of the weight.
 
-    table (4, C): a column a class, its rows the sums that TABLE names.
+    table {row of train.TABLE: (C,) sums}.
     """
-    sums = [dict(zip(TABLE, column, strict=True)) for column in table.T]
+    sums = [dict(zip(table, column, strict=True)) for column in zip(*table.values(), strict=True)]
     all_weight = sum(of["weight"] for of in sums) or 1.0
     return {
         name: {

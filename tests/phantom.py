@@ -285,7 +285,7 @@ def run(scenario, folder):
         # The partitioner that Inductor uses, and eager kernels after it.
         return torch._dynamo.lookup_backend("aot_eager_decomp_partition")(graph, inputs)
 
-    compile_block, gradients, forward = model.Block.compile, train.gradients, train.forward
+    compile_block, gradients, forward = model.Block.compile, train.forward_backward, train.forward
 
     def watched_gradients(*arguments):
         waits.clear()
@@ -345,7 +345,7 @@ def run(scenario, folder):
             (kernels.cross_entropy, "cross_entropy_kernel", launches),
             (kernels.cross_entropy, "launch_shape", lambda *_: {}),
             (report, "Log", Log),
-            (train, "gradients", watched_gradients),
+            (train, "forward_backward", watched_gradients),
             (train, "forward", watched_forward),
         ]:
             patch.setattr(owner, name, function)
@@ -386,7 +386,7 @@ def longest_of_each_batch(train):
 
 
 def signal_asked_for_apart(train):
-    update = train.update
+    update = train.clip_and_update
 
     def asking(*arguments):
         update(*arguments)
@@ -394,7 +394,7 @@ def signal_asked_for_apart(train):
         dist.all_reduce(signalled)
         assert not signalled
 
-    return train, "update", asking
+    return train, "clip_and_update", asking
 
 
 def nothing_made_again(train):

@@ -42,7 +42,7 @@ def started(ranks, few, tmp_path):
 
 def step(plan, ranks, llama, optimizer, number):
     _, batches, total_weight = train.load_step(plan, ranks, number)
-    train.gradients(plan, ranks, llama, batches, total_weight)
+    train.forward_backward(plan, ranks, llama, batches, total_weight)
     optimizer.step()
     optimizer.zero_grad()
 

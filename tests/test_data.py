@@ -16,7 +16,7 @@ from small import ODD_TEXTS, train_sentencepiece, write
 
 import data
 import loss
-from support import containers, formats, report
+from support import containers, formats, preview, report
 from support import dataset as dataset_module
 from support import tokenizer as support_tokenizer
 
@@ -658,12 +658,12 @@ def test_a_class_weight_too_small_for_float32_gives_no_row(mixed):
 
 def test_characters_that_the_tokenizer_lacks_are_counted(sums, tmp_path, run):
     path = write(tmp_path / "a.jsonl", line("What is 1 + 2?", "3"), line("What is Δ + é?", "ж"))
-    code, out, _ = run(data.main, path, "--model", sums, "--show", 0)
+    code, out, _ = run(preview.main, path, "--model", sums, "--show", 0)
     pieces = data.Tokenizer(sums).pieces
     lacking = sum(pieces.piece_to_id(c) == pieces.unk_id() for c in "Δéж")
     assert code == 0 and lacking == 3 and "warning: 3 tokens of <unk>" in out
     write(path, line("What is 1 + 2?", "3"))
-    assert "<unk>" not in run(data.main, path, "--model", sums, "--show", 0)[1]
+    assert "<unk>" not in run(preview.main, path, "--model", sums, "--show", 0)[1]
 
 
 def test_the_summary_shows_each_class_its_weight_and_its_share_of_it(prepare, tmp_path):
@@ -678,7 +678,7 @@ def test_the_command_shows_summary_and_what_is_learned(stories, run, tmp_path):
     path = write(
         tmp_path / "a.jsonl", line("Hi", "Ho\nthere"), line("A", "B", source_class="gpt3.5")
     )
-    code, out, err = run(data.main, path, "--model", stories)
+    code, out, err = run(preview.main, path, "--model", stories)
     assert code == 0 and not err
     assert support_tokenizer.SPACES_COLLAPSE in out  # as stories260K's tokenizer does
     gpt4 = next(text for text in out.splitlines() if text.startswith("gpt4 "))
@@ -732,19 +732,19 @@ def test_a_step_of_an_expert_without_weight_holds_no_expert_token(prepare, tmp_p
 
 def test_the_command_cuts_where_the_trainer_does(stories, run, tmp_path):
     path = write(tmp_path / "a.jsonl", line("Hi", "word " * 2000))
-    code, out, _ = run(data.main, path, "--model", stories)
+    code, out, _ = run(preview.main, path, "--model", stories)
     assert code == 0 and "conversations up to 512 tokens" in out
     assert "cut at the maximum length: 1 conversations" in out
     shown = out[out.index(f"{path}:1") :]
     assert "class gpt4, 512 tokens" in shown and shown.count(EOT) == 1  # the answer's end is cut
-    code, out, _ = run(data.main, path, "--model", stories, "--batch-tokens", 100)
+    code, out, _ = run(preview.main, path, "--model", stories, "--batch-tokens", 100)
     assert code == 0 and "class gpt4, 100 tokens" in out
 
 
 def test_without_a_config_the_context_is_said_to_be_unknown(stories, run, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes((stories / "tokenizer.model").read_bytes())
     path = write(tmp_path / "a.jsonl", line("Hi", "word " * 9000))
-    code, out, _ = run(data.main, path, "--model", tmp_path)
+    code, out, _ = run(preview.main, path, "--model", tmp_path)
     assert code == 0 and "class gpt4, 4096 tokens" in out
     assert f"{tmp_path} has no config.json: the model's context is not known" in out
 
@@ -791,7 +791,8 @@ def test_the_command_says_in_one_line_what_is_wrong(flags, message, stories, run
     path = write(tmp_path / "a.jsonl", line("Hi", "Ho"))
     (tmp_path / "classes.json").write_text('{"gpt4": {"condition": "GPT4"}}')
     flags = [flag.format(data=path, tmp=tmp_path) for flag in flags]
-    code, _, err = run(data.main, *(["--model", stories] if "--model" not in flags else []), *flags)
+    given = [] if "--model" in flags else ["--model", stories]
+    code, _, err = run(preview.main, *given, *flags)
     assert code == 1
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
 

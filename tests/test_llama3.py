@@ -19,7 +19,7 @@ import data
 import loss
 import model
 import train
-from support import report
+from support import preview, report
 
 tokenizers = pytest.importorskip("tokenizers")
 CLASSES = loss.DEFAULT_CLASSES
@@ -563,9 +563,9 @@ def test_a_run_trains_resumes_and_exports_what_transformers_reads(
 
 def test_the_preview_shows_turns_and_spaces(few, run, tmp_path):
     folder = small_bpe(tmp_path, [BOS, END, *HEADER], llama3_split=True)
-    code, out, _ = run(data.main, few, "--model", folder, "--show", 1)
+    code, out, _ = run(preview.main, few, "--model", folder, "--show", 1)
     assert code == 0 and "white space" in out
     start, end, eot = HEADER
     assert f"{BOS}{start}GPT4 User{end}\n\n" in out and f"{start}GPT4 Assistant{end}\n\n⟦" in out
-    code, out, _ = run(data.main, few, "--model", small_bpe(tmp_path / "v3.2"), "--show", 1)
+    code, out, _ = run(preview.main, few, "--model", small_bpe(tmp_path / "v3.2"), "--show", 1)
     assert code == 0 and f"{BOS}GPT4 User: " in out and "\nGPT4 Assistant:⟦ " in out

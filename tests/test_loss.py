@@ -1,5 +1,6 @@
 """Class table, class weights, and what the weighted loss of C-RLFT promises."""
 
+import itertools
 import json
 import math
 
@@ -53,6 +54,8 @@ GOOD = {"condition": "X", "reward": 1.0}
         ({**GOOD, "condition": "X\n"}, "control characters"),
         ({**GOOD, "condition": "X\x00Y"}, "control characters"),
         ({**GOOD, "condition": " X"}, "spaces"),
+        ({**GOOD, "condition": "X\u202ey"}, "control characters"),
+        ({**GOOD, "condition": "X\udce9"}, "control characters"),
         ({**GOOD, "reward": True}, "reward must be a number"),
         ({**GOOD, "reward": "1"}, "reward must be a number"),
         ({**GOOD, "reward": float("nan")}, "reward must be finite"),
@@ -71,7 +74,39 @@ def test_a_wrong_class_is_named(entry, message, tmp_path):
         read_classes(path)
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "null", '{"a": ', b"\xff\xfe", '{"a": {}, "a": {}}'])
+@pytest.mark.parametrize("name", ["", "a\nb", "\x1b[31m", "caf\udce9", "a\u2028"])
+def test_a_class_name_that_a_terminal_could_obey_is_refused(name):
+    with pytest.raises(ValueError, match="its name has characters that do not print"):
+        class_table({name: GOOD})
+
+
+def test_a_table_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "classes.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"a": GOOD}).encode())
+    assert read_classes(path) == {"a": SourceClass("X", 1.0)}
+
+
+@pytest.mark.parametrize("order", itertools.permutations([("a", 0.0), ("b", 2.0), ("c", 1.5)]))
+def test_the_best_class_weighs_1_and_is_the_expert_wherever_it_is_in_the_table(order):
+    table = {name: SourceClass(name.upper(), reward) for name, reward in order}
+    weights = class_weights(table, 0.5)
+    assert list(weights) == list(table) and loss.expert_class(table) == "b"
+    assert weights == {"a": math.exp(-4), "b": 1.0, "c": math.exp(-1)}
+
+
+@pytest.mark.parametrize("scale", [1, 10, 50, 100, 1e3, 1e308])
+@pytest.mark.parametrize("beta", [loss.BETA, 1e-3, 1e300, math.inf])
+def test_a_step_of_any_class_can_be_normalised_in_float32(scale, beta):
+    """Or its weight is 0: the share of a token of a step of that class alone is finite."""
+    table = {"best": SourceClass("A", scale), "rest": SourceClass("B", -scale if scale > 99 else 0)}
+    for weight in class_weights(table, beta).values():
+        w = torch.tensor(weight, dtype=torch.float32)
+        assert 0 <= weight <= 1
+        assert not weight or (w * (8 / (weight * 4096))).item() == pytest.approx(8 / 4096)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "null", '{"a": ', b"\xff\xfe", '{"a": {}, "a": {}}',
+                                  "[" * 100_000])  # fmt: skip
 def test_what_is_no_table_is_said_with_its_path(text, tmp_path):
     path = tmp_path / "classes.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())

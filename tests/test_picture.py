@@ -5,8 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-import data
-from support import picture
+from support import picture, preview
 
 
 @pytest.fixture
@@ -19,7 +18,7 @@ def panels(monkeypatch, tmp_path):
     def panels(*flags):
         path = tmp_path / "batch.png"
         files = ["examples/sums/train.jsonl", "--model", "examples/sums", "--max-length", "64"]
-        data.main([*files, "--show", "0", "--draw", str(path), *flags])
+        preview.main([*files, "--show", "0", "--draw", str(path), *flags])
         assert path.read_bytes()[:4] == b"\x89PNG"
         return figures[-1].axes
 
@@ -73,4 +72,4 @@ def test_without_matplotlib_it_says_what_to_install_before_reading(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(picture.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install -r requirements-dev.txt"):
-        data.main(["no such file", "--model", "no folder", "--draw", "x.png"])
+        preview.main(["no such file", "--model", "no folder", "--draw", "x.png"])

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 import data
 import model
 import train
-from support import report
+from support import memory, report
 
 NETWORK = model.LlamaConfig(128, 352, 4, 4, 64, 2, 32, max_position_embeddings=512)
 LAYERS = NETWORK.num_hidden_layers
@@ -73,7 +73,7 @@ def test_parameters_gradients_and_optimizer_take_what_the_plan_says(files, ranks
     plan = plan_of(files, ranks, tmp_path)
     llama, optimizer = train.build(plan, ranks)
     _, batches, total_weight = train.load_step(plan, ranks, 1)
-    train.gradients(plan, ranks, llama, batches, total_weight)
+    train.forward_backward(plan, ranks, llama, batches, total_weight)
     optimizer.step()
     memory = plan.memory
 
@@ -87,7 +87,7 @@ def test_parameters_gradients_and_optimizer_take_what_the_plan_says(files, ranks
 
 
 def test_no_gradient_of_a_step_lives_on_in_the_next(files, ranks, tmp_path, monkeypatch):
-    alive, storages, gradients = [], [], train.gradients
+    alive, storages, gradients = [], [], train.forward_backward
 
     def watched(plan, ranks, llama, *batches):
         alive.append(sum(not storage.expired() for storage in storages))
@@ -96,7 +96,7 @@ def test_no_gradient_of_a_step_lives_on_in_the_next(files, ranks, tmp_path, monk
         storages[:] = [StorageWeakRef(grad.untyped_storage()) for grad in grads]
         return found
 
-    monkeypatch.setattr(train, "gradients", watched)
+    monkeypatch.setattr(train, "forward_backward", watched)
     monkeypatch.setattr(ranks, "listen", lambda: None)
     plan = plan_of(files, ranks, tmp_path, max_steps=3, epochs=1)
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -233,8 +233,8 @@ def test_a_dry_run_that_does_not_fit_ends_with_1_and_what_to_change(files, tmp_p
     arguments = flags(files[1], None, model=files[0], dry_run=True, plan_ranks=2, max_length=None)
     for gib, code in ((80, 0), (0.001, 1)):
         ended, shown = processes.run([*arguments, "--plan-memory", gib])
-        preview, memory = shown.index("w=0.1"), shown.index("GiB per rank, ")
-        assert ended == code and preview < memory
+        schedule, memory = shown.index("\nschedule "), shown.index("GiB per rank, ")
+        assert ended == code and schedule < memory
         assert ("DOES NOT FIT 0.0" in shown) == bool(code)
         last = shown.rstrip("\n").splitlines()[-1]
         assert last.startswith("error: 0.") == bool(code)
@@ -244,7 +244,7 @@ def test_a_dry_run_that_does_not_fit_ends_with_1_and_what_to_change(files, tmp_p
 def test_a_run_that_does_not_fit_its_gpu_ends_before_a_weight_is_read(
     files, ranks, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(train.memory, "of_a_rank", lambda planned: 1 << 20)
+    monkeypatch.setattr(memory, "of_a_rank", lambda planned: 1 << 20)
     monkeypatch.setattr(train, "build", None)
     config = train.parse_arguments([*map(str, flags(files[1], tmp_path / "out", model=files[0]))])
     with pytest.raises(ValueError, match=r"GiB per rank do not fit 0\.0; "):
@@ -275,9 +275,9 @@ def losses_of(plan, ranks, steps=5, after_step=lambda step: None):
     losses = []
     for step in range(1, steps + 1):
         _, batches, total_weight = train.load_step(plan, ranks, step)
-        sums, _ = train.gradients(plan, ranks, llama, batches, total_weight)
-        train.update(optimizer, sums, plan.lr, plan.config.clip)
-        losses.append(float(sums[0]))
+        sums, _ = train.forward_backward(plan, ranks, llama, batches, total_weight)
+        train.clip_and_update(optimizer, sums, plan.lr, plan.config.clip)
+        losses.append(float(sums.loss))
         after_step(step)
     return losses
 

@@ -21,7 +21,7 @@ import loss
 import model
 import plot
 import train
-from support import report
+from support import preview, report
 from support.flags import Parser
 from support.ranks import Ranks, held_output
 
@@ -42,9 +42,9 @@ def gradients_of_first_step(plan, ranks):
     """{parameter: its gradient}, and the step's loss and table."""
     llama, _ = train.build(plan, ranks)
     _, batches, total_weight = train.load_step(plan, ranks, 1)
-    sums, _ = train.gradients(plan, ranks, llama, batches, total_weight)
+    sums, _ = train.forward_backward(plan, ranks, llama, batches, total_weight)
     found = {name: p.grad.full_tensor() for name, p in llama.named_parameters()}
-    return found | {"loss": sums[0], "grad_norm": sums[1], "table": sums[3:].reshape(4, -1)}
+    return found | {"loss": sums.loss, "grad_norm": sums.grad_norm, "table": sums.table}
 
 
 def write_gradients(arguments):
@@ -108,7 +108,7 @@ def test_gradient_equals_float64_autograd_of_equation_6(one_rank, few):
     model.random_parameters(llama, seed=0)
     llama.double()
     total, normaliser = 0.0, 0.0
-    table = torch.zeros(4, 2, dtype=torch.float64)  # rows as report.TABLE, columns the classes
+    table = torch.zeros(4, 2, dtype=torch.float64)  # rows as train.TABLE, columns the classes
     for line in map(json.loads, few.read_text().splitlines()):
         tokens, mask = data.encode(line, tokenizer, classes)
         tokens, mask = torch.tensor(tokens), torch.tensor(mask)
@@ -151,13 +151,13 @@ def test_an_update_is_adamw_of_the_clipped_gradient(plan, ranks, clip):
     reference = torch.optim.AdamW(plain.parameters(), lr=2e-3, **settings)
     for number in (1, 2):
         _, batches, total_weight = train.load_step(of_run, ranks, number)
-        sums, _ = train.gradients(of_run, ranks, llama, batches, total_weight)
+        sums, _ = train.forward_backward(of_run, ranks, llama, batches, total_weight)
         for ours, theirs in zip(llama.parameters(), plain.parameters(), strict=True):
             theirs.grad = ours.grad.full_tensor().double()
         norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), clip)
-        assert sums[1].item() == pytest.approx(norm.item(), rel=1e-6)
+        assert sums.grad_norm.item() == pytest.approx(norm.item(), rel=1e-6)
         reference.step()
-        train.update(optimizer, sums, 2e-3, clip)
+        train.clip_and_update(optimizer, sums, 2e-3, clip)
         assert all(parameter.grad is None for parameter in llama.parameters())
     for ours, theirs in zip(llama.parameters(), plain.parameters(), strict=True):
         # float32 adds each step to a weight with half an ulp of error
@@ -165,16 +165,16 @@ def test_an_update_is_adamw_of_the_clipped_gradient(plan, ranks, clip):
         assert (error <= 1e-7 * theirs.abs() + 1e-3 * 2e-3).all()
 
 
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", ["loss", "grad_norm"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_an_update_without_a_finite_loss_and_norm_changes_nothing(plan, ranks, which, value):
     of_run = plan()
     llama, optimizer = train.build(of_run, ranks)
     _, batches, total_weight = train.load_step(of_run, ranks, 1)
-    sums, _ = train.gradients(of_run, ranks, llama, batches, total_weight)
+    sums, _ = train.forward_backward(of_run, ranks, llama, batches, total_weight)
     before = [parameter.full_tensor().clone() for parameter in llama.parameters()]
-    sums[which] = value
-    train.update(optimizer, sums, 1e-3, 1.0)
+    sums = sums._replace(**{which: torch.full_like(sums.loss, value)})
+    train.clip_and_update(optimizer, sums, 1e-3, 1.0)
     for parameter, old in zip(llama.parameters(), before, strict=True):
         state = optimizer.state[parameter]
         assert torch.equal(parameter.full_tensor(), old) and state["step"] == 0
@@ -189,7 +189,7 @@ def test_on_a_cpu_every_step_uses_deterministic_algorithms(plan, ranks, tmp_path
         raise Seen(torch.are_deterministic_algorithms_enabled())
 
     before = torch.are_deterministic_algorithms_enabled()
-    monkeypatch.setattr(train, "gradients", look)
+    monkeypatch.setattr(train, "forward_backward", look)
     monkeypatch.setattr(ranks, "listen", lambda: None)
     with pytest.raises(Seen) as seen:
         train.train(plan(max_steps=1), ranks, tmp_path)
@@ -259,7 +259,7 @@ def test_every_conversation_appears_once_an_epoch_over_all_ranks(ranks, accumula
     config = train.Config(
         model="m", data=["d"], out="o", batch_tokens=256, accumulate=accumulate, epochs=3
     )
-    order = train.Order(lengths, config, ranks * accumulate)
+    order = data.Order(lengths, config, ranks * accumulate)
     for epoch in range(config.epochs):
         seen = []
         begun = order.ends[epoch - 1] if epoch else 0
@@ -404,12 +404,13 @@ def test_a_run_that_would_learn_hardly_anything_is_said(few, tmp_path):
     assert "20 steps in 20 epochs, 1 rank x 2 micro-batches x 2,048 tokens per step" in shown
 
 
-def test_a_dry_run_prints_plan_and_batch_and_writes_nothing(few, tmp_path):
+def test_a_dry_run_prints_the_plan_last_and_writes_nothing(few, tmp_path):
     settings = {"dry_run": True, "plan_ranks": 8, "plan_memory": 80}
     shown = succeeds(flags(few, tmp_path / "out", **settings))
     assert "8 ranks x 1 micro-batch x 256 tokens" in shown
     assert re.search(r"memory .* fits 80.0", shown)
-    assert "⟦" in shown and "w=0.1" in shown
+    last = shown[shown.index("\nmemory ") :]
+    assert "⟦" not in shown and "\n\n" not in last.rstrip()  # no conversations, nothing after it
     assert not (tmp_path / "out").exists()
 
 
@@ -502,8 +503,8 @@ def test_the_error_of_a_missing_flag_names_it(arguments, missing, run):
 @pytest.mark.parametrize(
     "main, arguments, shown",
     [
-        (data.main, ["d"], "error: the following arguments are required: --model"),
-        (data.main, ["d", "--modle", "m"],
+        (preview.main, ["d"], "error: the following arguments are required: --model"),
+        (preview.main, ["d", "--modle", "m"],
          "error: --modle is not a flag of data.py; did you mean --model? --help lists all"),
         (plot.main, [], "error: the following arguments are required: RUN"),
         (plot.main, ["r", "--out", "f"],

@@ -1,0 +1,213 @@
+"""The plan of a run: everything that is decided before a weight is read.
+
+    flags -> classes, tokenizer, network -> tokenized data -> order of the steps -> memory
+
+make_plan reads it top to bottom, and whatever is wrong with the input raises there.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+
+import data
+import model
+from loss import DEFAULT_CLASSES, class_table, class_weights, read_classes
+from support import memory, report
+from support.checkpoint import evaluation_config
+from support.containers import sources
+from support.dataset import Dataset
+from support.files import read_export
+from support.flags import flag_of
+from support.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    # --- the run
+    config: object  # train.Config
+    world: int  # ranks
+    classes: dict  # {name: SourceClass}
+    class_weights: np.ndarray | None  # (C,), None without reward: every w is 1
+    tokenizer: Tokenizer
+    network: model.LlamaConfig
+    dataset: Dataset
+    eval_dataset: Dataset | None
+    order: data.Order
+    # --- flags that were left to us, decided
+    bf16: bool
+    compile: bool
+    flash: bool  # does FlashAttention attend?
+    max_length: int
+    lr: float  # the peak
+    shape: tuple | None  # (tokens, offsets, longest) of every batch if blocks are compiled
+    # --- how the weights are loaded
+    base: str | None  # fingerprint of --model's weights; None: random weights
+    new_rows: int  # that the vocabulary gains over the checkpoint's
+    untrained: list  # turn tokens whose rows in the checkpoint look untrained
+    # --- memory
+    recompute: int  # blocks whose activations are recomputed in backward
+    size: memory.Size
+    memory: dict  # {part: bytes per rank}
+    available: int  # bytes a rank has; 0: not limited here
+
+    @property
+    def fits(self):
+        return not self.available or sum(self.memory.values()) <= self.available
+
+    @property
+    def eval_name(self):
+        return self.eval_dataset.folder.name if self.eval_dataset else None
+
+    def exports(self, step):
+        """Is a model exported after `step` steps? At the end, and after every n-th epoch."""
+        return step == self.order.total or self.order.ends_epoch(step, self.config.export_every)
+
+    def evaluates(self, step):
+        """Is the model evaluated after `step` steps? Before the first, at exports, every n-th."""
+        every = self.config.eval_every
+        now = step == 0 or self.exports(step) or (every and step % every == 0)
+        return bool(self.eval_dataset and now)
+
+    def saves(self, step):
+        """Is a checkpoint saved after `step` steps? At exports, and every n-th."""
+        every = self.config.save_every
+        return self.exports(step) or bool(every and step % every == 0)
+
+
+def make_plan(config, ranks, out):
+    """The Plan of a run; whatever is wrong with the input raises here. Tokenizes the data."""
+    table = DEFAULT_CLASSES
+    if config.evaluate:
+        config, table = evaluation_config(config)
+    world = config.plan_ranks or ranks.world
+    if world % config.replicas:
+        raise ValueError(f"--replicas must be a divisor of {world} ranks")
+
+    classes = read_classes(config.classes) if config.classes else class_table(table)
+    weights = np.array(list(class_weights(classes, config.beta).values()))
+
+    tokenizer = Tokenizer(config.model)
+    network, new_rows = network_to_train(config.model, tokenizer)
+    pretrained = has_weights(config)
+    if pretrained:
+        model.check_weights(config.model, network, new_rows)
+    new = pretrained and not read_export(Path(config.model))  # an export has all its rows
+    untrained = model.untrained(config.model, tokenizer.marks) if new else []
+
+    cuda = ranks.cuda or config.plan_memory > 0  # a GPU is planned for, here or not
+    bf16 = (config.precision or ("bf16" if cuda else "fp32")) == "bf16"
+    flash = cuda and bf16 and model.flash_takes(network.head_dim)
+    # Only FlashAttention has fixed shapes; with anything else each batch would be compiled anew.
+    compile = flash if config.compile is None else config.compile
+    context = network.max_position_embeddings
+    max_length = length_limit(config.max_length, config.batch_tokens, context)
+
+    def tokenized(field):
+        prepare = functools.partial(
+            data.prepare, getattr(config, field), tokenizer, classes, out / "tokens",
+            max_length=max_length, condition=config.condition, class_field=config.class_field,
+            skip_bad=config.skip_bad,
+            progress=report.Progress(f"tokenizing {flag_of(field)}"),
+        )  # fmt: skip
+        name = ranks.first_does(lambda: prepare().folder.name)
+        return Dataset(out / "tokens" / name, sources(getattr(config, field), classes))
+
+    dataset = tokenized("data")
+    eval_dataset = tokenized("eval_data") if config.eval_data else None
+    order = data.Order(dataset.lengths, config, world * config.accumulate)
+
+    share = dataset.total_weight(slice(None), None) / int(dataset.lengths.sum())
+    supervised = config.batch_tokens * world * config.accumulate * share  # tokens per step
+
+    offsets = most_offsets(order, eval_dataset, world, config, max_length)
+    sequences = offsets - 1 if flash else 0
+    size = memory.Size(world // config.replicas, config.batch_tokens, bf16, compile, sequences)
+    available = memory.of_a_rank(config.plan_memory)
+    recompute = config.recompute
+    if recompute is None:
+        recompute = memory.blocks_to_recompute(network, size, available)
+    recompute = min(recompute, network.num_hidden_layers)
+    return Plan(
+        config=config,
+        world=world,
+        classes=classes,
+        class_weights=weights if config.reward else None,
+        tokenizer=tokenizer,
+        network=network,
+        dataset=dataset,
+        eval_dataset=eval_dataset,
+        order=order,
+        bf16=bf16,
+        compile=compile,
+        flash=flash,
+        max_length=max_length,
+        lr=auto_lr(network, tokenizer, supervised) if config.lr == "auto" else float(config.lr),
+        shape=(config.batch_tokens, offsets, max_length) if compile else None,
+        base=identity_of_weights(config, ranks) if pretrained else None,
+        new_rows=new_rows,
+        untrained=untrained,
+        recompute=recompute,
+        size=size,
+        memory=memory.estimate(network, size, recompute),
+        available=available,
+    )
+
+
+def network_to_train(folder, tokenizer):
+    """(LlamaConfig, rows that its vocabulary gains over the checkpoint's)."""
+    config = model.LlamaConfig.from_folder(folder)
+    tokenizer.check_vocabulary(config.vocab_size)
+    rows = max(config.vocab_size, tokenizer.vocab_size)
+    tokens = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eot}
+    network = dataclasses.replace(config, vocab_size=rows, **tokens)
+    return network, rows - config.vocab_size
+
+
+def has_weights(config):
+    """Does the run begin with the folder's weights? ValueError if there are none to begin with."""
+    if config.random_weights:
+        return False
+    found = model.has_weights(config.model)
+    if not found and not config.dry_run:  # which needs none
+        hint = "" if config.evaluate else "; --random-weights begins with random ones"
+        raise ValueError(f"{config.model}: no *.safetensors there{hint}")
+    return found
+
+
+def identity_of_weights(config, ranks):
+    """Their fingerprint; ValueError if the machines of a run have different weights."""
+    first_of_machine = int(os.environ.get("LOCAL_RANK", 0)) == 0 and not config.dry_run
+    found = set(ranks.gather(model.fingerprint(config.model) if first_of_machine else ""))
+    if len(found - {""}) > 1:
+        raise ValueError(f"--model {config.model}: not every machine has the same weights there")
+    return max(found) or "not read"
+
+
+def length_limit(max_length, batch_tokens, context):
+    """The tokens at which a conversation is cut: --max-length, by default 4096 or what fits.
+
+    `context` is the model's max_position_embeddings, None if it is not known.
+    """
+    if max_length and context and max_length > context:
+        raise ValueError(f"--max-length must be within the model's {context}")
+    return max_length or min(4096, batch_tokens, context or 4096)
+
+
+def most_offsets(order, eval_dataset, world, config, longest):
+    """The cu_seqlens that every batch has: for the fullest bin, and data.collate's padding."""
+    tokens, fullest = config.batch_tokens, order.fullest
+    if eval_dataset:
+        steps = data.pack(eval_dataset.lengths, tokens, world, 0, 0)
+        fullest = max(fullest, *(len(b) for step in steps for b in step))
+    return fullest + math.ceil(tokens / longest) + 1
+
+
+def auto_lr(network, tokenizer, supervised_tokens):
+    """OpenChat's rule: 3e-4 · sqrt(supervised tokens a step / 4e6); Mistral / 6, Llama 3 / 5.3."""
+    llama = 5.3 if tokenizer.template.name == "openchat_3.6" else 1
+    divisor = 6 if network.model_type == "mistral" else llama
+    return 3e-4 / divisor * math.sqrt(supervised_tokens / 4e6)

@@ -1,0 +1,103 @@
+"""`python data.py FILE --model DIR`: check conversations, and show them as the model reads them."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+import data
+from loss import BETA, DEFAULT_CLASSES, class_weights, read_classes
+from model import LlamaConfig
+from support import report
+from support.flags import Parser
+from support.picture import draw_batch, first_of_all_classes, require_matplotlib
+from support.plan import length_limit
+from support.tokenizer import Tokenizer
+
+
+def main(argv=None):
+    parser = Parser(
+        prog="data.py", description="Check conversations and show what would be trained on."
+    )
+    add = parser.add_argument
+    add("files", nargs="+", metavar="FILE", help="conversations, or CLASS=FILE: all of one class")
+    add("--model", required=True, metavar="DIR", help="folder with its tokenizer")
+    add("--classes", metavar="C", help='JSON: {"gpt4": {"condition": "GPT4", "reward": 1.0}, ...}')
+    add("--class-field", default="class", metavar="KEY", help="what names a conversation's class")
+    add("--beta", type=float, default=BETA, help="w = exp((reward - best reward) / beta)")
+    add("--max-length", type=int, help="tokens; longer ones are cut (default: as in train.py)")
+    add("--batch-tokens", type=int, default=8192, help="tokens a bin, for the packing's figures")
+    add("--ranks", type=int, default=1, help="bins a step: ranks x --accumulate in train.py")
+    add("--show", type=int, default=4, metavar="N", help="conversations to show")
+    add("--draw", metavar="PNG", help="a picture of one bin as a batch: try --batch-tokens 128")
+    add("--skip-bad", action="store_true", help="drop bad lines and count them")
+    args = parser.parse_args(argv)
+    try:
+        run_preview(args)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        report.StatusLine.end()
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        report.StatusLine.end()
+        sys.exit("interrupted")
+
+
+def run_preview(args):
+    if args.draw:
+        require_matplotlib()
+    asked = 1 if args.max_length is None else args.max_length
+    if not 1 <= asked <= args.batch_tokens or args.ranks < 1:
+        raise ValueError("needs 1 <= --max-length <= --batch-tokens and --ranks of at least 1")
+    classes = read_classes(args.classes) if args.classes else DEFAULT_CLASSES
+    tokenizer = Tokenizer(args.model)
+    weights = np.array(list(class_weights(classes, args.beta).values()))
+    context = None
+    if (Path(args.model) / "config.json").exists():
+        context = LlamaConfig.from_folder(args.model).max_position_embeddings
+    max_length = length_limit(args.max_length, args.batch_tokens, context)
+    with tempfile.TemporaryDirectory() as folder:
+        found = data.prepare(
+            args.files, tokenizer, classes, folder, max_length=max_length,
+            class_field=args.class_field, skip_bad=args.skip_bad,
+            progress=report.Progress("tokenizing"),
+        )  # fmt: skip
+        print("\n".join(report.summary(found, classes, weights)))
+        if tokenizer.warning:
+            print(tokenizer.warning)
+        if context is None:
+            print(f"{args.model} has no config.json: the model's context is not known")
+        steps = data.pack(found.lengths, args.batch_tokens, args.ranks, seed=0, epoch=0)
+        fill = found.lengths.sum() / (len(steps) * args.ranks * args.batch_tokens)
+        shape = f"{args.ranks} x {args.batch_tokens:,} tokens"
+        print(
+            f"packing: {len(steps):,} steps of {shape}, {fill:.2%} full, "
+            f"conversations up to {max_length:,} tokens"
+        )
+        print("\n".join(report.weight_by_step(found, steps, classes, weights)))
+        print(f"\n{report.legend(sys.stdout.isatty())}\n")
+        for conversation in varied(found, args.show):
+            shown = report.preview(
+                found, conversation, tokenizer, classes, weights, sys.stdout.isatty()
+            )
+            print("\n".join(shown))
+        if args.draw:
+            bins = [b for step in steps for b in step]
+            conversations = first_of_all_classes(bins, found.index["source_class"])
+            batch = data.collate(found, conversations, weights)
+            of_class = found.index["source_class"][conversations].tolist()
+            draw_batch(args.draw, batch, of_class, classes, tokenizer)
+            print(f"drawn: {args.draw}")
+
+
+def varied(dataset, count):
+    """Indices of the first conversations of each class in turn."""
+    by_class = [
+        np.flatnonzero(dataset.index["source_class"] == c)
+        for c in range(dataset.index["source_class"].max() + 1)
+    ]
+    turns = [of[i] for i in range(count) for of in by_class if i < len(of)]
+    return turns[:count]
