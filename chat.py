@@ -223,7 +223,7 @@ class Export(NamedTuple):
 def read_crlft(folder):
     path = Path(folder) / "crlft.json"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8-sig"))
         weights = {name: float(weight) for name, weight in raw.get("weights", {}).items()}
         classes = loss.class_table(raw["classes"])
         return Export(classes, raw["conditioned"], weights, raw.get("most_answers", 0))
@@ -241,7 +241,7 @@ def ends_of(folder):
     """Tokens at which generation_config.json ends an answer; none where it is not there."""
     path = Path(folder) / "generation_config.json"
     try:
-        ends = json.loads(path.read_text(encoding="utf-8"))["eos_token_id"]
+        ends = json.loads(path.read_text(encoding="utf-8-sig"))["eos_token_id"]
     except FileNotFoundError:
         return []
     except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -62,7 +62,7 @@ def class_weights(classes, beta):
 def read_classes(path):
     """The class table of a JSON file: {"gpt4": {"condition": "GPT4", "reward": 1.0}, ...}."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return class_table(json.load(file, object_pairs_hook=_without_repeats))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

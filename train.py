@@ -284,7 +284,7 @@ def train(plan, ranks, out):
             seconds = time.perf_counter() - began
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
                 where = f"step {step}: loss {loss}, gradient norm {grad_norm}"
-                raise ValueError(where + not_finite(plan, ranks, bins, losses))
+                raise ValueError(where + not_finite(plan, ranks, step, bins, losses))
             stopped = signalled > 0
             log.step(step, bins, loss, lr, grad_norm, np.reshape(table, (4, -1)), seconds)
 
@@ -312,6 +312,8 @@ def evaluate_and_export(plan, ranks, llama, log, out, step, due):
         if table is None:
             return False
         log.evaluation(step, table)
+        if step == 0:
+            require_finite(table)
     if export_due:
         if ranks.asked_to_stop():  # it may take long, and the checkpoint is there
             return False
@@ -460,7 +462,7 @@ def update(optimizer, sums, lr, clip):
     optimizer.zero_grad()
 
 
-def not_finite(plan, ranks, bins, losses):
+def not_finite(plan, ranks, step, bins, losses):
     """What to say of a step with NaN or inf; every rank comes here, before the optimizer."""
     of_rank = torch.zeros(ranks.world, len(losses), dtype=torch.float64, device=ranks.device)
     of_rank[ranks.rank] = losses
@@ -469,10 +471,19 @@ def not_finite(plan, ranks, bins, losses):
     conversations = [c for b in bad or range(len(bins)) for c in bins[b]]
     where = "\n  ".join(plan.dataset.where(c) for c in conversations[:20])
     more = f"\n  ... and {len(conversations) - 20} more" if len(conversations) > 20 else ""
-    return (
-        ". The weights were not changed, the last checkpoint is untouched. Try a lower --lr, or "
-        f"look at the conversations of this batch:\n  {where}{more}"
-    )
+    advice = "The weights were not changed, nor the last checkpoint. Try a lower --lr, or look"
+    if step == 1 and plan.base:
+        advice = f"{BASE_IS_BROKEN}. Look"
+    return f". {advice} at the conversations of this batch:\n  {where}{more}"
+
+
+BASE_IS_BROKEN = "The weights of --model give it already"
+
+
+def require_finite(table):
+    """ValueError if an evaluation of the weights of --model gave NaN or infinity."""
+    if not np.isfinite(table).all():
+        raise ValueError(f"the loss on --eval-data is not finite. {BASE_IS_BROKEN}")
 
 
 # --------------------------------------------------------------------------------------- evaluation
@@ -505,6 +516,7 @@ def evaluate_alone(plan, ranks):
     llama, _ = build(plan, ranks)
     table = evaluate(plan, ranks, llama)
     ranks.say(report.evaluation(plan, table))
+    require_finite(table)
     return True
 
 

@@ -457,7 +457,7 @@ def read_exports(out):
 def read_export(folder):
     """crlft.json as describe_export writes it; None where there is no such file."""
     try:
-        export = json.loads((folder / "crlft.json").read_text())
+        export = json.loads((folder / "crlft.json").read_text(encoding="utf-8-sig"))
         return export if isinstance(export["steps"], int) and "checkpoint" in export else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -9,16 +9,23 @@ import struct
 import threading
 from pathlib import Path
 
+import lives
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import succeeds
+from processes import SUMS, succeeds
 from safetensors.torch import load_file, save_file
-from small import SIZES, config_of, make_random, random_llama
+from small import SIZES, config_of, export, make_random, random_llama
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
+import chat
+import data
+import loss
 import model
+import train
+from support.formats import Message
 from support.ranks import Ranks
 
 
@@ -970,3 +977,82 @@ def test_config_files_as_published_are_read(tmp_path, name, parameters):
     config = model.LlamaConfig.from_folder(tmp_path)
     assert config.parameter_count() == parameters
     assert config.sliding_window == REAL_CONFIGS[name].get("sliding_window")
+
+
+# ------------------------------------------------------------------------------- byte order marks
+
+BOM = b"\xef\xbb\xbf"
+
+
+def test_byte_order_marks_change_nothing_in_a_folder(many, tmp_path):
+    """Of every JSON file of an export in several files, and of an index."""
+    folder = tmp_path / "export"
+    shutil.copy(SUMS / "tokenizer.model", tmp_path)
+    tokenizer = data.Tokenizer(tmp_path)
+    export(random_llama(vocab_size=tokenizer.vocab_size), tokenizer, folder)
+    write_json(folder / "generation_config.json", {"eos_token_id": [2]})
+
+    def answers():
+        talker = chat.Chat(folder)
+        question = [Message("user", "1 + 2")]
+        return talker.answers([question], max_new_tokens=8), talker.stop, model.load(many)
+
+    plain = answers()
+    marked = [*folder.glob("*.json"), *many.glob("*.json")]
+    assert {path.name for path in marked} >= {"config.json", "crlft.json", "tokenizer_config.json",
+                                              "generation_config.json", model.INDEX}  # fmt: skip
+    for path in marked:
+        path.write_bytes(BOM + path.read_bytes())
+    assert answers()[:2] == plain[:2]
+
+
+def test_byte_order_marks_change_nothing_in_classes_and_flags(few, tmp_path, run):
+    """With Windows's ends of lines, as its editors write them."""
+    classes, flags_file = tmp_path / "classes.json", tmp_path / "flags.txt"
+    classes.write_bytes(BOM + json.dumps(CLASSES).encode())
+    assert loss.read_classes(classes) == loss.class_table(CLASSES)
+    flags_file.write_bytes(BOM + f"--model {SUMS}\r\n--data {few} --dry-run\r\n# end\r\n".encode())
+    config = train.parse_arguments([f"@{flags_file}", "--classes", str(classes)])
+    assert (config.model, config.data, config.dry_run) == (str(SUMS), [str(few)], True)
+
+
+CLASSES = {"gpt4": {"condition": "GPT4", "reward": 1.0}}
+
+
+# ------------------------------------------------------------------- a base that gives NaN already
+
+
+@pytest.fixture(scope="module")
+def nan(tmp_path_factory):
+    """A folder with NaN in one late layer, as an overflow would leave it."""
+    folder = lives.small_model(tmp_path_factory.mktemp("nan") / "nan", tied=False)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][0, 0] = math.nan
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def test_nan_in_the_base_is_said_before_the_first_step(nan, few, tmp_path):
+    """Found by the first step, or before it by the evaluation, whose line is JSON."""
+    words = "The weights of --model give it already"
+    settings = {"model": nan, "random_weights": None}
+    shown = processes.refused(processes.flags(few, tmp_path / "a", **settings), words, ranks=2)
+    assert "step 1: loss nan" in shown and f"{few}:" in shown and "--lr" not in shown
+    out = tmp_path / "b"
+    shown = processes.refused(processes.flags(few, out, **settings, eval_data=few), words)
+    assert "step 1" not in shown and "the loss on --eval-data is not finite" in shown
+
+    def no_constant(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    (line,) = (out / "metrics.jsonl").read_text().splitlines()
+    line = json.loads(line, parse_constant=no_constant)
+    assert line["step"] == 0
+    assert [line["eval"][name]["loss"] for name in ("gpt4", "gpt3.5")] == [None, None]
+    assert [line["eval"][name]["tokens"] > 0 for name in ("gpt4", "gpt3.5")] == [True, True]
+
+
+def test_nan_in_what_is_only_evaluated_ends_with_1(nan, few):
+    flags = ["--evaluate", "--model", nan, "--eval-data", few]
+    shown = processes.refused(flags, "the loss on --eval-data is not finite")
+    assert "The weights of --model give it already" in shown
