@@ -223,7 +223,7 @@ def ends_of(folder):
     """Tokens at which generation_config.json ends an answer; none where it is not there."""
     path = Path(folder) / "generation_config.json"
     try:
-        ends = json.loads(path.read_text(encoding="utf-8"))["eos_token_id"]
+        ends = json.loads(path.read_text(encoding="utf-8-sig"))["eos_token_id"]
     except FileNotFoundError:
         return []
     except (ValueError, KeyError, TypeError, RecursionError) as error:

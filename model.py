@@ -1,6 +1,6 @@
 """Llama and Mistral in plain PyTorch over packed conversations, and their Hugging Face folders.
 
-Many conversations lie end to end in one row of T tokens; none sees another:
+A row of T tokens holds many conversations end to end; none sees another:
 
     tokens      [ a a a a b b c c c c c ]      (T,)
     positions   [ 0 1 2 3 0 1 0 1 2 3 4 ]      (T,)   each conversation starts at 0
@@ -16,7 +16,7 @@ import functools
 import inspect
 import json
 import math
-import os
+import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,16 +28,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-
-    # Since torch 2.12 grouped heads must be asked for; before, the argument does not exist.
-    GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-except ImportError:
-    varlen_attn = None
-
+# From torch 2.12 on grouped heads must be asked for; before, the argument does not exist.
+GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 # ------------------------------------------------------------------------------ configuration
 
@@ -48,32 +43,28 @@ ONLY_VALUE = {
     "mlp_bias": False,
     "attention_dropout": 0.0,
     "partial_rotary_factor": 1.0,
+    "rope_interleaved": False,
 }
-# Keys that do not change the logits.
-IGNORED = {"architectures", "auto_map", "dtype", "torch_dtype", "use_cache", "tokenizer_class"}
-IGNORED |= {"pad_token_id", "pretraining_tp", "transformers_version", "use_flash_attention_2"}
-IGNORED |= {"max_sequence_length", "unsloth_version", "unsloth_fixed"}
-# Keys of generation, and of a model's outputs, that transformers writes there as well.
-IGNORED |= {"temperature", "top_k", "top_p", "typical_p", "do_sample", "num_beams", "max_length"}
-IGNORED |= {"max_new_tokens", "min_length", "length_penalty", "repetition_penalty"}
-IGNORED |= {"no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "num_beam_groups"}
-IGNORED |= {"diversity_penalty", "early_stopping", "exponential_decay_length_penalty"}
-IGNORED |= {"num_return_sequences", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"}
-IGNORED |= {"forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values"}
-IGNORED |= {"output_attentions", "output_hidden_states", "output_scores", "return_dict"}
-IGNORED |= {"return_dict_in_generate", "id2label", "label2id", "problem_type"}
-# Bounds against a broken or hostile file; well above any published Llama.
-LARGEST = {
-    "hidden_size": 1 << 16,
-    "intermediate_size": 1 << 18,
-    "num_hidden_layers": 1000,
-    "num_attention_heads": 1024,
-    "num_key_value_heads": 1024,
-    "head_dim": 1024,
-    "vocab_size": 1 << 22,
-    "max_position_embeddings": 1 << 30,
-}
-LARGEST_NUMBER = 1e30  # of those that are not sizes
+# Keys that do not change the logits: of files and the tools that wrote them, of training, of
+# generation, and of the other kinds of models that transformers describes in this file.
+IGNORED = set(
+    """
+    add_cross_attention architectures attn_implementation auto_map bad_words_ids
+    begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size
+    decoder_start_token_id diversity_penalty do_sample dtype early_stopping
+    encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id id2label is_decoder is_encoder_decoder is_llama_config
+    label2id length_penalty max_length max_new_tokens max_sequence_length min_length
+    neftune_noise_alpha no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
+    problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate
+    sep_token_id summary_activation summary_first_dropout summary_proj_to_labels summary_type
+    summary_use_proj suppress_tokens task_specific_params temperature tf_legacy_loss
+    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
+    transformers.js_config transformers_version typical_p unsloth_fixed unsloth_version
+    use_bfloat16 use_cache use_flash_attention_2
+    """.split()  # noqa: SIM905
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,37 +92,34 @@ class LlamaConfig:
     @classmethod
     def from_folder(cls, folder):
         """Read `folder`/config.json; ValueError names what is missing or not implemented."""
+        check_folder(folder)
         path = Path(folder) / "config.json"
+        if not path.exists():
+            raise ValueError(f"{path}: not found; --model needs a Hugging Face folder")
+        raw = read_json(path)
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ValueError(f"{path}: not found; --model needs a Hugging Face folder") from None
-        except (ValueError, RecursionError, OSError) as error:
-            raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
-        if not isinstance(raw, dict):
-            raise ValueError(f"{path}: must hold a JSON object, not {type(raw).__name__}")
-        try:
-            return cls(**_implemented(dict(raw)))
+            return cls(**_implemented(raw))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from None
 
     def __post_init__(self):
-        for name, largest in LARGEST.items():
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= largest:
-                raise ValueError(f"{name} must be a whole number, 1 to {largest}, not {value!r}")
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if field.type is int and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+            if field.type is float and not _is_positive(value):
+                raise ValueError(f"{name} must be a positive number, not {value!r}")
+            if field.type is bool and type(value) is not bool:
+                raise ValueError(f"{name} must be true or false, not {value!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, not {self.head_dim}")
-        for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
-            if not _is_positive(getattr(self, name)):
-                raise ValueError(f"{name} must be a positive number, not {getattr(self, name)!r}")
         window = self.sliding_window
         if window is not None and (type(window) is not int or window < 1):
             raise ValueError(f"sliding_window must be null or at least 1, not {window!r}")
-        if type(self.tie_word_embeddings) is not bool:
-            raise ValueError("tie_word_embeddings must be true or false")
+        if self.parameter_count() > 10**12:
+            raise ValueError(f"too large: its sizes make {self.parameter_count():,} parameters")
         rotary_frequencies(self, "cpu")  # raises on a scaling that is not implemented
 
     def to_json(self):
@@ -149,18 +137,18 @@ class LlamaConfig:
 
 
 def _is_positive(value):
-    return type(value) in (int, float) and 0 < value <= LARGEST_NUMBER
+    return type(value) in (int, float) and 0 < value <= 1e30
 
 
 def _implemented(raw):
-    """config.json's keys as LlamaConfig arguments; ValueError for what the code lacks."""
+    """config.json's keys as LlamaConfig arguments; ValueError names what is not implemented."""
     model_type = raw.setdefault("model_type", "llama")
     if model_type not in ("llama", "mistral"):
         raise ValueError(f"model_type {model_type!r} is not implemented (llama, mistral)")
     for key, value in ONLY_VALUE.items():
-        if raw.pop(key, value) != value:
+        if raw.pop(key, None) not in (None, value):
             raise ValueError(f"{key} other than {value!r} is not implemented")
-    # transformers 5 holds theta and scaling in one, and that theta wins over one outside.
+    # transformers 5 has theta and scaling in one object, whose theta wins over one outside.
     new_rope = raw.pop("rope_parameters", None)
     rope = raw.get("rope_scaling") or new_rope or {}
     if not isinstance(rope, dict):
@@ -187,7 +175,7 @@ def _implemented(raw):
     if lacking:
         raise ValueError(f"lacks {', '.join(sorted(lacking))}")
     known = {field.name for field in fields}
-    asked = [key for key, value in raw.items() if value not in (None, False) and key[0:1] != "_"]
+    asked = [key for key, value in raw.items() if value and not key.startswith("_")]
     unknown = [key for key in asked if key not in known | IGNORED]
     if unknown:
         raise ValueError(
@@ -206,15 +194,11 @@ class Llama(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.recompute = 0  # blocks whose activations are computed again in backward
-        blocks = [Block(config) for _ in range(config.num_hidden_layers)]
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-                "layers": nn.ModuleList(blocks),
-                "norm": nn.RMSNorm(config.hidden_size, config.rms_norm_eps),
-            }
-        )
+        self.recompute = 0  # blocks that recompute their activations in backward
+        self.model = nn.ModuleDict()
+        self.model["embed_tokens"] = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model["layers"] = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.model["norm"] = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -223,10 +207,10 @@ class Llama(nn.Module):
     ):
         """Logits (T, V), or what `objective(hidden (N, D), lm_head weight (V, D))` returns.
 
-        tokens (T,) and positions (T,) int64, cu_seqlens (B+1,) int32. `rows` (N,) int64 picks the
-        positions that reach the final norm and the head (all T without it). `max_seqlen` bounds
-        the length of a conversation (T without it). `attend`, one callable a layer, replaces the
-        attention over the packed tokens, as a key-value cache does.
+        tokens (T,) and positions (T,) int64, cu_seqlens (B+1,) int32. `rows` (N,) int64: the
+        positions that reach the final norm and the head (default: all T). `max_seqlen`: at least
+        the longest conversation (default: T). `attend`: one callable per layer, instead of the
+        attention over packed conversations, such as a key-value cache.
 
         The objective runs here, inside the root's forward: under FSDP the gradient of a sharded
         lm_head used anywhere else is never reduced over the ranks, without any error.
@@ -238,9 +222,8 @@ class Llama(nn.Module):
         hidden = self.model.embed_tokens(tokens)  # (T, D)
         for index, block in enumerate(self.model.layers):
             if self.training and index < self.recompute:
-                hidden = recomputed(block, hidden, rotary, attend[index])
-            else:
-                hidden = block(hidden, rotary, attend[index])
+                block = functools.partial(checkpoint, block, **RECOMPUTE)
+            hidden = block(hidden, rotary, attend[index])
         if rows is not None:
             hidden = hidden.index_select(0, rows)  # (N, D)
         hidden = self.model.norm(hidden)
@@ -249,8 +232,7 @@ class Llama(nn.Module):
         return F.linear(hidden, weight) if objective is None else objective(hidden, weight)
 
 
-# Nothing in a block is random: no generator's state is kept for the second time.
-recomputed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+RECOMPUTE = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in a block is random
 
 
 class Block(nn.Module):
@@ -267,7 +249,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention with H query heads over K key-value heads (GQA; MHA where H = K)."""
+    """Causal attention with H query heads over K key-value heads (GQA; MHA if H = K)."""
 
     def __init__(self, config):
         super().__init__()
@@ -302,8 +284,7 @@ class PackedAttention:
     """Causal attention within each conversation of a packed row; called with q, k, v of a layer.
 
     On CUDA in half precision, torch's varlen_attn, which is FlashAttention. Elsewhere conversations
-    of similar length are padded at the end to a rectangle, where a causal mask alone keeps the
-    padding unseen.
+    of similar length are padded at the end to a rectangle: there causality hides the padding.
     """
 
     def __init__(self, cu_seqlens, max_seqlen, sliding_window):
@@ -318,7 +299,7 @@ class PackedAttention:
         return self.attend_rectangles(q, k, v)
 
     def attend_varlen(self, q, k, v):
-        # (left, right): how many tokens besides itself a token sees on either side.
+        # (left, right): how many tokens a token sees on either side of itself.
         left = -1 if self.sliding_window is None else self.sliding_window - 1
         head_dim, longest, offsets = q.shape[-1], self.max_seqlen or len(q), self.cu_seqlens
         options = {"window_size": (left, 0), "scale": head_dim**-0.5} | GQA
@@ -327,7 +308,7 @@ class PackedAttention:
         out = varlen_attn(q, k, v, offsets, offsets, longest, longest, **options)
         return out[..., :head_dim]
 
-    @torch.compiler.disable  # its shapes follow the conversations' lengths
+    @torch.compiler.disable  # its shapes depend on the conversations' lengths
     def attend_rectangles(self, q, k, v):
         if self.rectangles is None:  # made once for all layers
             self.rectangles = rectangles(self.cu_seqlens)
@@ -346,14 +327,14 @@ class PackedAttention:
 
 
 def flash_takes(head_dim):
-    """Can varlen_attn attend with heads so wide? FlashAttention 2 ends at 256."""
-    return varlen_attn is not None and head_dim <= 256
+    """Does FlashAttention 2 support heads of this size?"""
+    return head_dim <= 256
 
 
 def rectangles(cu_seqlens):
     """Conversations grouped by length, within a factor of two: [(index, valid), ...].
 
-    index (B, L): the token at each cell, padding repeating the last; valid (B, L): no padding.
+    index (B, L): the token in each cell, padded with the last one; valid (B, L): not padding.
     """
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     groups = []
@@ -367,7 +348,7 @@ def rectangles(cu_seqlens):
 
 
 def sliding_mask(length, window, device):
-    """(L, L) boolean: token i sees j with i - window < j <= i; None where causality is enough."""
+    """(L, L) boolean: token i sees j with i - window < j <= i; None if causality is enough."""
     if window is None or length <= window:
         return None
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
@@ -375,42 +356,38 @@ def sliding_mask(length, window, device):
 
 
 def rotary_embedding(config, positions):
-    """cos and sin (T, 1, E) float32, each angle twice: once for either half of a head."""
+    """cos and sin (T, 1, E) float32, each angle twice: once for each half of a head."""
     angles = positions[:, None].float() * rotary_frequencies(config, positions.device)  # (T, E/2)
     angles = torch.cat([angles, angles], dim=-1)[:, None]
     return angles.cos(), angles.sin()
 
 
 def rotary_frequencies(config, device):
-    """Radians a position (E/2,) of each pair of head dimensions, after rope_scaling."""
+    """Radians per position (E/2,) of each pair of head dimensions, after rope_scaling."""
     exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponent
     scaling = config.rope_scaling or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return frequencies
-    if kind not in ("linear", "llama3"):
+    if kind not in ("default", "linear", "llama3"):
         raise ValueError(f"rope_scaling {kind!r} is not implemented (default, linear, llama3)")
-    needed = LLAMA3_KEYS if kind == "llama3" else ["factor"]
+    needed = [] if kind == "default" else ["factor"]
+    if kind == "llama3":
+        needed += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
     for key in needed:
         if not _is_positive(scaling.get(key)):
             raise ValueError(f"rope_scaling {kind!r} needs {key} as a positive number")
     if kind == "linear":
         return frequencies / scaling["factor"]
-    if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-        raise ValueError("rope_scaling 'llama3' needs high_freq_factor above low_freq_factor")
-    return _llama3(frequencies, *(scaling[key] for key in needed))
-
-
-LLAMA3_KEYS = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-
-
-def _llama3(frequencies, factor, low, high, original):
-    """Llama 3.1: waves longer than original/low positions are stretched, shorter than
-    original/high kept, between the two interpolated."""
-    turns = original * frequencies / (2 * math.pi)  # full turns within the original context
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequencies * (smooth + (1 - smooth) / factor)
+    if kind == "llama3":
+        # Waves longer than original/low positions are stretched, those shorter than original/high
+        # kept, and the two interpolated between.
+        factor, low, high, original = (scaling[key] for key in needed)
+        if low >= high:
+            raise ValueError("rope_scaling 'llama3' needs high_freq_factor above low_freq_factor")
+        turns = original * frequencies / (2 * math.pi)  # full turns within the original context
+        smooth = ((turns - low) / (high - low)).clamp(0, 1)
+        return frequencies * (smooth + (1 - smooth) / factor)
+    return frequencies
 
 
 def rotate(x, cos, sin):
@@ -423,7 +400,7 @@ def rotate(x, cos, sin):
 
 
 def load(folder, device="cpu", dtype=torch.float32):
-    """The Llama of a Hugging Face folder; ValueError lists whatever does not fit."""
+    """The Llama of a Hugging Face folder; ValueError lists everything that does not fit."""
     config = LlamaConfig.from_folder(folder)
     check_weights(folder, config)
     with torch.device("meta"):
@@ -433,8 +410,19 @@ def load(folder, device="cpu", dtype=torch.float32):
     return llama
 
 
+def check_folder(folder):
+    """ValueError unless `folder` is one; for a name on the Hugging Face hub, how to fetch it."""
+    if Path(folder).is_dir():
+        return
+    hint, on_hub = "", re.fullmatch(r"[\w.-]+/([\w.-]+)", str(folder))
+    if on_hub and not Path(folder).parent.is_dir():
+        local = on_hub[1]
+        hint = f"; fetch it with: hf download {folder} --local-dir {local}, then --model {local}"
+    raise ValueError(f"--model {folder}: no such folder{hint}")
+
+
 def has_weights(folder):
-    """Are there safetensors? ValueError where there are only pickled weights, never opened here."""
+    """Does `folder` hold safetensors? ValueError if it has only pickles, which are never opened."""
     folder = Path(folder)
     if any(folder.glob("*.safetensors")) or (folder / INDEX).exists():
         return True
@@ -443,26 +431,31 @@ def has_weights(folder):
     return False
 
 
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 def weight_files(folder):
-    """{tensor name: path}. An index may only name files that lie in its own folder."""
+    """{tensor name: path}. An index may only name files in its own folder."""
     folder, index = Path(folder), Path(folder) / INDEX
     if not index.exists():
-        path = folder / "model.safetensors"
-        with open_safetensors(path) as tensors:
-            return dict.fromkeys(tensors.keys(), path)
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        entries = [(str(name), str(file)) for name, file in weight_map.items()]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise ValueError(f"{index}: no readable weight_map: {error!r}") from None
+        with open_safetensors(folder / SINGLE) as tensors:
+            return dict.fromkeys(tensors.keys(), folder / SINGLE)
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index}: has no weight_map {{tensor: file}}")
+    entries = [(name, str(file)) for name, file in weight_map.items()]
     for name, file in entries:
         if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
             raise ValueError(f"{index}: {name} names {file!r}, which is not a file of this folder")
-    for file in sorted({file for _, file in entries}):
+    files = sorted({file for _, file in entries})
+    if SINGLE not in files and (folder / SINGLE).exists():  # readers differ in which they take
+        raise ValueError(
+            f"{folder}: holds two sets of weights, {SINGLE} and the {len(files)} files of {INDEX}; "
+            f"remove {SINGLE}, or the index with its files"
+        )
+    for file in files:
         with open_safetensors(folder / file) as tensors:
             listed = {name for name, of in entries if of == file}
             if listed != set(tensors.keys()):
@@ -494,10 +487,11 @@ def check_weights(folder, config, new_rows=0):
                 shape, dtype = view.get_shape(), view.get_dtype()
                 expected = wanted.get(name)
                 if expected is None:
-                    if not _is_redundant(name, config):
+                    # Old checkpoints store the rotary table; some tied ones store the head again.
+                    if not name.endswith("rotary_emb.inv_freq") and name != HEAD:
                         problems.append(f"unexpected {name} {shape}")
                     continue
-                if is_vocabulary(name):
+                if name in (EMBEDDING, HEAD):
                     expected = [expected[0] - new_rows, *expected[1:]]
                 if shape != expected:
                     problems.append(f"{name} is {shape}, config.json makes it {expected}")
@@ -506,92 +500,87 @@ def check_weights(folder, config, new_rows=0):
     if problems:
         shown = "\n  ".join(problems[:50])
         raise ValueError(f"{folder}: {len(problems)} tensors do not fit config.json:\n  {shown}")
+    if config.tie_word_embeddings and HEAD in files and not _same_rows(files, EMBEDDING, HEAD):
+        raise ValueError(
+            f"{folder}: config.json ties the embeddings (tie_word_embeddings), but {HEAD} differs "
+            f"from {EMBEDDING}; remove the tensor, or set tie_word_embeddings to false to train it"
+        )
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # (V, D) each
+
+
+def _same_rows(files, *names):
+    """Do two tensors hold the same numbers? Read a part at a time."""
+    with open_safetensors(files[names[0]]) as one, open_safetensors(files[names[1]]) as other:
+        a, b = one.get_slice(names[0]), other.get_slice(names[1])
+        return a.get_shape() == b.get_shape() and all(
+            torch.allclose(a[i : i + 4096].float(), b[i : i + 4096].float(), 0, 0, equal_nan=True)
+            for i in range(0, a.get_shape()[0], 4096)
+        )
 
 
 def untrained(folder, tokens):
-    """Those of `tokens` that a checkpoint never trained, as a row of its embedding shows.
+    """Those of `tokens` that the checkpoint never trained, by their rows of its embedding.
 
-    What never comes up is left to weight decay, so near zero: in Llama 3's base models a turn's
-    tokens are. Trained rows are about as far from each other as they are long; the bound is 1 % of
-    a usual length. A row that stayed as it was drawn does not show. The head does not tell: what
-    begins a turn is read but never learned, so its head rows stay alike in a trained model too.
+    Their rows are near zero or equal to another's (within 1 % of the median norm), as those of the
+    turn tokens in Llama 3's base models. A row that kept its random start is not detected. The
+    head cannot tell: a token that only begins a turn is never a target in a trained model either.
     """
-    name = "model.embed_tokens.weight"
-    with open_safetensors(weight_files(folder)[name]) as file:
-        view = file.get_slice(name)
+    with open_safetensors(weight_files(folder)[EMBEDDING]) as file:
+        view = file.get_slice(EMBEDDING)
         usual = view[:1024].float().norm(dim=1).median()
         rows = {t: view[t : t + 1].float() for t in tokens if t < view.get_shape()[0]}
-    found = set()
-    for token, row in rows.items():
-        others = [torch.zeros_like(row), *(rows[t] for t in rows if t != token)]
-        if min((row - other).norm() for other in others) < 0.01 * usual:
-            found.add(token)
-    return sorted(found)
+
+    def distance(token):  # to the nearest of the other rows, and to zero
+        others = [rows[t] for t in rows if t != token]
+        return min((rows[token] - other).norm() for other in [0, *others])
+
+    return sorted(token for token in rows if distance(token) < 0.01 * usual)
 
 
 def fingerprint(folder):
-    """8 hex digits that tell the weights of one folder from another's, however split into files."""
-
-    def line_of(name):
-        tensor = file.get_tensor(name)
-        return f"{name} {tensor.dtype} {list(tensor.shape)} {checksum(tensor)}"
-
+    """8 hex digits from each tensor's name, dtype, shape and three rows, in whatever files."""
     lines = []
     for path in set(weight_files(folder).values()):
-        with open_safetensors(path) as file, ThreadPoolExecutor(READERS) as pool:
-            lines += pool.map(line_of, file.keys())
+        with open_safetensors(path) as file:
+            for name in file.keys():  # noqa: SIM118
+                view = file.get_slice(name)
+                shape = view.get_shape()
+                rows = torch.cat([view[i : i + 1] for i in (0, shape[0] // 2, shape[0] - 1)])
+                lines.append(f"{name} {view.get_dtype()} {shape} {checksum(rows)}")
     return f"{zlib.crc32(chr(10).join(sorted(lines)).encode()):08x}"
 
 
 def checksum(tensor):
-    """CRC-32 of a CPU tensor's bytes; zlib lets go of the interpreter's lock meanwhile."""
+    """CRC-32 of a CPU tensor's bytes; zlib releases the interpreter's lock meanwhile."""
     return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def is_vocabulary(name):
-    return name in ("model.embed_tokens.weight", "lm_head.weight")
-
-
-def _is_redundant(name, config):
-    # Old checkpoints store the rotary table; some tied ones store the head again.
-    tied_head = config.tie_word_embeddings and name == "lm_head.weight"
-    return name.endswith("rotary_emb.inv_freq") or tied_head
-
-
 @torch.no_grad()
-def fill_parameters(llama, folder, new_rows=0, new_tokens=(), ordinary=None):
-    """Copy a checked folder into `llama`; a sharded parameter reads its own rows alone.
+def fill_parameters(llama, folder, new_rows=0, new_tokens=(), ordinary_rows=None):
+    """Copy a checked folder into `llama`; each rank reads only its own rows.
 
     The last `new_rows` of the vocabulary, which the files lack, and the rows `new_tokens`, which
-    they may hold as padding or untrained, become the mean of the first `ordinary` rows (without it
-    of those before them): float32, summed in float64 so that it is the same for any number of
-    ranks.
+    they may hold as padding or untrained, become the mean of the first `ordinary_rows` (default:
+    all before them): float32, summed in float64 so that it is the same for any number of ranks.
     """
     files, parameters = weight_files(folder), dict(llama.named_parameters())
-    paths = sorted(set(files.values()))
-    # Files and float32 parameters may fill the host: then what is read leaves its page cache.
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    scarce = memory < 4 * sum(path.stat().st_size for path in paths)
-    for path in paths:
+    for path in sorted(set(files.values())):
         read_rows(path, {name: p for name, p in parameters.items() if files[name] == path})
-        if scarce:
-            _drop_from_page_cache(path)
-    for name, parameter in parameters.items():
-        if is_vocabulary(name) and (new_rows or new_tokens):
-            _fill_new_rows(parameter, new_rows, new_tokens, ordinary)
-
-
-READERS = 4  # threads, so that the disk has several requests at hand
+    for name in (EMBEDDING, HEAD):
+        if name in parameters and (new_rows or new_tokens):
+            _fill_new_rows(parameters[name], new_rows, new_tokens, ordinary_rows)
 
 
 def read_rows(path, tensors, first_rows=None):
     """Copy into each of `tensors`, by name, those of its rows that a safetensors file holds.
 
-    A sharded tensor takes the rows of this rank. `first_rows` {name: row} says where the file's
-    part of a tensor begins, as in a checkpoint; without it the file holds whole tensors.
+    A sharded tensor takes this rank's rows. `first_rows` {name: row} says where the file's part of
+    a tensor begins, as in a checkpoint; without it the file holds whole tensors.
     """
 
-    @torch.no_grad()  # a setting of each thread, and these are new ones
+    @torch.no_grad()  # is set per thread, and these are new ones
     def read(name):
         view, tensor = file.get_slice(name), tensors[name]
         low, high = local_rows(tensor)
@@ -601,27 +590,19 @@ def read_rows(path, tensors, first_rows=None):
             rows = view[begin - first : end - first]
             local_tensor(tensor)[begin - low : end - low].copy_(rows)
 
-    with open_safetensors(path) as file, ThreadPoolExecutor(READERS) as pool:
+    with open_safetensors(path) as file, ThreadPoolExecutor(4) as pool:  # keeps the disk busy
         list(pool.map(read, tensors))
 
 
-def _drop_from_page_cache(path):
-    if hasattr(os, "posix_fadvise"):  # not on macOS
-        with open(path, "rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _fill_new_rows(parameter, new_rows, new_tokens, ordinary):
-    low, high = local_rows(parameter)
-    local, old = local_tensor(parameter), parameter.shape[0] - new_rows
-    known = min([old, *new_tokens]) if ordinary is None else min(old, ordinary)
+def _fill_new_rows(parameter, new_rows, new_tokens, ordinary_rows):
+    count = parameter.shape[0]
+    filled = {*new_tokens, *range(count - new_rows, count)}
+    known = min(filled) if ordinary_rows is None else min(ordinary_rows, count - new_rows)
+    (low, high), local = local_rows(parameter), local_tensor(parameter)
     total = local[: max(0, known - low)].sum(0, dtype=torch.float64)
     if isinstance(parameter, DTensor):
         dist.all_reduce(total, group=_shard_group(parameter))
-    local[max(0, old - low) :] = total / known
-    for token in new_tokens:
-        if low <= token < high:
-            local[token - low] = total / known
+    local[[row - low for row in filled if low <= row < high]] = (total / known).to(local.dtype)
 
 
 @torch.no_grad()
@@ -654,7 +635,7 @@ def _shard_group(parameter):
 
 
 def local_rows(parameter):
-    """(low, high): the rows of dimension 0 that this rank holds; all of them when not sharded."""
+    """(low, high): this rank's rows of dimension 0; all of them if it is not sharded."""
     rows = parameter.shape[0]
     if not isinstance(parameter, DTensor):
         return 0, rows
@@ -669,14 +650,16 @@ def save(llama, folder, dtype=None, shard_bytes=5 << 30):
     """Write config.json and safetensors of at most `shard_bytes` each, indexed when several.
 
     With a sharded model every rank must call it; rank 0 gathers one parameter at a time and
-    writes. Tensors are stored as `dtype`, without it in the parameters' own. A failed write
-    raises only after the gathering, for which the other ranks are needed.
+    writes. Tensors are stored as `dtype` (default: that of the parameters). A failed write
+    raises only after the gathering, in which the other ranks take part.
     """
     folder, parameters = Path(folder), dict(llama.named_parameters())
     first = not dist.is_initialized() or dist.get_rank() == 0
     dtype = dtype or next(iter(parameters.values())).dtype
-    files, failure = shard_files(parameters, dtype, shard_bytes), None
-    for file, names in files.items():
+    shards, failure = split(parameters, dtype, shard_bytes), None
+    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    files = files if len(shards) > 1 else [SINGLE]
+    for file, names in zip(files, shards, strict=True):
         tensors = {}
         for name in names:
             parameter = parameters[name]
@@ -687,7 +670,7 @@ def save(llama, folder, dtype=None, shard_bytes=5 << 30):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 save_file(tensors, folder / file, metadata={"format": "pt"})
-                # safetensors writes for the owner alone: as readable as the folder is, instead.
+                # safetensors makes files that only the owner may read: use the folder's mode.
                 (folder / file).chmod(folder.stat().st_mode & 0o666)
             except (OSError, SafetensorError) as error:
                 failure = OSError(f"{folder / file}: {error}")
@@ -698,21 +681,12 @@ def save(llama, folder, dtype=None, shard_bytes=5 << 30):
         write_json(folder / "config.json", described)
     if first and len(files) > 1:
         size = sum(p.numel() for p in parameters.values()) * dtype.itemsize
-        weight_map = {name: file for file, names in files.items() for name in names}
+        weight_map = {n: file for file, names in zip(files, shards, strict=True) for n in names}
         write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
-def shard_files(parameters, dtype, shard_bytes):
-    """{file name: names of its tensors}, in order, each file at most `shard_bytes` if it can be."""
-    shards = split(parameters, dtype, shard_bytes)
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    count = len(shards)
-    return {f"model-{i:05d}-of-{count:05d}.safetensors": s for i, s in enumerate(shards, start=1)}
-
-
 def split(tensors, dtype, most):
-    """Their names in lists, in order, each of at most `most` bytes if it can be."""
+    """Their names in lists, in order, each list at most `most` bytes unless it is one tensor."""
     lists, filled = [[]], 0
     for name, tensor in tensors.items():
         size = tensor.numel() * dtype.itemsize
@@ -722,6 +696,17 @@ def split(tensors, dtype, most):
         lists[-1].append(name)
         filled += size
     return lists
+
+
+def read_json(path):
+    """The JSON object of a file, which may begin with a byte order mark."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: must hold a JSON object, not {type(value).__name__}")
+    return value
 
 
 def write_json(path, value):

@@ -267,7 +267,7 @@ def train(plan, ranks, out):
             seconds = time.perf_counter() - began
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
                 where = f"step {step}: loss {loss}, gradient norm {grad_norm}"
-                raise ValueError(where + not_finite(plan, ranks, bins, of_batches))
+                raise ValueError(where + not_finite(plan, ranks, step, bins, of_batches))
             log.step(step, bins, loss, lr, grad_norm, table, seconds)
 
             # Once in a while: save, evaluate, export.
@@ -472,7 +472,7 @@ def clip_and_update(optimizer, sums, lr, clip):
     optimizer.zero_grad()
 
 
-def not_finite(plan, ranks, bins, of_batches):
+def not_finite(plan, ranks, step, bins, of_batches):
     """The conversations behind a NaN or inf, for the error; every rank must call it."""
     of_rank = torch.zeros(ranks.world, len(of_batches), dtype=torch.float64, device=ranks.device)
     of_rank[ranks.rank] = of_batches
@@ -481,10 +481,19 @@ def not_finite(plan, ranks, bins, of_batches):
     conversations = [c for b in bad or range(len(bins)) for c in bins[b]]
     where = "\n  ".join(plan.dataset.where(c) for c in conversations[:20])
     more = f"\n  ... and {len(conversations) - 20} more" if len(conversations) > 20 else ""
-    return (
-        ". The weights were not changed, the last checkpoint is untouched. Try a lower --lr, or "
-        f"look at the conversations of this batch:\n  {where}{more}"
-    )
+    advice = "The weights were not changed, nor the last checkpoint. Try a lower --lr, or look"
+    if step == 1 and plan.base:
+        advice = f"{BASE_IS_BROKEN}. Look"
+    return f". {advice} at the conversations of this batch:\n  {where}{more}"
+
+
+BASE_IS_BROKEN = "The weights of --model give it already"
+
+
+def require_finite(table):
+    """ValueError if an evaluation of the weights of --model gave NaN or infinity."""
+    if not np.isfinite(table["loss"]).all():
+        raise ValueError(f"the loss on --eval-data is not finite. {BASE_IS_BROKEN}")
 
 
 # --------------------------------------------------------------------------------------- evaluation
@@ -517,6 +526,7 @@ def evaluate_alone(plan, ranks):
     llama, _ = build(plan, ranks)
     table = evaluate(plan, ranks, llama)
     ranks.say(report.evaluation(plan, table))
+    require_finite(table)
     return True
 
 

@@ -54,7 +54,7 @@ def read_export(folder):
     """The Export in a folder, None without crlft.json; ValueError if that cannot be read."""
     path = Path(folder) / "crlft.json"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8-sig"))
         weights = {name: float(weight) for name, weight in raw.get("weights", {}).items()}
         numbers = raw.get("steps"), raw.get("config", {}).get("max_length")
         if not all(isinstance(number, int | None) for number in numbers):

@@ -14,7 +14,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
-        self.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+        self.convert_arg_line_to_args = lambda line: shlex.split(
+            line.removeprefix("\ufeff"), comments=True
+        )
 
     def parse_args(self, arguments=None):
         arguments = sys.argv[1:] if arguments is None else arguments

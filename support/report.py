@@ -396,6 +396,7 @@ class Log:
 
     def write(self, line):
         """Append a line; on a full disk it waits for the next, and training goes on."""
+        line = json.loads(json.dumps(line), parse_constant=lambda _: None)  # NaN is not JSON
         self.unwritten += json.dumps(line).encode() + b"\n"
         try:
             self.unwritten = self.unwritten[self.file.write(self.unwritten) :]

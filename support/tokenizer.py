@@ -90,7 +90,7 @@ class Tokenizer:
         """A JSON file of the folder; {} where it has none."""
         path = self.folder / file
         try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            return json.loads(path.read_text(encoding="utf-8-sig")) if path.exists() else {}
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: cannot be read: {error!r}") from None
 

@@ -2,22 +2,30 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import struct
 import threading
 from pathlib import Path
 
+import lives
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import succeeds
+from processes import SUMS, succeeds
 from safetensors.torch import load_file, save_file
-from small import SIZES, config_of, make_random, random_llama
+from small import SIZES, config_of, export, make_random, random_llama
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
+import chat
+import data
+import loss
 import model
+import train
+from support.formats import Message
 from support.ranks import Ranks
 
 
@@ -113,17 +121,6 @@ def test_sharded_folders_go_both_ways(tmp_path):
     readable = (tmp_path / "ours").stat().st_mode & 0o666
     assert {file.st_mode & 0o777 for file in files} == {readable}
     assert_same_logits(llama, opened_by_transformers(tmp_path / "ours"))
-
-
-def test_where_memory_is_scarce_files_leave_the_page_cache_and_load_the_same(tmp_path, monkeypatch):
-    theirs = transformers_folder(tmp_path, max_shard_size="20KB")
-    dropped, drop = [], model._drop_from_page_cache
-    monkeypatch.setattr(model, "_drop_from_page_cache", lambda p: dropped.append(p) or drop(p))
-    model.load(tmp_path)
-    assert not dropped
-    monkeypatch.setattr(model.os, "sysconf", lambda name: 1)
-    assert_same_logits(model.load(tmp_path), theirs)
-    assert dropped == sorted(tmp_path.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("key", ["rope_type", "type"])
@@ -432,7 +429,7 @@ def load_sharded(arguments):
         names = ("replicate", "shard")[-torch.tensor(mesh).dim() :]
         llama = sharded(DeviceMesh("cpu", torch.tensor(mesh), mesh_dim_names=names))
         Counted.read = 0
-        model.fill_parameters(llama, folder, new_rows=60, new_tokens=[3], ordinary=50)
+        model.fill_parameters(llama, folder, new_rows=60, new_tokens=[3], ordinary_rows=50)
         full = {key: p.full_tensor().detach().clone() for key, p in llama.named_parameters()}
         held = sum(p.to_local().numel() for p in llama.parameters()) * 4
         result = {"read": torch.tensor(Counted.read), "held": torch.tensor(held)}
@@ -502,6 +499,8 @@ NOT_IMPLEMENTED = [
     ({"hidden_act": "gelu"}, "hidden_act other than 'silu' is not implemented"),
     ({"attention_dropout": 0.1}, "attention_dropout other than 0.0 is not implemented"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor other than 1.0 is not implemented"),
+    ({"rope_interleaved": True}, "rope_interleaved other than False is not implemented"),
+    ({"pruned_heads": {"0": [1]}}, "asks for pruned_heads, which is not implemented"),
     ({"model_type": "qwen2"}, "model_type 'qwen2' is not implemented (llama, mistral)"),
     ({"model_type": ["llama"]}, "model_type ['llama'] is not implemented"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling 'yarn' is not"),
@@ -513,13 +512,13 @@ NOT_IMPLEMENTED = [
     ({"no_such_key": 1}, "if it does not change the network, remove it"),
 ]
 WRONG = [
-    ({"hidden_size": 1 << 40}, "hidden_size must be a whole number, 1 to 65536, not 1099511627776"),
-    ({"vocab_size": 10**12}, "vocab_size must be a whole number"),
-    ({"num_hidden_layers": 10**9}, "num_hidden_layers must be a whole number, 1 to 1000"),
+    ({"hidden_size": 1 << 40}, "too large: its sizes make "),
+    ({"vocab_size": 10**12}, "too large: its sizes make 64,000,000,023,264 parameters"),
+    ({"num_hidden_layers": 10**9}, "too large: its sizes make "),
     ({"num_hidden_layers": 0}, "num_hidden_layers must be a whole number"),
     ({"intermediate_size": -1}, "intermediate_size must be a whole number"),
     ({"max_position_embeddings": "2048"}, "max_position_embeddings must be a whole number"),
-    ({"vocab_size": 51.0}, "vocab_size must be a whole number, 1 to 4194304, not 51.0"),
+    ({"vocab_size": 51.0}, "vocab_size must be a whole number of at least 1, not 51.0"),
     ({"num_attention_heads": True}, "must be a whole number"),
     ({"num_attention_heads": None}, "num_attention_heads must be a whole number"),
     ({"num_attention_heads": 3}, "hidden_size must be a multiple of num_attention_heads"),
@@ -556,17 +555,36 @@ def test_a_config_that_cannot_be_run_is_refused_by_name(change, message, tmp_pat
     assert message in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    "extra",
-    [
-        {"unsloth_version": "2024.11.7", "unsloth_fixed": True},
-        {"max_sequence_length": 512, "tokenizer_class": "LlamaTokenizer"},
-        {"use_flash_attention_2": True, "temperature": 0.6, "top_p": 0.9, "do_sample": True},
-        {"id2label": {"0": "LABEL_0"}, "return_dict": True, "chunk_size_feed_forward": 0},
-    ],
-)
-def test_config_keys_that_change_nothing_pass(extra, tmp_path):
-    write_json(tmp_path / "config.json", RAW | extra)
+HARMLESS = {
+    "SmolLM2": {"is_llama_config": True, "rope_interleaved": False, "rope_scaling": None},
+    "SmolLM2 Instruct": {"transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}}},
+    "Unsloth": {"unsloth_version": "2024.11.7", "unsloth_fixed": True, "max_sequence_length": 512},
+    "generation": {"temperature": 0.6, "top_p": 0.9, "do_sample": True, "prefix": "Say"},
+    "loading": {"use_flash_attention_2": True, "attn_implementation": "eager", "torchscript": True},
+    "training": {"neftune_noise_alpha": 5, "use_bfloat16": True, "finetuning_task": "chat"},
+    "tokens": {"sep_token_id": 3, "decoder_start_token_id": 1, "tokenizer_class": "LlamaTokenizer"},
+    "kinds": {"is_decoder": True, "is_encoder_decoder": True, "add_cross_attention": True},
+    "encoders": {"tie_encoder_decoder": True, "cross_attention_hidden_size": 8},
+    "outputs": {"id2label": {"0": "LABEL_0"}, "return_dict": True, "chunk_size_feed_forward": 2},
+    "summaries": {"summary_type": "first", "summary_use_proj": True, "summary_activation": "tanh",
+                  "summary_first_dropout": 0.1, "summary_proj_to_labels": True},
+    "old": {"task_specific_params": {"a": 1}, "tf_legacy_loss": True, "pruned_heads": {}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_config_keys_that_change_nothing_pass_as_in_transformers(name, good, tmp_path):
+    folder = shutil.copytree(good[0], tmp_path / "folder")
+    raw = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", raw | HARMLESS[name])
+    llama = model.load(folder)
+    assert llama.config == config_of()
+    assert_same_logits(llama, opened_by_transformers(folder))
+
+
+@pytest.mark.parametrize("key", model.ONLY_VALUE)
+def test_null_is_the_only_value_too(key, tmp_path):
+    write_json(tmp_path / "config.json", RAW | {key: None})
     assert model.LlamaConfig.from_folder(tmp_path) == config_of()
 
 
@@ -593,6 +611,34 @@ def test_a_config_that_is_no_json_object_is_refused(content, message, tmp_path):
 def test_a_folder_without_config_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not found; --model needs a Hugging Face folder"):
         model.LlamaConfig.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M",
+         "; fetch it with: hf download HuggingFaceTB/SmolLM2-135M --local-dir SmolLM2-135M, "
+         "then --model SmolLM2-135M"),
+        ("openchat/openchat_3.5",
+         "; fetch it with: hf download openchat/openchat_3.5 --local-dir openchat_3.5, "
+         "then --model openchat_3.5"),
+        ("here/model", ""),  # below a folder that is here: a path
+        ("./openchat", ""),
+        ("/a/b", ""),
+        ("a/b/c", ""),
+        ("gone", ""),
+        ("here/file", ""),
+    ],
+)  # fmt: skip
+def test_a_model_that_is_no_folder_is_said_and_how_to_fetch_one_of_the_hub(
+    name, hint, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "file").write_text("")
+    with pytest.raises(ValueError) as refused:
+        model.LlamaConfig.from_folder(name)
+    assert str(refused.value) == f"--model {name}: no such folder{hint}"
 
 
 # ------------------------------------------------------------------------- weights that are wrong
@@ -654,6 +700,54 @@ def test_what_old_checkpoints_store_twice_is_no_error(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     text = packed([9])
     assert torch.equal(model.load(tmp_path)(*text), llama(*text))
+
+
+@pytest.mark.parametrize("value", [0.25, math.nan])
+def test_tied_embeddings_with_a_different_head_are_refused(value, tmp_path):
+    llama = random_llama(tie_word_embeddings=True)
+    model.save(llama, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    head = tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    head[-1, -1] = value  # the last of all numbers
+    save_file(tensors, tmp_path / "model.safetensors")
+    message = refused(tmp_path)
+    assert "lm_head.weight differs from model.embed_tokens.weight; remove the tensor, or" in message
+    raw = json.loads((tmp_path / "config.json").read_text())
+    write_json(tmp_path / "config.json", raw | {"tie_word_embeddings": False})
+    loaded = model.load(tmp_path)  # as the error says
+    assert torch.equal(loaded.lm_head.weight[:-1], head[:-1])
+
+
+def test_tied_embeddings_with_nan_are_the_same_as_their_copy(tmp_path):
+    llama = random_llama(tie_word_embeddings=True)
+    llama.model.embed_tokens.weight.data[3] = math.nan
+    model.save(llama, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].double()},
+              tmp_path / "model.safetensors")  # fmt: skip
+    model.load(tmp_path)
+
+
+def test_two_sets_of_weights_in_one_folder_are_refused_by_both_names(many):
+    model.save(random_llama(), many)  # over a folder of several files
+    message = refused(many)
+    assert f"holds two sets of weights, model.safetensors and the 6 files of {model.INDEX}; " in (
+        message
+    )
+    (many / model.INDEX).unlink()
+    model.load(many)
+
+
+def test_an_index_of_one_file_is_read(one):
+    names = load_file(one / "model.safetensors")
+    write_json(one / model.INDEX, {"weight_map": dict.fromkeys(names, "model.safetensors")})
+    model.load(one)
+
+
+def test_weights_of_other_names_beside_an_index_are_not_read(many):
+    """Mistral's folders have theirs twice, the second time under names of its own."""
+    save_file({"tok_embeddings.weight": torch.ones(2, 2)}, many / "consolidated.safetensors")
+    model.load(many)
 
 
 def test_a_vocabulary_that_is_not_the_configs_is_refused(one):
@@ -785,11 +879,19 @@ def test_a_tensor_in_two_files_is_refused(many):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"weight_map": [1]}', '{"weight_map": 3}', "["]
+    ("content", "message"),
+    [
+        ("", "cannot be read as JSON"),
+        ("[", "cannot be read as JSON"),
+        ("[]", "must hold a JSON object, not list"),
+        ("{}", "has no weight_map"),
+        ('{"weight_map": [1]}', "has no weight_map"),
+        ('{"weight_map": 3}', "has no weight_map"),
+    ],
 )
-def test_an_index_without_weight_map_is_refused(content, many):
+def test_an_index_without_weight_map_is_refused(content, message, many):
     (many / model.INDEX).write_text(content)
-    assert f"{model.INDEX}: no readable weight_map" in refused(many)
+    assert f"{model.INDEX}: {message}" in refused(many)
 
 
 def test_an_index_with_a_nul_in_a_name_is_refused(many):
@@ -875,3 +977,82 @@ def test_config_files_as_published_are_read(tmp_path, name, parameters):
     config = model.LlamaConfig.from_folder(tmp_path)
     assert config.parameter_count() == parameters
     assert config.sliding_window == REAL_CONFIGS[name].get("sliding_window")
+
+
+# ------------------------------------------------------------------------------- byte order marks
+
+BOM = b"\xef\xbb\xbf"
+
+
+def test_byte_order_marks_change_nothing_in_a_folder(many, tmp_path):
+    """Of every JSON file of an export in several files, and of an index."""
+    folder = tmp_path / "export"
+    shutil.copy(SUMS / "tokenizer.model", tmp_path)
+    tokenizer = data.Tokenizer(tmp_path)
+    export(random_llama(vocab_size=tokenizer.vocab_size), tokenizer, folder)
+    write_json(folder / "generation_config.json", {"eos_token_id": [2]})
+
+    def answers():
+        talker = chat.Chat(folder)
+        question = [Message("user", "1 + 2")]
+        return talker.answers([question], max_new_tokens=8), talker.stop, model.load(many)
+
+    plain = answers()
+    marked = [*folder.glob("*.json"), *many.glob("*.json")]
+    assert {path.name for path in marked} >= {"config.json", "crlft.json", "tokenizer_config.json",
+                                              "generation_config.json", model.INDEX}  # fmt: skip
+    for path in marked:
+        path.write_bytes(BOM + path.read_bytes())
+    assert answers()[:2] == plain[:2]
+
+
+def test_byte_order_marks_change_nothing_in_classes_and_flags(few, tmp_path, run):
+    """With Windows's ends of lines, as its editors write them."""
+    classes, flags_file = tmp_path / "classes.json", tmp_path / "flags.txt"
+    classes.write_bytes(BOM + json.dumps(CLASSES).encode())
+    assert loss.read_classes(classes) == loss.class_table(CLASSES)
+    flags_file.write_bytes(BOM + f"--model {SUMS}\r\n--data {few} --dry-run\r\n# end\r\n".encode())
+    config = train.parse_arguments([f"@{flags_file}", "--classes", str(classes)])
+    assert (config.model, config.data, config.dry_run) == (str(SUMS), [str(few)], True)
+
+
+CLASSES = {"gpt4": {"condition": "GPT4", "reward": 1.0}}
+
+
+# ------------------------------------------------------------------- a base that gives NaN already
+
+
+@pytest.fixture(scope="module")
+def nan(tmp_path_factory):
+    """A folder with NaN in one late layer, as an overflow would leave it."""
+    folder = lives.small_model(tmp_path_factory.mktemp("nan") / "nan", tied=False)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][0, 0] = math.nan
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def test_nan_in_the_base_is_said_before_the_first_step(nan, few, tmp_path):
+    """Found by the first step, or before it by the evaluation, whose line is JSON."""
+    words = "The weights of --model give it already"
+    settings = {"model": nan, "random_weights": None}
+    shown = processes.refused(processes.flags(few, tmp_path / "a", **settings), words, ranks=2)
+    assert "step 1: loss nan" in shown and f"{few}:" in shown and "--lr" not in shown
+    out = tmp_path / "b"
+    shown = processes.refused(processes.flags(few, out, **settings, eval_data=few), words)
+    assert "step 1" not in shown and "the loss on --eval-data is not finite" in shown
+
+    def no_constant(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    (line,) = (out / "metrics.jsonl").read_text().splitlines()
+    line = json.loads(line, parse_constant=no_constant)
+    assert line["step"] == 0
+    assert [line["eval"][name]["loss"] for name in ("gpt4", "gpt3.5")] == [None, None]
+    assert [line["eval"][name]["tokens"] > 0 for name in ("gpt4", "gpt3.5")] == [True, True]
+
+
+def test_nan_in_what_is_only_evaluated_ends_with_1(nan, few):
+    flags = ["--evaluate", "--model", nan, "--eval-data", few]
+    shown = processes.refused(flags, "the loss on --eval-data is not finite")
+    assert "The weights of --model give it already" in shown
