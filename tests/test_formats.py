@@ -104,7 +104,7 @@ REFUSED = {
     "i1_openchat_v1_items.jsonl": "no 'class'",
     "j6_chosen_rejected.jsonl": "are preferences",
     "k15_duplicate_keys.jsonl": "'class' is given twice in one object",
-    "k1_utf16.jsonl": "is UTF-16, not JSON: iconv",
+    "k1_utf16.jsonl": "is UTF-16 or UTF-32, not JSON: iconv",
     "p1.csv": "is a table, not JSON: pandas.read_csv",
     "p2.parquet": "is a parquet file, not JSON: pandas.read_parquet",
 }
@@ -198,6 +198,15 @@ def test_only_in_openchats_items_a_weight_is_final(prepare, tmp_path):
     assert weights_of_answers(line, prepare, tmp_path) == pytest.approx([0.7, 0.1, 0.4])
     with pytest.raises(ValueError, match="message 1: its weight is final"):
         prepare(write(tmp_path / "a.jsonl", line | {"weight": 0.5}))
+
+
+@pytest.mark.parametrize("weight", [1e6, 1e-6])
+def test_a_product_of_weights_has_the_bounds_of_one(weight, prepare, tmp_path):
+    line = conversation("A", "B") | {"weight": weight}
+    prepare(write(tmp_path / "a.jsonl", line))
+    line["messages"][1]["weight"] = weight
+    with pytest.raises(ValueError, match="message 2: weight must be 0, or a number from 1e-06 to"):
+        prepare(write(tmp_path / "a.jsonl", line))
 
 
 @pytest.mark.parametrize("said", [{"train": False}, {"loss": False}, {"masked": True}], ids=str)
@@ -498,9 +507,7 @@ def containers_of(lines, folder):
         yield from (folder / f"{name}.json", folder / f"{name}.json.gz")
 
 
-@pytest.mark.parametrize("chunk", [7, 64 << 10])
-def test_every_container_gives_equal_arrays(chunk, prepare, monkeypatch, tmp_path):
-    monkeypatch.setattr(containers, "CHUNK", chunk)
+def test_every_container_gives_equal_arrays(prepare, monkeypatch, tmp_path):
     monkeypatch.setattr(containers, "BLOCK", 900)
     lines = [conversation(f"{n} é 😀 ]}},", '\\ " [ { ' * (n % 5 + 1)) for n in range(40)]
     expected = prepare(write(tmp_path / "expected.jsonl", *lines))
@@ -519,7 +526,7 @@ class Killed(BaseException):
     pass
 
 
-def test_a_killed_run_goes_on_within_any_container(tokenizer, monkeypatch, tmp_path):
+def test_a_run_killed_within_any_container_starts_again(tokenizer, monkeypatch, tmp_path):
     monkeypatch.setattr(containers, "BLOCK", 900)
     lines = [conversation(f"{n} é", "Ho " * (n % 9 + 1)) for n in range(60)]
 
@@ -553,15 +560,15 @@ def test_a_killed_run_goes_on_within_any_container(tokenizer, monkeypatch, tmp_p
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[{"a": 1}, {"b": ', "item 2, byte 11: broken JSON: "),
-        ('[{"a": 1} {"b": 2}]', "item 1, byte 10: broken JSON: ',' expected, not '{'"),
-        ('[{"a": 1}] {}', "item 1, byte 11: broken JSON: something follows the one array that"),
+        ('[{"a": 1}, {"b": ', "item 2, character 11: broken JSON: "),
+        ('[{"a": 1} {"b": 2}]', "item 1, character 10: broken JSON: ',' expected, not '{'"),
+        ('[{"a": 1}] {}', "item 1, character 11: broken JSON: something follows the one array"),
         ('{"data": [{"a": 1}]}\n{}', "something follows the one object with 'data' that a file"),
         (
             "[{\"a\": 1}, {'b': 2}, " + '{"c": 3},' * 3_000_000,
-            "item 2, byte 11: broken JSON: Expec",
+            "item 2, character 11: broken JSON: Expec",
         ),
-        ('[{"a": 1}', "item 1, byte 9: broken JSON: ',' expected, not the end of the file"),
+        ('[{"a": 1}', "item 1, character 9: broken JSON: ',' expected, not the end of the file"),
         ('{"data": [{"a": 1}', "',' expected, not the end of the file"),
         ("[" + "[" * 100_000, "nested too deeply"),
     ],
@@ -607,17 +614,18 @@ def test_a_line_with_a_list_data_of_its_own_is_a_line(prepare, tmp_path):
     assert len(found) == 2 and found.report["not_read"] == {"data": 2}
 
 
-@pytest.mark.parametrize("number", ["1.5", "1e5", "-1E+30", "12", "0.25e-7"])
-def test_a_number_cut_by_the_end_of_what_was_read_is_one_number(
-    number, prepare, monkeypatch, tmp_path
-):
-    texts = f'{{"data": [{json.dumps(conversation("A", "B"))}], "version": {number}, "z": 1}}'
-    (tmp_path / "a.json").write_text(texts)
-    for chunk in range(1, 9):
-        monkeypatch.setattr(containers, "CHUNK", chunk)
-        found = prepare(tmp_path / "a.json")
-        assert set(found.report["not_read"]) == {"version (of the file)", "z (of the file)"}
-        (found.folder / "done.json").unlink()
+def test_a_list_data_of_what_is_no_conversation_is_a_key_of_a_line(prepare, tmp_path):
+    for value in ([], [1], ["x"], [[{}]]):
+        raw = json.dumps({"data": value} | conversation("A", "B")).encode()
+        assert len(prepare(write(tmp_path / "a.jsonl", raw, raw))) == 2
+
+
+@pytest.mark.parametrize("first", [b'{{"a": 1}: 2, "b": 3}', b'{"a": ' + b"9" * 5000 + b"}"])
+def test_a_first_line_that_is_odd_json_is_one_bad_line(first, prepare, tmp_path):
+    path = write(tmp_path / "a.jsonl", first, conversation("A", "B"))
+    with pytest.raises(data.BadData, match="a.jsonl:1: broken JSON"):
+        prepare(path)
+    assert prepare(path, skip_bad=True).index["line"].tolist() == [2]
 
 
 def test_an_empty_object_is_a_bad_line(prepare, tmp_path):
@@ -674,8 +682,8 @@ def test_what_is_no_file_of_conversations_is_said(prepare, tmp_path):
         ("b.arrow", b"ARROW1\0\0", "an Arrow file.*read_feather"),
         ("a.csv.gz", gzip.compress(b"a,b"), "is a table.*read_csv"),
         ("a.tsv", b"a\tb", r"is a table.*sep='\\t'"),
-        ("a.jsonl", b"\xff\xfe\0\0{\0\0\0", "is UTF-32"),
-        ("b.jsonl", '{"a": 1}'.encode("utf-16-le"), "has zero bytes, as UTF-16"),
+        ("a.jsonl", b"\xff\xfe\0\0{\0\0\0", "is UTF-16 or UTF-32"),
+        ("b.jsonl", '{"a": 1}'.encode("utf-16-le"), "is UTF-16 or UTF-32.*UTF-16LE"),
         ("a.db", b"SQLite format 3\0", "a SQLite database"),
     ]:
         (tmp_path / name).write_bytes(start)
