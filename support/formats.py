@@ -152,37 +152,10 @@ def parse_messages(line, obeyed=()):
     return messages, not_read
 
 
-def with_answer(line, text):
-    """The line with the assistant's turn at the end of its conversation, in its own shape."""
+def keys_beside(line):
+    """The line's keys and values beside its conversation."""
     _, keys = _parts(line)
-    if len(keys) > 1:  # a question: where its answer stands, or the line has an empty place for it
-        keys = sorted((key for key in ANSWERS if key in line), key=lambda k: says_nothing(line[k]))
-    key = [*keys, "output" if "instruction" in line else "completion"][0]
-    if not isinstance(line.get(key), list) or not line[key]:
-        return line | {key: text}
-    last = line[key][-1]
-    if isinstance(last, str):
-        return line | {key: [*line[key], text]}
-    role, name = ("role", "assistant") if "role" in last else ("from", "gpt")
-    content = "content" if "content" in last else "value"
-    return line | {key: [*line[key], {role: name, content: text}]}
-
-
-def without_answer(line):
-    """(the line without the assistant's turn at its end, in its own shape; what that turn says).
-
-    The line as it was, and None, where no such turn is there.
-    """
-    parts, keys = _parts(line)
-    role, last = parts[-1] if parts else (None, None)
-    if isinstance(last, dict):
-        role = ROLES.get(str(last.get("role", last.get("from"))).strip().lower())
-        last = last.get("content", last.get("value"))
-    if role != "assistant":
-        return line, None
-    keys = keys if len(keys) == 1 else [*ANSWERS, *QUESTIONS]
-    key = next(key for key in keys if not says_nothing(line.get(key)))
-    return line | {key: line[key][:-1] if isinstance(line[key], list) else ""}, last
+    return {key: value for key, value in line.items() if key not in {*keys, *SYSTEMS}}
 
 
 def _kind(value):

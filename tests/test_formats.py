@@ -460,19 +460,6 @@ def test_a_key_of_odd_characters_is_shown_without_them(prepare, tmp_path):
     assert shown[-1] == "not read: \ufffd\ufffd[31m\ufffd (1)"
 
 
-def test_an_answer_comes_back_in_the_shape_of_its_question():
-    question = [{"from": "human", "value": "Hi"}]
-    for line in (
-        {"conversations": question}, {"prompt": "Hi"}, {"instruction": "Hi", "output": ""},
-        {"prompt": question, "system": ""}, {"items": [{"role": "user", "content": "Hi"}]},
-        {"conversations": ["Hi"]},
-    ):  # fmt: skip
-        answered = formats.with_answer(line | {"id": 7}, "Ho")
-        messages, _ = formats.parse_messages(answered)
-        assert [(m.role, m.content) for m in messages] == [("user", "Hi"), ("assistant", "Ho")]
-        assert answered["id"] == 7
-
-
 def test_a_key_in_capitals_is_not_passed_over():
     with pytest.raises(ValueError, match="'System' is not read: write 'system'"):
         data.parse_conversation(conversation("A", "B") | {"System": "S"}, CLASSES)
