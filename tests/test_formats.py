@@ -90,7 +90,7 @@ READ = {  # a case's file, with its options: what it must be equal to, written o
     ),
 }  # fmt: skip
 REFUSED = {
-    "c4_weight_misspelt.jsonl": "message 2: 'weights' seems to say what is learned",
+    "c4_weight_misspelt.jsonl": "message 2: 'weights' seems to say what is supervised",
     "e1_toolcall_with_text.jsonl": "'tools' is not implemented",
     "e2_toolcall_null.jsonl": "message 2: 'tool_calls' is not implemented",
     "e3_function_call_sharegpt.jsonl": "message 2: 'from' is 'function_call', not one of",
@@ -170,7 +170,7 @@ def test_of_good_and_bad_lines_the_bad_are_dropped_and_counted(prepare):
     assert len(found) == 1 and found.report["bad"] == 3  # the empty system message says nothing
     found = prepare(case("i1_openchat_v1_items.jsonl"), skip_bad=True, class_field="model")
     assert len(found) == 1
-    assert "'model' '' is of no class" in "\n".join(report.summary(found, CLASSES, WEIGHTS))
+    assert "'model' '' matches no class" in "\n".join(report.summary(found, CLASSES, WEIGHTS))
 
 
 # ------------------------------------------------------------------------------------------ weights
@@ -236,7 +236,7 @@ def test_a_weight_on_what_is_never_learned_is_refused(role, prepare, tmp_path):
     of_role["weight"] = None
     for said in ({"weight": 1}, {"train": True}, {"loss": True}, {"masked": False}):
         messages = [m | said if m["role"] == role else m for m in line["messages"]]
-        with pytest.raises(ValueError, match=f"a {role} message that is to be learned"):
+        with pytest.raises(ValueError, match=f"a {role} message with a weight"):
             prepare(write(tmp_path / "a.jsonl", line | {"messages": messages}))
 
 
@@ -325,8 +325,8 @@ def test_values_of_no_class_are_listed_with_how_often_they_come(prepare, tmp_pat
     lines = [{"model": m, "messages": conversation("A", "B")["messages"]} for m in models]
     with pytest.raises(data.BadData) as refused:
         prepare(write(tmp_path / "a.jsonl", *lines), class_field="model")
-    assert "3 lines: 'model' 'claude' is of no class" in str(refused.value)
-    assert ":4: 'model' 'llama' is of no class" in str(refused.value)
+    assert "3 lines: 'model' 'claude' matches no class" in str(refused.value)
+    assert ":4: 'model' 'llama' matches no class" in str(refused.value)
 
 
 # ------------------------------------------------------------------------ one meaning, many shapes
@@ -420,7 +420,7 @@ def test_any_unknown_key_at_any_depth_is_refused_or_counted():
     [
         ({"response": "Six."}, "ends with the user's turn, and 'response' beside the list"),
         ({"system": "S", "messages": conversation("A", "B", system="T")["messages"]}, "keep one"),
-        ({"supervise": [0]}, "'supervise' seems to say what is learned"),
+        ({"supervise": [0]}, "'supervise' seems to say what is supervised"),
         ({"image_url": "x"}, "'image_url' is not implemented"),
         ({"a": {f"k{n}": n for n in range(9)} | {"weight": 1}, "weight": "x"}, "weight must be 0"),
     ],
@@ -586,7 +586,7 @@ def test_keys_beside_the_list_of_a_file_are_refused_or_counted_as_a_lines_are(pr
         with pytest.raises(ValueError, match="'tools' is not implemented"):
             prepare(path)
     for _ in with_keys(loss_scale=1):
-        with pytest.raises(ValueError, match="'loss_scale' seems to say what is learned"):
+        with pytest.raises(ValueError, match="'loss_scale' seems to say what is supervised"):
             prepare(path)
     path.write_text(f'{{"data": {json.dumps([ant])}, "data": {json.dumps([ant])}}}')
     with pytest.raises(ValueError, match="'data' beside the list"):
