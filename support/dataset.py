@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import threading
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -75,13 +76,13 @@ def encode_files(sources, encoder, settings, folder, *, skip_bad=False, progress
     """Encode Sources into arrays below `folder`, once; returns a Dataset.
 
     The arrays are keyed by the content of the files and by `settings` (JSON): everything that the
-    encoder's work depends on. `encoder(block)` returns (arrays as ARRAYS, Report). `progress(done
-    bytes, all bytes, conversations)` is called as it goes. Raises BadData after all files were
-    read, unless `skip_bad`.
+    encoder's work depends on. `encoder(block)` returns (arrays_of its conversations, Report).
+    `progress(done bytes, all bytes, conversations)` is called as it goes. Raises BadData after all
+    files were read, unless `skip_bad`.
     """
     digests = [source.sha256() for source in sources]
     settings = [FORMAT, settings, [(s.source_class, s.shape) for s in sources], skip_bad, digests]
-    folder = Path(folder) / _sha256(settings)[:16]
+    folder = Path(folder) / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     if not _is_whole(folder):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -96,24 +97,23 @@ def encode_files(sources, encoder, settings, folder, *, skip_bad=False, progress
 
 
 def _write_arrays(folder, sources, digests, encoder, progress):
-    """(Report, SHA-256 by array)."""
-    report, tokens = Report(), 0
+    """(Report, {array: CRC-32})."""
+    report, tokens, sums = Report(), 0, dict.fromkeys(ARRAYS, 0)
     sizes = [os.stat(source.path).st_size for source in sources]
-    sums = {name: hashlib.sha256() for name in ARRAYS}
     with contextlib.ExitStack() as stack:
         files = {n: stack.enter_context(open(folder / f"{n}.bin", "wb")) for n in ARRAYS}
-        found = encode_blocks(blocks(sources, digests), encoder, sum(sizes))
-        for block, (arrays, of_block) in found:
+        for block, encoded in encode_blocks(blocks(sources, digests), encoder, sum(sizes)):
+            arrays, of_block = encoded
             arrays["index"]["start"] += tokens
             tokens += len(arrays["tokens"])
             for name, values in arrays.items():
                 files[name].write(raw := values.tobytes())
-                sums[name].update(raw)
+                sums[name] = zlib.crc32(raw, sums[name])
             report.add(of_block)
             report.add_keys(f"{key} (of the file)" for key in block.not_read)
             if progress:
                 progress(sum(sizes[: block.file]) + block.done, sum(sizes), report.conversations)
-    return report, {name: of.hexdigest() for name, of in sums.items()}
+    return report, sums
 
 
 def _refuse_bad(report, sources, skip_bad):
@@ -122,14 +122,15 @@ def _refuse_bad(report, sources, skip_bad):
         raise BadData(vars(report), good)
     if not report.conversations:
         names = ", ".join(str(source.path) for source in sources)
-        reasons = [f"{names}: no conversation to train on", *dropped(vars(report))]
-        raise ValueError("; ".join(reasons))
+        raise ValueError(
+            "; ".join([f"{names}: no conversation to train on", *dropped(vars(report))])
+        )
 
 
 def _commit(folder, report, sums):
     """Write done.json, once the arrays are on the disk."""
-    sums |= {"report": _sha256(report)}
-    (folder / "done.tmp").write_text(json.dumps({"report": report, "sha256": sums}))
+    sums["report"] = zlib.crc32(json.dumps(report).encode())
+    (folder / "done.tmp").write_text(json.dumps({"report": report, "crc32": sums}))
     for path in [*folder.iterdir(), folder]:
         sync(path)
     (folder / "done.tmp").rename(folder / "done.json")
@@ -138,25 +139,16 @@ def _commit(folder, report, sums):
 
 
 def _is_whole(folder):
-    """Are the arrays there, as they were written? Prints if they were, but are damaged."""
+    """Are the arrays there, as they were written? If they were, but are damaged, prints so."""
     if not (folder / "done.json").exists():
         return False
-    try:
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         done = json.loads((folder / "done.json").read_bytes())
-        sums = {"report": _sha256(done["report"])}
-        for name in ARRAYS:
-            with open(folder / f"{name}.bin", "rb") as file:
-                sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
-        if sums == done["sha256"]:
+        sums = {name: zlib.crc32(np.memmap(folder / f"{name}.bin", mode="r")) for name in ARRAYS}
+        if done["crc32"] == sums | {"report": zlib.crc32(json.dumps(done["report"]).encode())}:
             return True
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass
     print(f"{folder}: damaged, so the data is tokenized again", file=sys.stderr)
     return False
-
-
-def _sha256(value):
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def dropped(report):
