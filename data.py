@@ -9,11 +9,11 @@ becomes, in the class-conditioned template of OpenChat v3.2 (arXiv 2309.11235, s
     weights   0   0    0      0          0         0       0      w        w
 
 where w is the weight of the conversation's class, times the "weight" of the line and of the
-message where they have one: only what an assistant says, its end of turn included, is learned.
+message if they have one: only what an assistant says, its end of turn included, is supervised.
 With Llama 3's tokens (OpenChat 3.6) a turn is <|start_header_id|> GPT4 User <|end_header_id|> and
 two newlines, Hello, <|eot_id|>; support/tokenizer.py has both templates.
 Every text is tokenized on its own with special tokens off, so that no content can forge a turn.
-Beyond --max-length a conversation loses its end, and is dropped where no answer is left.
+Beyond --max-length a conversation loses its end, and is dropped if no answer is left.
 
     a file -> its lines -> parse_conversation -> lay_out -> arrays -> pack -> collate -> Batch
     support/containers.py  support/formats.py    below  support/dataset.py        below
@@ -34,7 +34,7 @@ import torch
 
 from loss import class_table
 from support.containers import sources
-from support.dataset import ARRAYS, INDEX, Account, encode_files
+from support.dataset import FINAL, Report, arrays_of, encode_files
 from support.dataset import BadData as BadData  # "as": a name that others take from here
 from support.dataset import Dataset as Dataset
 from support.formats import BadLine, Conversation, parse_conversation, parse_json
@@ -47,15 +47,15 @@ from support.tokenizer import Tokenizer as Tokenizer
 def lay_out(messages, contents, tokenizer, condition):
     """The tokens, in parts, and their weights [(weight, how many), ...]; `contents` are ids.
 
-    <s>, then a turn: prefix, content, end of turn. Content and end of turn weigh what the
-    message says, stored as support.dataset says; all else 0.
+    <s>, then per turn: prefix, content, end of turn. The assistant's content and its end of turn
+    get the message's weight, everything else 0; FINAL times a weight that replaces the class's.
     """
     parts, weights = [[tokenizer.bos]], [(0.0, 1)]
     for message, content in zip(messages, contents, strict=True):
         prefix = tokenizer.prefix(condition, message.role)
         weight = message.weight if message.role == "assistant" else 0.0
         if message.final:
-            weight = -message.weight
+            weight = FINAL * message.weight
         parts += [prefix, content, [tokenizer.eot]]
         weights += [(0.0, len(prefix)), (weight, len(content) + 1)]
     return parts, weights
@@ -131,54 +131,51 @@ class Encoder:
     max_length: int
 
     def __call__(self, block):
-        """(arrays as ARRAYS, Account of the rest); rows start at this block."""
-        account, conversations = Account(), []
-        for number, raw in enumerate(block.raw, start=block.number + 1):
-            try:
-                line = parse_json(raw)
-                if line is not None:
-                    conversation = parse_conversation(
-                        line, self.classes, self.class_field, block.source.source_class
-                    )
-                    conversations.append((number, conversation))
-                    if conversation.not_read:
-                        account.not_read.update(conversation.not_read)
-            except BadLine as error:
-                account.refuse(block, number, error)
+        """(arrays_of its conversations, Report)."""
+        report, laid_out = Report(), []
+        conversations = self.parse(block, report)
         texts = [t for _, c in conversations for t in turn_texts(c.messages, self.tokenizer)]
         ids = iter(self.tokenizer.encode_many(texts) if texts else [])
-        names = list(self.classes)
-        all_parts, all_weights, rows = [], [], []  # of weights (weight, how many)
         for number, conversation in conversations:
             contents = [next(ids) for _ in conversation.messages]
-            condition = self.conditions[conversation.source_class]
-            parts, weights = lay_out(conversation.messages, contents, self.tokenizer, condition)
-            length, answered = sum(map(len, parts)), any(weight for weight, _ in weights)
-            if length > self.max_length:
-                account.counted["cut"] += 1
-                account.counted["tokens_cut"] += length - self.max_length
-                length, weights = self.max_length, cut(weights, self.max_length)
-                parts = [np.concatenate(parts)[:length]]
-            learned = sum(count for weight, count in weights if weight)
-            if not learned:
-                account.counted["answer_cut" if answered else "weightless"] += 1
-                continue
-            factors = sum(weight * count for weight, count in weights if weight > 0)
-            final = sum(-weight * count for weight, count in weights if weight < 0)
-            source_class = names.index(conversation.source_class)
-            rows.append((0, length, source_class, learned, factors, final, block.file, number))
-            all_parts += parts
-            all_weights += weights
-        index = np.array(rows, INDEX)
-        index["start"] = np.cumsum(index["length"]) - index["length"]
-        values, counts = zip(*all_weights, strict=True) if all_weights else ((), ())
-        arrays = {
-            "tokens": np.concatenate(all_parts or [[]]).astype(ARRAYS["tokens"]),
-            "weights": np.repeat(np.array(values, ARRAYS["weights"]), np.array(counts, int)),
-            "index": index,
-        }
-        account.counted["unknown"] = int((arrays["tokens"] == self.tokenizer.unk).sum())
-        return arrays, account
+            parts, weights = self.fit(conversation, contents, report)
+            if parts:
+                source_class = list(self.classes).index(conversation.source_class)
+                laid_out.append((parts, weights, source_class, block.file, number))
+        arrays = arrays_of(laid_out)
+        report.conversations = len(laid_out)
+        report.unknown = int((arrays["tokens"] == self.tokenizer.unk).sum())
+        return arrays, report
+
+    def parse(self, block, report):
+        """[(line or item, Conversation), ...]; bad lines and keys not read go to the report."""
+        found = []
+        for number, raw in enumerate(block.raw, start=block.number + 1):
+            try:
+                line, file_class = parse_json(raw), block.source.source_class
+                if line is not None:
+                    of = parse_conversation(line, self.classes, self.class_field, file_class)
+                    found.append((number, of))
+                    report.add_keys(of.not_read)
+            except BadLine as error:
+                report.refuse(block.source, number, error)
+        return found
+
+    def fit(self, conversation, contents, report):
+        """lay_out, cut at the maximum length; ([], []) if no token is supervised."""
+        condition = self.conditions[conversation.source_class]
+        parts, weights = lay_out(conversation.messages, contents, self.tokenizer, condition)
+        length, answered = sum(map(len, parts)), any(weight for weight, _ in weights)
+        if length > self.max_length:
+            report.cut += 1
+            report.tokens_cut += length - self.max_length
+            parts = [np.concatenate(parts)[: self.max_length]]
+            weights = cut(weights, self.max_length)
+        if any(weight for weight, _ in weights):
+            return parts, weights
+        report.answer_cut += answered
+        report.weightless += not answered
+        return [], []
 
 
 # ----------------------------------------------------------------------------------- packing

@@ -1,25 +1,25 @@
-"""Files of JSON objects, in a stream: one a line, an array, or one after another.
+"""Files of JSON objects: one per line, an array, or one after another; each plain or gzipped.
 
-    sources(arguments) -> Source, what a file is -> blocks -> Block of raw lines or items
+    sources(arguments) -> Source, its path and shape -> blocks -> Block of raw lines or items
 
-Each plain or gzipped. What a file is otherwise is said in one line, with what helps.
+Lines are read in a stream. Any other file is read whole, which takes 2 to 5 times its size in
+memory. What is not JSON raises a one-line error that says how to convert it.
 """
 
-import codecs
 import contextlib
 import dataclasses
 import gzip
+import hashlib
+import io
 import json
 import os
 import re
-import stat
 import zlib
 from pathlib import Path
 
 from support.formats import LISTS, LONGEST, check_file_key
 
-BLOCK = 4 << 20  # bytes of text tokenized at a time, and committed together
-CHUNK = 64 << 10  # bytes read at a time from an array, or as many as an unfinished item has
+BLOCK = 4 << 20  # bytes of text that are tokenized at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,301 +27,227 @@ class Source:
     """One file of conversations."""
 
     path: Path
-    source_class: str | None  # of every conversation in it, where CLASS=FILE says so
+    source_class: str | None  # of every conversation in it, if given as CLASS=FILE
     shape: str  # "lines", "array", "data" (an array in an object), or "objects"
-    start: int  # offset of the first line, or item
-    not_read: tuple = ()  # the keys beside "data"
 
     def where(self, number):
         return f"{self.path}:{number}" if self.shape == "lines" else f"{self.path}: item {number}"
 
+    def sha256(self):
+        with open(self.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
 
 def sources(arguments, classes):
-    """A Source each of 'FILE' or 'CLASS=FILE'; ValueError says what a file is and what helps."""
-    return [Source(path, name, *_shape(path)) for name, path in split_classes(arguments, classes)]
-
-
-def split_classes(arguments, classes):
-    """[(class or None, path), ...]."""
+    """A Source per 'FILE' or 'CLASS=FILE'; ValueError says what a file is and how to convert it."""
     found = []
     for argument in map(str, arguments):
         name, equals, path = argument.partition("=")
         if equals and name in classes:
-            found.append((name, Path(path).expanduser()))
+            path = Path(path).expanduser()
         elif equals and classes and "/" not in name and not os.path.exists(argument):
             raise ValueError(f"{argument}: {name!r} is no class of the table: {', '.join(classes)}")
         else:
-            found.append((None, Path(argument)))
+            name, path = None, Path(argument)
+        found.append(Source(path, name, _shape(path)))
     return found
 
 
 # ----------------------------------------------------------------------------------- what a file is
 
-FOREIGN = {  # the first bytes of a file: what it is, and what helps
-    b"PAR1": ("a parquet file", "pandas.read_parquet(FILE).to_json(OUT, orient='records', "
-              "lines=True) makes lines of it"),
-    b"ARROW1": ("an Arrow file", "pandas.read_feather(FILE).to_json(OUT, orient='records', "
-               "lines=True) makes lines of it"),
-    b"\xff\xff\xff\xff": ("an Arrow stream", "datasets.Dataset.from_file(FILE).to_json(OUT) makes "
-                          "lines of it"),
-    b"SQLite format 3": ("a SQLite database", "export the table as JSON lines"),
-    b"version https://git-lfs": ("a Git LFS pointer, not the file itself", "git lfs pull gets it"),
-    b"\xff\xfe\0\0": ("UTF-32", "iconv -f UTF-32 -t UTF-8 FILE > OUT"),
-    b"\xff\xfe": ("UTF-16", "iconv -f UTF-16 -t UTF-8 FILE > OUT"),
-    b"\xfe\xff": ("UTF-16", "iconv -f UTF-16 -t UTF-8 FILE > OUT"),
-    b"PK\x03\x04": ("a zip archive or a spreadsheet", "unzip it, or export lines of JSON"),
-    b"\x28\xb5\x2f\xfd": ("compressed by zstd", "zstd -d FILE"),
-    b"BZh": ("compressed by bzip2", "bunzip2 FILE"),
-    b"\xfd7zXZ": ("compressed by xz", "unxz FILE"),
-    b"<": ("HTML or XML, perhaps the page of a failed download", "download it again"),
-}  # fmt: skip
+PANDAS = "pandas.read_{}.to_json(OUT, orient='records', lines=True)"
+FOREIGN = {  # pattern of a file's first bytes: what it is, how to make JSON lines of it
+    rb"PAR1": ("a parquet file", PANDAS.format("parquet(FILE)")),
+    rb"ARROW1": ("an Arrow file", PANDAS.format("feather(FILE)")),
+    rb"\xff{4}": ("an Arrow stream", "datasets.Dataset.from_file(FILE).to_json(OUT)"),
+    rb"SQLite format 3": ("a SQLite database", "export the table as JSON lines"),
+    rb"version https://git-lfs": ("a Git LFS pointer, not the file itself", "git lfs pull"),
+    rb".{0,3}\0": ("UTF-16 or UTF-32", "iconv -f UTF-16 (or UTF-16LE, UTF-32) -t UTF-8 FILE > OUT"),
+    rb"PK\x03\x04": ("a zip archive or a spreadsheet", "unzip it, or export JSON lines"),
+    rb"\x28\xb5\x2f\xfd|BZh|\xfd7zXZ": ("compressed, but not by gzip", "unzstd, bunzip2 or unxz"),
+    rb"<": ("HTML or XML, perhaps the page of a failed download", "download it again"),
+}
+TABLES = {".csv": PANDAS.format("csv(FILE)"), ".tsv": PANDAS.format("csv(FILE, sep='\\t')")}
 
 
 def _shape(path):
-    """(shape, offset of the first item, keys beside "data")."""
     if "://" in str(path) or re.match(r"https?:/", str(path)):
         raise ValueError(f"{path}: is an address: download it first, files are read more than once")
-    try:
-        mode = os.stat(path).st_mode
-        if stat.S_ISDIR(mode):
-            raise ValueError(f"{path}: is a folder; name the files in it")
-        if not stat.S_ISREG(mode):
-            raise ValueError(f"{path}: is a pipe or a device, and files are read more than once")
-        with opened(path) as (file, _):
-            head = file.read(1 << 12)
-    except FileNotFoundError as error:
-        hint = ""
-        of_a_file = path.suffix in (".json", ".jsonl", ".gz")
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not of_a_file:
-            hint = (
-                f"; if it is a data set of the Hugging Face hub: hf download {path} --repo-type "
-                "dataset, then name the file"
-            )
-        raise ValueError(f"{path}: cannot be read: {error.strerror}{hint}") from None
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
-    for start, (what, helps) in FOREIGN.items():
-        if head.startswith(start):
-            raise ValueError(f"{path}: is {what}, not JSON: {helps}")
-    if b"\0" in head[:2]:
-        raise ValueError(
-            f"{path}: has zero bytes, as UTF-16 does: iconv -f UTF-16LE -t UTF-8 FILE > OUT, or "
-            "UTF-16BE"
-        )
-    for suffix, tabs in ((".csv", ""), (".tsv", ", sep='\\t'")):
-        if suffix in map(str.lower, path.suffixes):
-            raise ValueError(
-                f"{path}: is a table, not JSON: pandas.read_csv(FILE{tabs}).to_json(OUT, "
-                "orient='records', lines=True) makes lines of it"
-            )
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; name the files in it")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is a pipe or a device, and files are read more than once")
     with opened(path) as (file, _):
-        try:
-            return _Text(path, file, 0).shape()
-        except _NotWhole:  # let its lines say what is wrong
-            return "lines", 0, ()
+        head = file.read(LONGEST)
+    found = [known for start, known in FOREIGN.items() if re.match(start, head, re.DOTALL)]
+    found += [("a table", TABLES[end]) for end in map(str.lower, path.suffixes) if end in TABLES]
+    for what, how in found[:1]:
+        raise ValueError(f"{path}: is {what}, not JSON: {how}")
+    text = _Text(head)
+    if (shape := text.shape()) == "data":
+        text.not_read(path)  # refuses what no file may have there
+    return shape
 
 
 @contextlib.contextmanager
 def opened(path):
-    """(the file's bytes, the file on the disk), unpacked where it is gzipped."""
-    with open(path, "rb") as raw:
-        zipped = raw.read(2) == b"\x1f\x8b"
-        raw.seek(0)
-        try:
-            yield (gzip.GzipFile(fileobj=raw) if zipped else raw), raw
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path}: is broken as a gzip file: {error}") from None
+    """(the file's bytes, unpacked if it is gzipped; the _Hashed file on the disk)."""
+    try:
+        with open(path, "rb", buffering=0) as raw:
+            disk = _Hashed(raw)
+            file = io.BufferedReader(disk, 1 << 18)
+            yield (gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else file), disk
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: is broken as a gzip file: {error}") from None
+    except OSError as error:
+        hint = ""
+        if path.suffix not in (".json", ".jsonl", ".gz") and len(path.parts) == 2:
+            hint = f"; from the Hugging Face hub: hf download {path} --repo-type dataset"
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}{hint}") from None
 
 
-# ------------------------------------------------------------------------------------------- blocks
+class _Hashed(io.RawIOBase):
+    """A file that hashes the very bytes that are read from it."""
+
+    def __init__(self, raw):
+        self.raw, self.sha256 = raw, hashlib.sha256()
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        count = self.raw.readinto(buffer)
+        self.sha256.update(buffer[:count])
+        return count
 
 
 @dataclasses.dataclass
 class Block:
-    """Some lines or items of a file: those after `number`, up to the byte `offset`."""
+    """Some lines or items of a file: those after `number`."""
 
-    file: int  # its number among the sources
+    file: int  # its index among the sources
     source: Source
     number: int
-    offset: int
-    done: int  # bytes of the file on the disk that were read so far
-    raw: list = dataclasses.field(default_factory=list)  # of bytes; None where one is too long
-    last: bool = False  # of its file
-    not_read: list = ()  # in the last: keys of the file, not of its items
+    raw: list = dataclasses.field(default_factory=list)  # bytes; None if one is too long
+    done: int = 0  # bytes of the file that were read so far
+    not_read: list = ()  # in the last block: keys of the file itself, not of its items
 
 
-BEGINNING = {"file": 0, "offset": 0, "line": 0}
+def blocks(sources, digests=None):
+    """The sources in Blocks of about BLOCK bytes.
 
-
-def blocks(files, state=BEGINNING):
-    """The sources in Blocks of about BLOCK bytes, from the state's file, offset and line on."""
-    for number, source in enumerate(files[state["file"] :], start=state["file"]):
-        begun = number == state["file"] and state["offset"] > 0
-        offset, line = (state["offset"], state["line"]) if begun else (source.start, 0)
+    ValueError after the last Block of a file whose SHA-256 is not the one in `digests`.
+    """
+    for index, source in enumerate(sources):
         with opened(source.path) as (file, disk):
-            file.seek(offset)
-            block, size = Block(number, source, line, offset, 0), 0
-            text = _Text(source.path, file, offset)
-            text.not_read += source.not_read
-            items = text.items(source.shape, line)
-            for raw, block.offset in lines(file) if source.shape == "lines" else items:
+            text = None if source.shape == "lines" else _Text(file.read())
+            block, size = Block(index, source, 0), 0
+            for raw in text.items(source.path) if text else lines(file):
                 block.raw.append(raw)
                 size += len(raw or b"")
                 if size >= BLOCK:
-                    block.done = disk.tell()
+                    block.done = disk.raw.tell()
                     yield block
-                    line = block.number + len(block.raw)
-                    block, size = Block(number, source, line, block.offset, 0), 0
-            block.done, block.last, block.not_read = disk.tell(), True, text.not_read
-            if block.raw or block.not_read:
-                yield block
+                    block, size = Block(index, source, block.number + len(block.raw)), 0
+            block.done, block.not_read = disk.raw.tell(), text.not_read(source.path) if text else ()
+            yield block
+        if digests and disk.sha256.hexdigest() != digests[index]:
+            raise ValueError(f"{source.path}: changed while it was read; try again")
 
 
 def lines(file):
-    """(bytes of a line or None where it is too long, offset behind it), from where `file` is."""
+    """The bytes of each line, None if it is too long."""
     while line := file.readline(LONGEST):
         part = line
-        while len(part) == LONGEST and not part.endswith(b"\n"):  # pass over the rest
+        while len(part) == LONGEST and not part.endswith(b"\n"):  # skip the rest of it
             line, part = None, file.readline(LONGEST)
-        yield line, file.tell()
+        yield line
 
 
-# ----------------------------------------------------------------------------------- JSON in pieces
+# ------------------------------------------------------------------------------------ JSON in items
 
-
-class _NotWhole(ValueError):
-    """The text is not JSON, or ends within a value."""
+SPACE, DECODER = re.compile(r"[ \t\r\n\ufeff]*"), json.JSONDecoder()
 
 
 class _Text:
-    """The text of an open file from a byte offset on, JSON value by JSON value, in a stream.
+    """The text of a file, read JSON value by JSON value; ValueError where it is not JSON."""
 
-    What stands between two values is whitespace and punctuation, one byte a character; so the
-    offset is known where a value ends.
-    """
-
-    def __init__(self, path, file, offset):
-        self.path, self.file = path, file
-        # What is not UTF-8 goes through as it is: the item that has it is refused alone.
-        self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        self.text, self.at = "", 0  # what was read, and up to where it was taken
-        self.offset = offset  # of text[at] in the file
-        self.ended, self.line_breaks = False, 0
-        self.not_read = []  # keys beside "data"
-
-    def more(self):
-        chunk = self.file.read(max(CHUNK, len(self.text) - self.at))
-        self.ended = not chunk
-        self.text = self.text[self.at :] + self.decoder.decode(chunk, final=not chunk)
-        self.at = 0
+    def __init__(self, raw):
+        # Bytes that are not UTF-8 pass through: only the item that has them is refused.
+        self.text, self.at = raw.decode("utf-8", "surrogateescape"), 0
+        self.beside = {}  # what an object has beside "data"
 
     def peek(self):
-        """The next character that is no whitespace, not taken yet; "" at the end."""
-        while True:
-            while self.at < len(self.text) and self.text[self.at] in " \t\r\n\ufeff":
-                self.line_breaks += self.text[self.at] == "\n"
-                self.offset += 3 if self.text[self.at] == "\ufeff" else 1
-                self.at += 1
-            if self.at < len(self.text) or self.ended:
-                return self.text[self.at : self.at + 1]
-            self.more()
+        """The next character that is not white space; "" at the end."""
+        self.at = SPACE.match(self.text, self.at).end()
+        return self.text[self.at : self.at + 1]
 
     def take(self, character):
-        if self.peek() != character:
-            found = repr(self.peek()) if self.peek() else "the end of the file"
-            raise _NotWhole(f"{character!r} expected, not {found}")
+        if (found := self.peek()) != character:
+            found = repr(found) if found else "the end of the file"
+            raise ValueError(f"{character!r} expected, not {found}")
         self.at += 1
-        self.offset += 1
 
     def value(self):
-        """The bytes of the next JSON value."""
         self.peek()
-        while True:
-            try:
-                _, end = DECODER.raw_decode(self.text, self.at)
-                if end + 2 < len(self.text) or self.ended:  # else a number, "1e+", may go on
-                    break
-            except RecursionError:
-                raise _NotWhole("nested too deeply") from None
-            except ValueError as error:
-                # Wrong far from the end of what was read: not for want of what comes.
-                what, found = str(error).split(": line")[0], error.pos + 16 < len(self.text)
-                if self.ended or (found and not what.startswith("Unterminated")):
-                    raise _NotWhole(what) from None
-            if len(self.text) - self.at > LONGEST:
-                raise _NotWhole(f"not a value of at most {LONGEST >> 20} MiB")
-            self.more()
-        raw = self.text[self.at : end].encode("utf-8", "surrogateescape")
-        self.line_breaks += raw.count(b"\n")
-        self.at = end
-        self.offset += len(raw)
-        return raw
+        try:
+            value, self.at = DECODER.raw_decode(self.text, self.at)
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+        return value
 
     def key(self):
-        key = self.value().decode("utf-8", "replace")
+        key = str(self.value())
         self.take(":")
-        return str(json.loads(key))
-
-    def value_of_key(self):
-        return json.loads(self.value().decode("utf-8", "replace"))
+        return key
 
     def shape(self):
-        """(shape, offset of the first item, keys beside "data"), of a file from its beginning."""
-        first = self.peek()
-        if first == "[":
+        """ "lines", "array", "data" or "objects", by the first value; moves to the first item."""
+        if self.peek() == "[":
             self.take("[")
-            return "array", self.offset, ()
-        if first != "{":
-            return "lines", 0, ()
-        start, self.line_breaks, beside = self.offset, 0, []
-        self.take("{")
-        while self.peek() != "}":
-            key = self.key()
-            if key == "data" and self.peek() == "[" and not any(k in LISTS for k, _ in beside):
-                self.take("[")
-                if self.peek() == "{":
-                    for key, value in beside:
-                        self.not_read += check_file_key(self.path, key, value)
-                    return "data", self.offset, tuple(self.not_read)
-                raise _NotWhole("'data' is no list of conversations")
-            beside.append((key, self.value_of_key()))
-            if self.peek() == ",":
-                self.take(",")
-        return ("objects", start, ()) if self.line_breaks else ("lines", 0, ())
-
-    def items(self, shape, number):
-        """(bytes of an item, offset behind it), the first being item `number` + 1.
-
-        Behind a broken item none can be found: a ValueError then, whatever may be skipped.
-        """
+            return "array"
+        start = self.at
         try:
-            if shape == "objects":
-                while self.peek():
-                    number += 1
-                    yield self.value(), self.offset
-                return
-            while self.peek() != "]":
-                if number:
-                    self.take(",")
-                    if self.peek() == "]":  # a comma after the last
-                        break
-                number += 1
-                yield self.value(), self.offset
-            self.take("]")
-            while shape == "data" and self.peek() == ",":
-                self.take(",")
+            self.take("{")
+            while self.peek() != "}":
                 key = self.key()
-                self.not_read += check_file_key(self.path, key, self.value_of_key())
-            if shape == "data":
-                self.take("}")
+                if key == "data" and self.peek() == "[" and self.beside.keys().isdisjoint(LISTS):
+                    self.take("[")
+                    return "data" if self.peek() == "{" else "lines"
+                self.beside[key] = self.value()
+                if self.peek() != "}":
+                    self.take(",")
+        except ValueError:  # parse_json then says what is wrong with the line
+            return "lines"
+        several_lines = "\n" in self.text[start : self.at]
+        self.at, self.beside = start, {}
+        return "objects" if several_lines else "lines"
+
+    def items(self, path):
+        """The bytes of each item, None if it is too long; ValueError at broken JSON."""
+        shape, number = self.shape(), 0
+        end = "" if shape == "objects" else "]"
+        try:
+            while self.peek() != end:
+                start, number = self.at, number + 1
+                self.value()
+                item = self.text[start : self.at].encode("utf-8", "surrogateescape")
+                yield item if len(item) <= LONGEST else None
+                if end and self.peek() != end:
+                    self.take(",")
+            self.at += len(end)
+            while shape == "data" and self.peek() != "}":
+                self.take(",")
+                self.beside |= {self.key(): self.value()}
+            self.at += shape == "data"
             if self.peek():
                 one = "array" if shape == "array" else "object with 'data'"
-                raise _NotWhole(f"something follows the one {one} that a file may be")
-        except _NotWhole as error:
-            raise ValueError(
-                f"{self.path}: item {number or 1}, byte {self.offset:,}: broken JSON: {error}; "
-                "what follows cannot be read"
-            ) from None
+                raise ValueError(f"something follows the one {one} that a file may be")
+        except ValueError as error:
+            what = str(error).split(": line")[0]
+            where = f"{path}: item {number or 1}, character {self.at:,}"
+            raise ValueError(f"{where}: broken JSON: {what}; the rest cannot be read") from None
 
-
-DECODER = json.JSONDecoder()
+    def not_read(self, path):
+        """The keys beside "data"; ValueError for one that a conversation should have."""
+        return [key for pair in self.beside.items() for key in check_file_key(path, *pair)]

@@ -1,11 +1,14 @@
 """Files of conversations, tokenized once into memory-mapped arrays.
 
-Reads in a stream, in as many processes as there are cores, with flat memory. A run that was killed
-goes on at its last whole block. What becomes of a line is the encoder's business (data.Encoder).
+    files -> Blocks -> encoder (data.Encoder), a process per core -> three arrays and done.json
+
+done.json is written last and has the arrays' checksums: if it is missing or they differ, the arrays
+are made again. The folder is named after the SHA-256 of the very bytes that were tokenized.
 """
 
 import collections
 import contextlib
+import dataclasses
 import gc
 import hashlib
 import json
@@ -13,7 +16,9 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -21,29 +26,22 @@ from pathlib import Path
 import numpy as np
 
 from support.containers import blocks
+from support.files import sync
 
 FORMAT = 3  # of the arrays, and of what is read into them: changes with either
-SHOWN_CAUSES, SHOWN_PLACES = 20, 5  # of what is wrong
+SHOWN_CAUSES, SHOWN_PLACES = 20, 5  # of bad lines
 NAMED_KEYS = 100  # different keys that are counted as not read
-CHUNK = 16 << 20  # tokens looked through at a time
 MANY = 64 << 20  # bytes from which on several processes tokenize; below, starting them is slower
 
-# A token's stored weight: above 0 a factor on the weight of its class, below 0 a final weight,
-# negated, 0 where it is not learned. One row a conversation: where its tokens start, how many, the
-# number of its class, how many are learned, the sum of the factors among their weights and of the
-# final ones, its file and its line or item there.
-INDEX = np.dtype(
-    [
-        ("start", "<i8"),
-        ("length", "<i4"),
-        ("source_class", "<i4"),
-        ("supervised", "<i4"),
-        ("factors", "<f8"),
-        ("final", "<f8"),
-        ("file", "<i4"),
-        ("line", "<i4"),
-    ]
-)
+# The weight stored with a token. Above 0: a factor on the weight of its class. Below 0: FINAL times
+# a weight that replaces the class's, as OpenChat's "items" give it. 0: not supervised.
+FINAL = -1.0
+# A row per conversation: where its tokens start, how many, the number of its class, how many are
+# supervised, the sums of their factors and of their final weights, its file, its line or item.
+INDEX = np.dtype([
+    ("start", "<i8"), ("length", "<i4"), ("source_class", "<i4"), ("supervised", "<i4"),
+    ("factors", "<f8"), ("final", "<f8"), ("file", "<i4"), ("line", "<i4"),
+])  # fmt: skip
 ARRAYS = {"tokens": np.dtype("<i4"), "weights": np.dtype("<f4"), "index": INDEX}
 
 
@@ -63,14 +61,12 @@ class BadData(ValueError):
 def problem_lines(report):
     """['FILE:7: cause', 'FILE: 400 lines: cause (1, 2, 3, ...)'], at most 20 and the others."""
     out = []
-    for of in report["problems"]:
-        if of["count"] == 1:
-            out.append(f"{of['where']}: {of['text']}")
-        else:
-            places = ", ".join(map(str, of["places"]))
-            more = ", ..." if of["count"] > len(of["places"]) else ""
-            unit = "lines" if of["lines"] else "items"
-            out.append(f"{of['path']}: {of['count']:,} {unit}: {of['cause']} ({places}{more})")
+    for problem in report["problems"].values():
+        places = ", ".join(map(str, problem["places"]))
+        more = ", ..." if problem["count"] > SHOWN_PLACES else ""
+        all_of_them = f"{problem['count']:,} {problem['cause']} ({places}{more})"
+        several = f"{problem['path']}: {all_of_them}"
+        out.append(several if problem["count"] > 1 else problem["first"])
     if report["other_causes"]:
         out.append(f"... and {report['other_causes']:,} for other causes, or in other files")
     return out
@@ -79,41 +75,84 @@ def problem_lines(report):
 def encode_files(sources, encoder, settings, folder, *, skip_bad=False, progress=None):
     """Encode Sources into arrays below `folder`, once; returns a Dataset.
 
-    The arrays are keyed by the content of the files and by `settings` (JSON), all that the
-    encoder's work depends on. `encoder(block)` gives (arrays as ARRAYS, an Account of the rest).
-    `progress(done bytes, all bytes, conversations)` is called as it goes. Raises BadData after
-    all files were read, unless `skip_bad`.
+    The arrays are keyed by the content of the files and by `settings` (JSON): everything that the
+    encoder's work depends on. `encoder(block)` returns (arrays_of its conversations, Report).
+    `progress(done bytes, all bytes, conversations)` is called as it goes. Raises BadData after all
+    files were read, unless `skip_bad`.
     """
-    sizes = [os.stat(source.path).st_size for source in sources]
-    settings = [FORMAT, settings, [(s.source_class, s.shape) for s in sources], skip_bad]
-    folder = Path(folder) / _cache_key([source.path for source in sources], settings)
-    if (folder / "done.json").exists():
-        return Dataset(folder, sources)
-    with _Arrays(folder) as arrays:
-        state = arrays.state
+    digests = [source.sha256() for source in sources]
+    settings = [FORMAT, settings, [(s.source_class, s.shape) for s in sources], skip_bad, digests]
+    folder = Path(folder) / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+    if not _is_whole(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         try:
-            for block, encoded in encode_blocks(blocks(sources, state), encoder, sum(sizes)):
-                arrays.append(block, *encoded)
-                if progress:
-                    done = sum(sizes[: block.file]) + block.done
-                    progress(done, sum(sizes), state["conversations"])
-        except ValueError:  # a broken file, which mended is another
+            report, sums = _write_arrays(folder, sources, digests, encoder, progress)
+            _refuse_bad(report, sources, skip_bad)
+        except ValueError:
             shutil.rmtree(folder)
             raise
-        refused = state["bad"] and not skip_bad
-        if state["conversations"] and not refused:
-            arrays.commit("done.json")
-            return Dataset(folder, sources)
-    shutil.rmtree(folder)
-    good = state["conversations"] + state["answer_cut"] + state["weightless"]
-    if refused or (state["bad"] and not good):
-        raise BadData(state, good)
-    names = ", ".join(str(source.path) for source in sources)
-    raise ValueError("; ".join([f"{names}: no conversation to train on", *dropped(state)]))
+        _commit(folder, vars(report), sums)
+    return Dataset(folder, sources)
+
+
+def _write_arrays(folder, sources, digests, encoder, progress):
+    """(Report, {array: CRC-32})."""
+    report, tokens, sums = Report(), 0, dict.fromkeys(ARRAYS, 0)
+    sizes = [os.stat(source.path).st_size for source in sources]
+    with contextlib.ExitStack() as stack:
+        files = {n: stack.enter_context(open(folder / f"{n}.bin", "wb")) for n in ARRAYS}
+        for block, encoded in encode_blocks(blocks(sources, digests), encoder, sum(sizes)):
+            arrays, of_block = encoded
+            arrays["index"]["start"] += tokens
+            tokens += len(arrays["tokens"])
+            for name, values in arrays.items():
+                files[name].write(raw := values.tobytes())
+                sums[name] = zlib.crc32(raw, sums[name])
+            report.add(of_block)
+            report.add_keys(f"{key} (of the file)" for key in block.not_read)
+            if progress:
+                progress(sum(sizes[: block.file]) + block.done, sum(sizes), report.conversations)
+    return report, sums
+
+
+def _refuse_bad(report, sources, skip_bad):
+    good = report.conversations + report.answer_cut + report.weightless
+    if report.bad and not (skip_bad and good):
+        raise BadData(vars(report), good)
+    if not report.conversations:
+        names = ", ".join(str(source.path) for source in sources)
+        raise ValueError(
+            "; ".join([f"{names}: no conversation to train on", *dropped(vars(report))])
+        )
+
+
+def _commit(folder, report, sums):
+    """Write done.json, once the arrays are on the disk."""
+    sums["report"] = zlib.crc32(json.dumps(report).encode())
+    (folder / "done.tmp").write_text(json.dumps({"report": report, "crc32": sums}))
+    for path in [*folder.iterdir(), folder]:
+        sync(path)
+    (folder / "done.tmp").rename(folder / "done.json")
+    sync(folder)
+    sync(folder.parent)
+
+
+def _is_whole(folder):
+    """Are the arrays there, as they were written? If they were, but are damaged, prints so."""
+    if not (folder / "done.json").exists():
+        return False
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+        done = json.loads((folder / "done.json").read_bytes())
+        sums = {name: zlib.crc32(np.memmap(folder / f"{name}.bin", mode="r")) for name in ARRAYS}
+        if done["crc32"] == sums | {"report": zlib.crc32(json.dumps(done["report"]).encode())}:
+            return True
+    print(f"{folder}: damaged, so the data is tokenized again", file=sys.stderr)
+    return False
 
 
 def dropped(report):
-    """Lines of text: conversations that were left out because nothing of them is learned."""
+    """Lines of text: conversations that were left out because nothing in them is supervised."""
     out = []
     if report["answer_cut"]:
         out.append(f"{report['answer_cut']:,} have no answer within the maximum length")
@@ -122,65 +161,65 @@ def dropped(report):
     return out
 
 
-def _cache_key(paths, settings):
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    for path in paths:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+@dataclasses.dataclass
+class Report:
+    """What was counted while files, or one block of them, were encoded."""
 
+    conversations: int = 0  # in the arrays
+    cut: int = 0  # longer than the maximum length
+    tokens_cut: int = 0
+    answer_cut: int = 0  # dropped: no answer is left
+    weightless: int = 0  # dropped: no answer has a weight above 0
+    unknown: int = 0  # tokens of <unk>
+    bad: int = 0  # lines
+    other_causes: int = 0  # bad lines that are not among `problems`
+    problems: dict = dataclasses.field(default_factory=dict)  # by file and cause
+    not_read: dict = dataclasses.field(default_factory=dict)  # {key: how often}
 
-class Account:
-    """What is told of a block besides its arrays: what was counted, what is wrong, not read."""
-
-    def __init__(self):
-        self.counted = {"cut": 0, "tokens_cut": 0, "answer_cut": 0, "weightless": 0, "bad": 0}
-        self.counted["other_causes"] = 0  # bad, of causes beyond the first 20
-        self.counted["unknown"] = 0  # tokens that stand for what the tokenizer lacks
-        self.problems = []  # one a cause of a file, as `problem_lines` shows them
-        self.not_read = collections.Counter()
-
-    def refuse(self, block, number, error):
-        self.counted["bad"] += 1
-        source = block.source
-        self._add({
-            "path": str(source.path), "lines": source.shape == "lines", "cause": error.cause,
-            "count": 1, "places": [number], "where": source.where(number), "text": str(error),
-        })  # fmt: skip
+    def refuse(self, source, number, error):
+        """Count a bad line."""
+        self.bad += 1
+        cause = f"{'lines' if source.shape == 'lines' else 'items'}: {error.cause}"
+        first = f"{source.where(number)}: {error}"
+        problem = {"path": str(source.path), "cause": cause, "first": first}
+        self.add_problem(f"{source.path}: {cause}", problem | {"count": 1, "places": [number]})
 
     def add(self, other):
-        for name, count in other.counted.items():
-            self.counted[name] += count
-        for problem in other.problems:
-            self._add(problem)
-        for key, count in other.not_read.items():
-            known = key in self.not_read or len(self.not_read) < NAMED_KEYS
-            self.not_read[key if known else "keys beyond the first 100"] += count
+        for name, value in vars(other).items():
+            if isinstance(value, int):
+                setattr(self, name, getattr(self, name) + value)
+        for name, problem in other.problems.items():
+            self.add_problem(name, problem)
+        self.add_keys(other.not_read)
 
-    def _add(self, problem):
-        for of in self.problems:
-            if (of["path"], of["cause"]) == (problem["path"], problem["cause"]):
-                of["count"] += problem["count"]
-                of["places"] = (of["places"] + problem["places"])[:SHOWN_PLACES]
-                return
-        if len(self.problems) < SHOWN_CAUSES:
-            self.problems.append(problem)
+    def add_problem(self, name, problem):
+        if known := self.problems.get(name):
+            known["count"] += problem["count"]
+            known["places"] = (known["places"] + problem["places"])[:SHOWN_PLACES]
+        elif len(self.problems) < SHOWN_CAUSES:
+            self.problems[name] = problem
         else:
-            self.counted["other_causes"] += problem["count"]
+            self.other_causes += problem["count"]
+
+    def add_keys(self, keys):
+        for key, count in collections.Counter(keys).items():
+            if key not in self.not_read and len(self.not_read) >= NAMED_KEYS:
+                key = f"keys beyond the first {NAMED_KEYS}"
+            self.not_read[key] = self.not_read.get(key, 0) + count
 
 
 def encode_blocks(blocks, encoder, size):
-    """(block, what the encoder makes of it) in order; of MANY bytes, in a process a core."""
+    """(block, its encoding) in order; from MANY bytes on, in a process per core."""
     processes = process_count()
     if size < MANY or processes == 1:
-        yield from ((block, _encode(encoder, block)) for block in blocks)
+        yield from ((block, _encode(block, encoder)) for block in blocks)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
     pool = ProcessPoolExecutor(processes, context, _start_process, [encoder])
     try:
         waiting = collections.deque()
         for block in blocks:
-            waiting.append((block, pool.submit(_encode_in_process, block)))
+            waiting.append((block, pool.submit(_encode, block)))
             if len(waiting) > 2 * processes:
                 block, result = waiting.popleft()
                 yield block, result.result()
@@ -188,15 +227,15 @@ def encode_blocks(blocks, encoder, size):
             yield block, result.result()
     except BrokenProcessPool:
         raise OSError(
-            "a process that tokenized was killed, perhaps for want of memory; the same command "
-            "goes on from there"
+            "a process that tokenized was killed, perhaps for lack of memory; run the same command "
+            "again"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def process_count():
-    """A process a core that this one may use; each takes some 300 MB."""
+    """A process per core that this one may use; each takes some 300 MB."""
     allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
     return min(len(allowed(0)), 32)
 
@@ -213,76 +252,34 @@ def _end_with_parent():
     os._exit(1)
 
 
-def _encode_in_process(block):
-    return _encode(_encoder, block)
-
-
-def _encode(encoder, block):
-    """encoder(block). Looking for cycles among its many objects, which have none, takes a sixth."""
+def _encode(block, encoder=None):
+    """Looking for cycles among its many objects, which have none, would take a sixth longer."""
     gc.disable()
     try:
-        return encoder(block)
+        return (encoder or _encoder)(block)
     finally:
         gc.enable()
 
 
-class _Arrays:
-    """The arrays' files, to append to; progress.json says up to where they are whole."""
-
-    def __init__(self, folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        # Where to go on: file, offset and line, or item; and the account of what was read.
-        self.state = {"file": 0, "offset": 0, "line": 0, "tokens": 0, "conversations": 0}
-        self.account = Account()
-        with contextlib.suppress(OSError, ValueError):
-            self.state |= json.loads((folder / "progress.json").read_text())
-            self.account.problems = self.state["problems"]
-            self.account.not_read.update(self.state["not_read"])
-            self.account.counted = {name: self.state.get(name, 0) for name in self.account.counted}
-        self._account_for()
-
-        self.files = {name: open(folder / f"{name}.bin", "ab") for name in ARRAYS}
-        for name, file in self.files.items():
-            count = self.state["conversations" if name == "index" else "tokens"]
-            file.truncate(count * ARRAYS[name].itemsize)
-
-    def _account_for(self):
-        account = self.account
-        self.state |= account.counted
-        self.state |= {"problems": account.problems, "not_read": dict(account.not_read)}
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for file in self.files.values():
-            file.close()
-
-    def append(self, block, arrays, account):
-        """Append what was made of a block, and commit."""
-        state = self.state
-        arrays["index"]["start"] += state["tokens"]
-        for name, values in arrays.items():
-            values.tofile(self.files[name])
-        account.not_read.update(f"{key} (of the file)" for key in block.not_read)
-        self.account.add(account)
-        self._account_for()
-        state["tokens"] += len(arrays["tokens"])
-        state["conversations"] += len(arrays["index"])
-        state |= {"file": block.file, "offset": block.offset}
-        state["line"] = block.number + len(block.raw)
-        if block.last:
-            state |= {"file": block.file + 1, "offset": 0, "line": 0}
-        self.commit("progress.json")
-
-    def commit(self, name):
-        for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
-        temporary = self.folder / "progress.tmp"
-        temporary.write_text(json.dumps(self.state))
-        temporary.replace(self.folder / name)
+def arrays_of(conversations):
+    """ARRAYS of [(tokens in parts, their weights [(weight, how many), ...], class, file, line)]."""
+    rows, all_parts, all_weights = [], [], []
+    for parts, weights, *where in conversations:
+        length, supervised = sum(n for _, n in weights), sum(n for weight, n in weights if weight)
+        factors = sum(weight * n for weight, n in weights if weight > 0)
+        final = sum(FINAL * weight * n for weight, n in weights if weight < 0)
+        source_class, file, line = where
+        rows.append((0, length, source_class, supervised, factors, final, file, line))
+        all_parts += parts
+        all_weights += weights
+    index = np.array(rows, INDEX)
+    index["start"] = np.cumsum(index["length"]) - index["length"]
+    values, counts = zip(*all_weights, strict=True) if all_weights else ((), ())
+    return {
+        "tokens": np.concatenate(all_parts or [[]]).astype(ARRAYS["tokens"]),
+        "weights": np.repeat(np.array(values, ARRAYS["weights"]), np.array(counts, int)),
+        "index": index,
+    }
 
 
 class Dataset:
@@ -290,7 +287,7 @@ class Dataset:
 
     def __init__(self, folder, sources):
         self.folder, self.sources = Path(folder), sources
-        self.report = json.loads((self.folder / "done.json").read_text())
+        self.report = json.loads((self.folder / "done.json").read_bytes())["report"]
         arrays = {name: self.folder / f"{name}.bin" for name in ARRAYS}
         self.tokens, self.weights, self.index = (
             np.memmap(path, dtype=ARRAYS[name], mode="r") for name, path in arrays.items()
@@ -312,19 +309,14 @@ class Dataset:
         return class_weights[rows["source_class"]] * rows["factors"] + rows["final"]
 
     def most_answers(self, end_of_turn):
-        """The most answers that a conversation has; 1 where all are single questions.
+        """The most answers that a conversation has; 1 if all are single questions.
 
-        By the ends of turn within it: one before the answer of `u [a]`, two of `s u [a]`, three of
+        By the ends of turn before its last token: one in `u [a]`, two in `s u [a]`, three in
         `u a u [a]`, cut short or not.
         """
-        found = [
-            at + np.flatnonzero(self.tokens[at : at + CHUNK] == end_of_turn)
-            for at in range(0, len(self.tokens), CHUNK)
-        ]
-        found, starts = np.concatenate(found), self.index["start"]
-        of = np.searchsorted(starts, found, side="right") - 1
-        within = found < starts[of] + self.lengths[of] - 1  # not the last answer's own end
-        return int(np.bincount(of[within]).max(initial=1) + 1) // 2
+        starts, is_end = self.index["start"], self.tokens == end_of_turn
+        ends = np.add.reduceat(is_end, starts, dtype=np.int64) - is_end[starts + self.lengths - 1]
+        return max(1, int(ends.max() + 1) // 2)
 
     def span(self, conversation):
         """Where a conversation's tokens and weights lie."""
@@ -332,12 +324,12 @@ class Dataset:
         return slice(row["start"], row["start"] + row["length"])
 
     def weights_of(self, conversation, class_weights):
-        """(length,) float32: what is learned of each token; class_weights as in total_weight."""
+        """(length,) float32: the weight of each token; class_weights as in total_weight."""
         weights = self.weights[self.span(conversation)]
         if class_weights is None:
             return (weights != 0).astype(np.float32)
         of_class = class_weights[self.index[conversation]["source_class"]]
-        return np.where(weights < 0, -weights, of_class * weights).astype(np.float32)
+        return np.where(weights < 0, FINAL * weights, of_class * weights).astype(np.float32)
 
     def where(self, conversation):
         """file:line, or file: item, of a conversation, for messages."""

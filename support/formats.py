@@ -1,9 +1,9 @@
-"""The shapes that people's files have, made one checked conversation.
+"""The shapes that people's files have, turned into one checked conversation.
 
     a line's bytes -> parse_json -> parse_conversation -> Conversation
 
-Nothing that a line says is dropped unsaid: a key is obeyed, or it is refused by its name, or it
-comes back in `not_read`, to be counted. Whatever is wrong is a BadLine.
+Every key is used, refused by its name, or returned in `not_read` and counted. Anything wrong is a
+BadLine.
 """
 
 import fnmatch
@@ -12,12 +12,12 @@ import json
 import re
 from typing import NamedTuple
 
-# Where a conversation may stand in a line: under one of these as a list of messages ...
+# A line has its conversation as a list of messages under one of these keys,
 LISTS = "messages", "conversations", "conversation", "items"
-# ... or as a question under one of these, to be joined with what more of it there is ...
+# or as a question, with its context appended, and an answer: each a text or a list of messages.
 QUESTIONS, CONTEXTS = ("instruction", "prompt", "question", "query"), ("input", "context")
-ANSWERS = "output", "completion", "response"  # ... and an answer: a text or a list of messages.
-SYSTEMS = "system", "system_prompt"  # beside any of them, the system message
+ANSWERS = "output", "completion", "response"
+SYSTEMS = "system", "system_prompt"  # the system message, with any of them
 
 ROLES = {
     "system": "system", "developer": "system",
@@ -27,17 +27,17 @@ ROLES = {
 }  # fmt: skip
 TEXT_PARTS = "text", "input_text", "output_text"
 
-FACTORS = "weight", "train", "loss", "masked"  # what says how much of an answer is learned
+FACTORS = "weight", "train", "loss", "masked"  # of a line, or of an assistant's message
 LINE_KEYS = {*LISTS, *SYSTEMS, *FACTORS, "class", "condition"}
 MESSAGE_KEYS = {*FACTORS, "role", "from", "content", "value"}
-# Without these an answer is not what was answered.
+# The answer depends on these, so a line that has one is refused.
 NEEDED = {
     "tools", "tool", "tool_calls", "tool_call", "tool_call_id", "tool_responses", "tool_plan",
     "functions", "function_call", "reasoning", "reasoning_content", "reasoning_details",
     "thinking", "thinking_blocks", "thought", "thoughts", "images", "image", "image_url", "videos",
     "video", "audios", "audio", "input_audio", "documents", "attachments", "history", "refusal",
 }  # fmt: skip
-SAYS_WHAT_IS_LEARNED = re.compile(
+SAYS_WHAT_IS_SUPERVISED = re.compile(
     "(^|[^a-z])(weight|train|loss|mask|learn|superv|reward|advantage|importance)"
 )
 
@@ -46,7 +46,7 @@ LONGEST = 16 << 20  # bytes of a line, or of an item of an array
 
 
 class BadLine(ValueError):
-    """What is wrong with a line; `cause` is the same for all lines that it is wrong with."""
+    """What is wrong with a line; `cause` is the same text for all lines with this fault."""
 
     def __init__(self, text, cause=None):
         super().__init__(text)
@@ -57,17 +57,17 @@ class Message(NamedTuple):
     role: str  # system, user or assistant
     content: str
     weight: float = 1.0  # of an assistant's: a factor on the weight of its class
-    final: bool = False  # `weight` is the weight itself, whatever the role and the class
+    final: bool = False  # `weight` replaces that of the class, and any role may have it
 
 
 class Conversation(NamedTuple):
     source_class: str
     messages: tuple
-    not_read: tuple = ()  # keys that were not needed: "id", "messages: name"
+    not_read: tuple = ()  # keys that were not used: "id", "messages: name"
 
 
 def parse_json(raw):
-    """The JSON object of a line or an item, None of a blank one."""
+    """The JSON object of a line or an item, None if it is blank."""
     if raw is None:
         raise BadLine(f"longer than {LONGEST >> 20} MiB: each line or item is one conversation")
     try:
@@ -104,9 +104,9 @@ DECODER = json.JSONDecoder(object_pairs_hook=_without_repeats)
 def parse_conversation(line, classes, class_field="class", file_class=None):
     """A checked Conversation from one decoded JSON line.
 
-    Its class is what `class_field` names, and `file_class` where the file has one; sources that
-    disagree are an error. A message weighs its class's weight x the line's "weight" x its own; in
-    OpenChat's "items" its own is final, as there the class's is already in it.
+    Its class is named by `class_field`, or is `file_class` if the file has one; two that disagree
+    are an error. A message weighs its class's weight x the line's "weight" x its own; in OpenChat's
+    "items" its own is final, as it includes the class's.
     """
     messages, not_read = parse_messages(line, {class_field})
     source_class = _source_class(line, classes, class_field, file_class)
@@ -122,13 +122,13 @@ def parse_conversation(line, classes, class_field="class", file_class=None):
 
 
 def parse_messages(line, obeyed=()):
-    """([Message, ...], keys not read) of a decoded JSON line; `obeyed` are keys that others read.
+    """([Message, ...], keys not read) of a decoded JSON line, answered or not yet.
 
-    A conversation without an answer yet is fine, such as a question to be answered.
+    `obeyed` are keys that the caller reads.
     """
     parts, keys = _parts(line)
     not_read = _check_keys(line, LINE_KEYS, "", (*keys, *obeyed))
-    for key in LISTS:  # such as a text beside the list that is meant
+    for key in LISTS:  # such as a text, when another key has the list
         if key in line and key not in keys and not says_nothing(line[key]):
             not_read.append(key)
     factor, numbered = _factor(line), []
@@ -152,37 +152,10 @@ def parse_messages(line, obeyed=()):
     return messages, not_read
 
 
-def with_answer(line, text):
-    """The line with the assistant's turn at the end of its conversation, in its own shape."""
+def keys_beside(line):
+    """The line's keys and values beside its conversation."""
     _, keys = _parts(line)
-    if len(keys) > 1:  # a question: where its answer stands, or the line has an empty place for it
-        keys = sorted((key for key in ANSWERS if key in line), key=lambda k: says_nothing(line[k]))
-    key = [*keys, "output" if "instruction" in line else "completion"][0]
-    if not isinstance(line.get(key), list) or not line[key]:
-        return line | {key: text}
-    last = line[key][-1]
-    if isinstance(last, str):
-        return line | {key: [*line[key], text]}
-    role, name = ("role", "assistant") if "role" in last else ("from", "gpt")
-    content = "content" if "content" in last else "value"
-    return line | {key: [*line[key], {role: name, content: text}]}
-
-
-def without_answer(line):
-    """(the line without the assistant's turn at its end, in its own shape; what that turn says).
-
-    The line as it was, and None, where no such turn is there.
-    """
-    parts, keys = _parts(line)
-    role, last = parts[-1] if parts else (None, None)
-    if isinstance(last, dict):
-        role = ROLES.get(str(last.get("role", last.get("from"))).strip().lower())
-        last = last.get("content", last.get("value"))
-    if role != "assistant":
-        return line, None
-    keys = keys if len(keys) == 1 else [*ANSWERS, *QUESTIONS]
-    key = next(key for key in keys if not says_nothing(line.get(key)))
-    return line | {key: line[key][:-1] if isinstance(line[key], list) else ""}, last
+    return {key: value for key, value in line.items() if key not in {*keys, *SYSTEMS}}
 
 
 def _kind(value):
@@ -194,11 +167,11 @@ def says_nothing(value):
     return value is None or value in ("", [], {}) or value != value  # NaN, as pandas writes it
 
 
-# ------------------------------------------------------------------------------ where the turns are
+# ------------------------------------------------------------------------------- turns of a line
 
 
 def _parts(line):
-    """([(role where the key tells it, a message or a text), ...], the keys that they come from)."""
+    """([(role or None, a message or a text), ...], the keys that they come from)."""
     lists = [key for key in LISTS if isinstance(line.get(key), list) and line[key]]
     if len(lists) > 1:
         raise BadLine(f"both {lists[0]!r} and {lists[1]!r}: keep the one that is meant")
@@ -289,14 +262,14 @@ def _message(role, raw, final):
         return Message(role, text, weight, final=True), not_read
     if role != "assistant" and weight and any(raw.get(key) is not None for key in FACTORS):
         raise BadLine(
-            f"a {role} message that is to be learned; only one with a 'weight' in OpenChat's "
-            "'items' is"
+            f"a {role} message with a weight; it is supervised only with a 'weight' in OpenChat's "
+            "'items'"
         )
     return Message(role, text, weight), not_read
 
 
 def _one_of(raw, first, second):
-    """Whichever of two keys a message has; where both say something, they must say the same."""
+    """Whichever of two keys a message has; if it has both, they must agree."""
     if second not in raw and first in raw:  # nearly always
         return first
     found = [key for key in (first, second) if key in raw]
@@ -338,7 +311,7 @@ def _part(part, key, not_read):
 
 
 def _check_keys(given, obeyed, prefix, more=()):
-    """The keys, after `prefix`, that are not read; BadLine where one may not be passed over."""
+    """The keys that are not read, each after `prefix`; BadLine if one may not be ignored."""
     not_read = []
     if given.keys() <= obeyed:  # nearly always
         return not_read
@@ -350,22 +323,20 @@ def _check_keys(given, obeyed, prefix, more=()):
             raise BadLine(f"{key!r:.40} is not implemented, and the answer depends on it")
         if name in obeyed:
             raise BadLine(f"{key!r:.40} is not read: write {name!r}")
-        if SAYS_WHAT_IS_LEARNED.search(name):
+        if SAYS_WHAT_IS_SUPERVISED.search(name):
             raise BadLine(
-                f"{key!r:.40} seems to say what is learned, and is not read: 'weight' (a factor) "
-                "and 'train', 'loss', 'masked' (true or false) are; remove or rename it"
+                f"{key!r:.40} seems to say what is supervised, and is not read: remove it or "
+                "write 'weight' (a factor) or 'train', 'loss', 'masked' (true or false)"
             )
         not_read.append(prefix + key[:40])
     return not_read
 
 
 def check_file_key(path, key, value):
-    """The key beside a file's list of conversations, not read; ValueError where a line's counts."""
+    """[key] beside a file's list of conversations; ValueError if each of them should have it."""
     if key in {*LINE_KEYS, "data"} and not says_nothing(value):
-        raise ValueError(
-            f"{path}: {key!r} beside the list of conversations is not read: put it into each of "
-            "them, or name the class of all by CLASS=FILE"
-        )
+        hint = "put it into each of them, or give the class of all as CLASS=FILE"
+        raise ValueError(f"{path}: {key!r} beside the list of conversations is not read: {hint}")
     try:
         return _check_keys({key: value}, set(), "")
     except BadLine as error:
@@ -373,7 +344,7 @@ def check_file_key(path, key, value):
 
 
 def _factor(keys):
-    """The product of what a line or a message says of its weight; 1 where it says nothing."""
+    """The product of the FACTORS of a line or a message; 1 if it has none."""
     if keys.keys().isdisjoint(FACTORS):
         return 1.0
     product = 1.0
@@ -401,7 +372,7 @@ def _checked_weight(value):
 
 def _times(message, factor):
     if message.final:
-        raise BadLine("its weight is final, as it is in 'items': the line can have none beside it")
+        raise BadLine("its weight is final, as always in 'items': remove the line's own weight")
     return message._replace(weight=_checked_weight(message.weight * factor))
 
 
@@ -419,7 +390,7 @@ def _source_class(line, classes, class_field, file_class):
         except BadLine as error:
             if file_class is None:
                 raise
-            hint = f"--data says {file_class}; another --class-field, and {class_field!r} is unread"
+            hint = f"--data says {file_class}; a different --class-field ignores {class_field!r}"
             raise BadLine(f"{error}; {hint}") from None
     if found and class_field != "class" and line.get("class") in list(classes):
         found["class"] = line["class"]
@@ -445,7 +416,7 @@ def _named_class(key, value, classes):
 
 
 def _matching_class(key, value, classes):
-    """The class that a field's value names, or whose patterns it fits, without regard to case."""
+    """The class that a field's value names or, without regard to case, whose pattern it fits."""
     if isinstance(value, (dict, list)):
         raise BadLine(f"{key!r} must be text, a number, true or false, not {_kind(value)}")
     text = value if isinstance(value, str) else json.dumps(value)
@@ -457,11 +428,9 @@ def _matching_class(key, value, classes):
     ]  # fmt: skip
     if len(fits) == 1:
         return fits[0]
-    what = f"fits the patterns of both {fits[0]} and {fits[1]}" if fits else "is of no class"
-    raise BadLine(
-        f'{key!r} {text!r:.40} {what} ({", ".join(classes)}): --classes says by "match" which '
-        "values are of a class"
-    )
+    what = f"fits the patterns of both {fits[0]} and {fits[1]}" if fits else "matches no class"
+    hint = 'list the values of each class as its "match" in --classes'
+    raise BadLine(f"{key!r} {text!r:.40} {what} ({', '.join(classes)}): {hint}")
 
 
 def _class_of_condition(condition, classes):

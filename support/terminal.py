@@ -1,4 +1,4 @@
-"""chat.py at the terminal: questions, commands, and what is remembered between them."""
+"""chat.py at the terminal: questions, commands, and the conversation that they make."""
 
 import contextlib
 import shlex
@@ -19,7 +19,7 @@ def converse(chat, options):
         import readline
 
         readline.parse_and_bind("set enable-bracketed-paste on")
-    talk, warned = Conversation(chat, options), False
+    talk, warned = Talk(chat, options), False
     print("\n".join(talk.banner()))
     while True:
         try:
@@ -41,7 +41,7 @@ def converse(chat, options):
             talk.ask(text.strip())
 
 
-class Conversation:
+class Talk:
     def __init__(self, chat, options):
         self.chat, self.options = chat, options
         self.messages = []  # at its end a question and its answer
@@ -68,63 +68,48 @@ class Conversation:
             print(HELP)
         elif name == "/new" and not rest:
             self.messages = []
+        elif name == "/class" and rest in self.chat.names:
+            self.chat.class_name = rest
+            print(self.condition())
         elif name == "/class":
-            self.choose(rest)
+            print(f"[/class takes one of: {', '.join(self.chat.names)}]")
         elif name == "/both":
             self.ask_each(rest)
         else:
             print(f"[no command: {shlex.quote(name)}; /help lists them]")
 
-    def choose(self, name):
-        if name in self.chat.names:
-            self.chat.class_name = name
-            print(self.condition())
-        else:
-            print(f"[/class takes one of: {', '.join(self.chat.names)}]")
-
     def ask_each(self, text):
-        """Under each condition after the same turns, of which that in force is remembered."""
+        """Under each condition, after the same turns; the answer of the current one is kept."""
         if not text and self.messages:
             text, self.messages = self.messages[-2].content, self.messages[:-2]
-        others = [name for name in self.chat.names if name != self.chat.class_name]
+        current = self.chat.class_name
         if text:
-            self.ask(text, [self.chat.class_name, *others])
+            self.ask(text, sorted(self.chat.names, key=lambda name: name != current))
         else:
             print("[no question yet: /both TEXT]")
 
     def ask(self, text, names=()):
-        """The answer in the class in force, or those in `names`, that one first."""
-        asked = [*self.messages, Message("user", text)]
+        """Print the answer of the current class, or of each in `names`, and keep the first."""
+        asked, answers = [*self.messages, Message("user", text)], []
         messages = self.chat.fitting(asked, self.options["max_new_tokens"])
         if not messages:
             return print(f"[too long for the context of {self.chat.context} tokens; not sent]")
-        if not self.chat.single:
-            for _ in range((len(asked) - len(messages)) // 2):
-                print("[the context is full: the oldest turn is forgotten]")
-        answers = []
-        for name in names or [self.chat.class_name]:
-            if names:
-                print(self.chat.prefix(name, "assistant"), end=" ", flush=True)
-            answer, stopped = self.answer(messages, name)
-            answers.append(answer)
-            if stopped:
-                break
-        self.messages = [*messages, Message("assistant", answers[0])]
-
-    def answer(self, messages, name):
-        """(text, did Ctrl-C stop it), printed as it comes."""
-        text, stopped = "", False
+        forgotten = 0 if self.chat.single else (len(asked) - len(messages)) // 2
+        print("[the context is full: the oldest turn is forgotten]\n" * forgotten, end="")
         try:
-            for piece in self.chat.stream(messages, name, **self.options):
-                text += piece
-                print(piece, end="", flush=True)
+            for name in names or [self.chat.class_name]:
+                answers.append("")
+                if names:
+                    print(self.chat.prefix(name, "assistant"), end=" ", flush=True)
+                for piece in self.chat.stream(messages, name, **self.options):
+                    answers[-1] += piece
+                    print(piece, end="", flush=True)
+                print()
         except KeyboardInterrupt:
-            print(" [stopped]", end="")
-            stopped = True
-        print()
-        return text, stopped
+            print(" [stopped]")
+        self.messages = [*messages, Message("assistant", answers[0])]
 
 
 def readable(text):
-    """Text of the terminal; what was no UTF-8 becomes question marks."""
+    """Text of the terminal, with question marks for bytes that are not UTF-8."""
     return text.encode("utf-8", "replace").decode("utf-8")

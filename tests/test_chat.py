@@ -295,7 +295,9 @@ def test_a_batch_that_was_cut_short_goes_on_to_what_it_would_have_been(
     kept, torn, folder, run, tmp_path, monkeypatch
 ):
     """Sampled too, where an answer depends on its seed and on what is answered beside it."""
-    lines = [asked(f"Story {n} of a ball", id=n) for n in range(20)]
+    texts = [f"Story {n} of a ball" for n in range(20)]
+    shapes = [asked, lambda text, id: {"id": id, "instruction": text, "output": "", "system": "Be"}]
+    lines = [shapes[n % 2](text, id=n) for n, text in enumerate(texts)]
     source = write(tmp_path / "in.jsonl", *lines)
     whole = answer_lines(run, folder, source, tmp_path / "whole", *SAMPLED)
     written = b"".join(whole[:kept]) + b"".join(whole[kept : kept + 1])[:torn]
@@ -306,6 +308,39 @@ def test_a_batch_that_was_cut_short_goes_on_to_what_it_would_have_been(
     )
     assert answer_lines(run, folder, source, target, *SAMPLED) == whole
     assert sum(counted) == {0: 20, 1: 20, 16: 4, 17: 4, 20: 0}[kept]
+
+
+def test_answers_are_in_the_file_when_the_next_are_begun(folder, run, tmp_path, monkeypatch):
+    source, target = write(tmp_path / "in", *[asked("Hi")] * 40), tmp_path / "out.jsonl"
+    written, real = [], chat.Chat.answers
+
+    def answers(*arguments, **options):
+        written.append(len(target.read_bytes().splitlines()))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(chat.Chat, "answers", answers)
+    answer_lines(run, folder, source, target)
+    assert written == [0, 16, 32]
+
+
+def test_every_key_beside_a_conversation_is_kept_and_its_turns_come_as_messages(
+    folder, run, tmp_path
+):
+    beside = {"id": [1, {"é": None}], "class": "gpt4", "weight": 0.5, "items_count": 2, "note": ""}
+    system = {"role": "system", "content": "Be kind"}
+    turns = [{"from": "human", "value": [{"type": "text", "text": "Hi"}], "name": "x"}]
+    lines = [
+        beside | {"conversations": turns, "system": "Be kind", "conversation": "id1"},
+        {"messages": None, "items": [{"role": "developer", "content": "Be kind"}, *turns]} | beside,
+        beside | {"prompt": "Hi", "system_prompt": "Be kind", "response": None, "input": ""},
+    ]
+    written = answer_lines(run, folder, write(tmp_path / "in", *lines), tmp_path / "out")
+    for line, more in zip(written, ({"conversation": "id1"}, {}, {}), strict=True):
+        found = json.loads(line)
+        answer = found["messages"].pop()
+        assert answer.keys() == {"role", "content"} and answer["role"] == "assistant"
+        messages = [system, {"role": "user", "content": "Hi"}]
+        assert found == beside | more | {"messages": messages}
 
 
 @pytest.mark.parametrize(
@@ -335,8 +370,7 @@ def test_a_batch_reads_what_train_reads(folder, run, tmp_path):
     source.write_bytes(gzip.compress(json.dumps(questions, indent=1).encode()))
     written = answer_lines(run, folder, source, tmp_path / "out.jsonl")
     (text,) = {json.loads(written[0])["messages"][1]["content"]}
-    assert json.loads(written[1]) == {"instruction": "Hi", "output": text}
-    assert json.loads(written[2]) == {"conversations": ["Hi", text]}
+    assert written == written[:1] * 3 and json.loads(written[0]) == asked("Hi", text)
 
 
 def test_a_last_answer_can_be_replaced(folder, run, tmp_path):
@@ -347,7 +381,7 @@ def test_a_last_answer_can_be_replaced(folder, run, tmp_path):
     old += [{"question": "Hi", "response": "Old"}, {"instruction": "Hi", "output": "Old"}]
     old += [{"conversations": ["Hi", "Old"]}, asked("Hi")]
     expected = answer_lines(run, folder, write(tmp_path / "bare", *bare), tmp_path / "a")
-    assert [*map(json.loads(expected[2]).get, ["question", "completion"])] == ["Hi", None]
+    assert json.loads(expected[2]).keys() == {"messages"}
     source = write(tmp_path / "old", *old)
     assert answer_lines(run, folder, source, tmp_path / "b", "--drop-last-answer") == expected
     assert answer_lines(run, folder, source, tmp_path / "b", "--drop-last-answer") == expected
@@ -367,6 +401,10 @@ def test_a_last_answer_can_be_replaced(folder, run, tmp_path):
         ({"item": []}, "no conversation: 'messages'"),
         ({"messages": {}}, "'messages' must be a list, not an object"),
         ({"messages": []}, "the last message must be the user's"),
+        (
+            {"messages": [{"role": "system", "content": "Be"}]},
+            "the last message must be the user's",
+        ),
         (asked("Hi", "Ho"), "the last message must be the user's"),
         ({"messages": [{"role": "bot", "content": "Hi"}]}, "message 1: 'role' is 'bot'"),
         (asked("Hi", "Ho", "\ud800"), "message 3: lone surrogate"),
@@ -375,7 +413,7 @@ def test_a_last_answer_can_be_replaced(folder, run, tmp_path):
         (b'"' + b"x" * (17 << 20) + b'"', "longer than 16 MiB"),
         (asked("Hi", id="\ud800"), "surrogates not allowed"),
     ],
-    ids=[str(i) for i in range(15)],
+    ids=[str(i) for i in range(16)],
 )
 def test_a_bad_line_of_a_batch_is_named_before_anything_is_written(
     bad, message, folder, run, tmp_path

@@ -1,8 +1,10 @@
 """data.py: conversations in, the exact tokens and masks out; whatever is wrong said by its line."""
 
+import gzip
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +21,7 @@ import loss
 from support import containers, formats, preview, report
 from support import dataset as dataset_module
 from support import tokenizer as support_tokenizer
+from support.dataset import ARRAYS
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = loss.DEFAULT_CLASSES
@@ -280,8 +283,7 @@ def test_lines_of_every_length_around_the_limit(tmp_path, monkeypatch):
             middle = b"x" * length + end
             middle = [] if not middle else [middle if len(middle) < 8 or end and len(middle) == 8
                                             else None]  # fmt: skip
-            assert [raw for raw, _ in found] == [b"ab\n", *middle, *[b"cd\n"] * bool(end)]
-            assert found[-1][1] == path.stat().st_size
+            assert found == [b"ab\n", *middle, *[b"cd\n"] * bool(end)]
 
 
 def test_problems_are_grouped_by_file_and_cause(prepare, tmp_path):
@@ -480,34 +482,120 @@ def kill_after(reports):
     return report
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tokenizer, monkeypatch, tmp_path):
+@pytest.fixture
+def three_files(monkeypatch, tmp_path):
+    """Three files of 25 conversations each, in many blocks, some lines bad or too long."""
     monkeypatch.setattr(containers, "BLOCK", 400)
     good = [[line(f"Hi {n} {f}", "Ho " * (n % 7 + 1)) for n in range(25)] for f in range(3)]
     good[1][4:4] = [b"{", b"", line("Hi", "Ho " * 300), line("Hi")]
-    paths = [write(tmp_path / f"{f}.jsonl", *lines) for f, lines in enumerate(good)]
+    return [write(tmp_path / f"{f}.jsonl", *lines) for f, lines in enumerate(good)]
 
-    def prepare(folder, progress=None):
-        options = {"max_length": 100, "skip_bad": True, "progress": progress}
-        return data.prepare(paths, tokenizer, CLASSES, tmp_path / folder, **options)
 
-    whole, blocks = prepare("whole"), []
-    prepare("count", lambda *_: blocks.append(_))
-    assert len(blocks) > 15
-    for number in range(0, len(blocks), 3):
-        folder = f"killed{number}"
+def test_a_killed_run_starts_again_and_ends_with_the_same_bytes(three_files, prepare, tmp_path):
+    options = {"max_length": 100, "skip_bad": True}
+    calls = []
+    whole = prepare(*three_files, progress=lambda *_: calls.append(_), **options)
+    expected = {path.name: path.read_bytes() for path in whole.folder.iterdir()}
+    assert len(calls) > 15 and expected.keys() == {"done.json", *(f"{n}.bin" for n in ARRAYS)}
+    for number in range(0, len(calls), 5):
+        shutil.rmtree(whole.folder)
         with pytest.raises(Killed):
-            prepare(folder, kill_after(number))
-        (key,) = (tmp_path / folder).iterdir()
-        for array in key.glob("*.bin"):  # bytes of a block that was not committed
-            with open(array, "ab") as file:
-                file.write(b"torn")
-        with monkeypatch.context() as patch:
-            texts = counted(tokenizer, patch)
-            again = prepare(folder)
-        assert number == 0 or len(texts) < 2 * len(whole)  # not all of it again
-        for array in whole.folder.glob("*.bin"):
-            assert (again.folder / array.name).read_bytes() == array.read_bytes()
-        assert again.report == whole.report
+            prepare(*three_files, progress=kill_after(number), **options)
+        assert not (whole.folder / "done.json").exists()
+        (whole.folder / "done.tmp").write_text("{")
+        again = prepare(*three_files, **options)
+        assert {path.name: path.read_bytes() for path in again.folder.iterdir()} == expected
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("change", ["overwritten", "longer", "shorter", "overwritten in front"])
+def test_a_file_that_changes_while_it_is_read_is_not_filed_under_its_old_content(
+    change, zipped, prepare, monkeypatch, tmp_path
+):
+    """Its second half, or the half that was read by then, at the first of several blocks."""
+    monkeypatch.setattr(containers, "BLOCK", 200_000)
+    lines = [line(f"Hi {n}", random.Random(n).randbytes(30_000).hex()) for n in range(20)]
+    path = write(tmp_path / "a.jsonl", *lines)
+    before = path.read_bytes()
+    at = 20 if change == "overwritten in front" else len(before) - 20
+    after = {"longer": before + before, "shorter": before[: len(before) // 2]}.get(
+        change, before[:at] + b"x" + before[at + 1 :]
+    )
+    if zipped:
+        before, after = gzip.compress(before), gzip.compress(after)
+    path.write_bytes(before)
+
+    def write_once(*_):
+        with open(path, "r+b") as file:  # the same file, as whoever reads it has it open
+            file.truncate(len(after))
+            file.write(after)
+
+    if change == "overwritten in front" and not zipped:  # what was read is what it was
+        expected = prepare(path).tokens.tolist()
+        shutil.rmtree(tmp_path / "tokens")
+        assert prepare(path, progress=write_once).tokens.tolist() == expected
+    else:
+        with pytest.raises(ValueError, match="a.jsonl: (changed while|is broken as a gzip file)"):
+            prepare(path, progress=write_once)
+        assert not [*(tmp_path / "tokens").iterdir()]
+
+
+DAMAGE = {
+    "a byte is another": lambda raw: raw[:99] + bytes([raw[99] ^ 1]) + raw[100:],
+    "cut": lambda raw: raw[: len(raw) // 8 * 4],
+    "longer": lambda raw: raw + bytes(8),
+    "empty": lambda raw: b"",
+    "zeros": lambda raw: bytes(len(raw)),
+    "a list": lambda raw: b"[]",
+    "an object": lambda raw: b"{}",
+    "deep": lambda raw: b"[" * 100_000,
+    "no UTF-8": lambda raw: b"\xff",
+    "another count": lambda raw: raw.replace(b'"bad": 2', b'"bad": 1'),
+    "gone": None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", [*(f"{array}.bin" for array in ARRAYS), "done.json"])
+def test_arrays_that_were_damaged_are_made_again(name, damage, three_files, prepare, capsys):
+    whole = prepare(*three_files, skip_bad=True)
+    expected = {path.name: path.read_bytes() for path in whole.folder.iterdir()}
+    assert prepare(*three_files, skip_bad=True).folder == whole.folder
+    assert not capsys.readouterr().err
+    if DAMAGE[damage]:
+        (whole.folder / name).write_bytes(DAMAGE[damage](expected[name]))
+    else:
+        (whole.folder / name).unlink()
+    changed = [p.name for p in whole.folder.iterdir() if p.read_bytes() != expected[p.name]]
+    again = prepare(*three_files, skip_bad=True)
+    assert {path.name: path.read_bytes() for path in again.folder.iterdir()} == expected
+    said = f"{whole.folder}: damaged, so the data is tokenized again\n"
+    silent = (name, damage) == ("done.json", "gone") or (changed == [] and damage != "gone")
+    assert capsys.readouterr().err == ("" if silent else said)
+
+
+def test_arrays_are_on_the_disk_before_done_json_says_so(prepare, monkeypatch, tmp_path):
+    """A machine that loses power has the arrays whole, or no done.json."""
+    synced, real = {}, os.fsync
+    renamed = []
+
+    def fsync(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced[path.name] = path.stat().st_size
+        real(descriptor)
+
+    def rename(self, target):
+        sizes = {path.name: path.stat().st_size for path in self.parent.iterdir()}
+        assert sizes.items() <= synced.items() and self.parent.name in synced
+        synced.clear()
+        renamed.append(target)
+        os.rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", rename)
+    found = prepare(write(tmp_path / "a.jsonl", line("Hi", "Ho")))
+    assert renamed == [found.folder / "done.json"]
+    assert {found.folder.name, found.folder.parent.name} <= synced.keys()
 
 
 def test_several_processes_make_the_same_bytes_and_name_the_same_lines(
@@ -528,7 +616,7 @@ def test_several_processes_make_the_same_bytes_and_name_the_same_lines(
     for array in alone.folder.glob("*.bin"):
         assert (together.folder / array.name).read_bytes() == array.read_bytes()
     assert together.report == alone.report and alone.report["bad"] == 2
-    assert alone.report["problems"][0]["where"] == f"{path}:71"
+    assert [*alone.report["problems"].values()][0]["first"].startswith(f"{path}:71: ")
 
 
 class Dying(data.Encoder):
