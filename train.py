@@ -19,7 +19,6 @@ Shapes: T tokens of a micro-batch, N supervised rows, C classes, D hidden, V voc
 """
 
 import argparse
-import contextlib
 import dataclasses
 import gc
 import math
@@ -47,9 +46,9 @@ import model
 from loss import BETA, linear_weighted_cross_entropy
 from support import report
 from support.checkpoint import Checkpoints, write_export
-from support.flags import Parser, flag_of
+from support.flags import Parser, check_ranges, flag_of
 from support.plan import make_plan
-from support.ranks import Ranks, held_output, is_lost_rank
+from support.ranks import Ranks, held_output
 
 ROOT = Path(__file__).resolve().parent
 EXAMPLE = ROOT / "examples" / "sums"
@@ -104,40 +103,7 @@ class Config:
     plan_memory: float = 0  # with --dry-run: GiB of one rank's GPU
 
     def __post_init__(self):
-        for name in ("plan_ranks", "plan_memory"):
-            _require(self.dry_run or not getattr(self, name), name, "used with --dry-run")
-        _require(not (self.evaluate and self.dry_run), "evaluate", "used without --dry-run")
-        for name, least in LEAST.items():
-            _require((getattr(self, name) or 0) >= least, name, f"at least {least}")
-        for name in ("beta", "adam_eps", "clip"):
-            _require(getattr(self, name) > 0, name, "above 0")
-        for name in ("min_lr_ratio", "warmup_ratio", "adam_beta1", "adam_beta2", "weight_decay"):
-            _require(0 <= getattr(self, name) <= 1, name, "from 0 to 1")
-        for name in ("adam_beta1", "adam_beta2"):
-            _require(getattr(self, name) < 1, name, "below 1")
-        _require(self.seed < 2**32, "seed", "below 2^32")
-        longest = self.max_length is None or 2 <= self.max_length <= self.batch_tokens
-        _require(longest, "max_length", f"from 2 to --batch-tokens {self.batch_tokens}")
-        _require(self.precision in (None, "bf16", "fp32"), "precision", "bf16 or fp32")
-        _require(self.lr == "auto" or _is_number(self.lr), "lr", "auto or a number above 0")
-
-
-LEAST = {
-    "epochs": 1, "batch_tokens": 2, "accumulate": 1, "keep": 1, "replicas": 1,
-    "max_steps": 0, "eval_every": 0, "save_every": 0, "export_every": 0, "seed": 0,
-    "recompute": 0, "plan_ranks": 0, "plan_memory": 0,
-}  # fmt: skip
-
-
-def _require(holds, name, what):
-    if not holds:
-        raise ValueError(f"{flag_of(name)} must be {what}")
-
-
-def _is_number(text):
-    with contextlib.suppress(ValueError):
-        return 0 < float(text) < math.inf
-    return False
+        check_ranges(self)
 
 
 def parse_arguments(arguments):
@@ -191,28 +157,14 @@ def main(arguments=None):
     if embedded:
         arguments = [f"@{EXAMPLE / 'flags.txt'}"]
     config = parse_arguments(arguments)
-    try:
-        ranks = Ranks()
-    except RuntimeError as error:
-        if not is_lost_rank(error):
-            raise
-        sys.exit(f"error: not all ranks could be reached: {error}")
-    if embedded:
-        os.chdir(ROOT)  # its flags name files relative to this one
-        ranks.say(f"no flags: the embedded example, as with\n  train.py @{EXAMPLE / 'flags.txt'}\n")
-    try:
+    ranks = Ranks()
+    with ranks.errors_in_one_line():
+        if embedded:
+            os.chdir(ROOT)  # its flags name files relative to this one
+            ranks.say(f"no flags: the embedded example, as with\n  train.py {arguments[0]}\n")
         finished = run(config, ranks)
         if embedded and finished and ranks.first:
             subprocess.run([sys.executable, EXAMPLE / "score.py", f"{config.out}/model"])
-        ranks.finish()
-    except (ValueError, OSError) as error:
-        ranks.stop(f"error: {error}")
-    except KeyboardInterrupt:
-        ranks.stop("interrupted")
-    except RuntimeError as error:
-        if not is_lost_rank(error):
-            raise
-        ranks.stop(f"error: lost another rank; the same command goes on from here ({error})")
 
 
 def run(config, ranks):

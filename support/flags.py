@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 import shlex
 import sys
@@ -75,3 +76,39 @@ class Parser(argparse.ArgumentParser):
 
 def flag_of(name):
     return "--" + name.replace("_", "-")
+
+
+LEAST = {
+    "epochs": 1, "batch_tokens": 2, "accumulate": 1, "keep": 1, "replicas": 1,
+    "max_steps": 0, "eval_every": 0, "save_every": 0, "export_every": 0, "seed": 0,
+    "recompute": 0, "plan_ranks": 0, "plan_memory": 0,
+}  # fmt: skip
+
+
+def check_ranges(config):
+    """ValueError for the first flag of train.Config whose value makes no sense."""
+
+    def require(holds, name, what):
+        if not holds:
+            raise ValueError(f"{flag_of(name)} must be {what}")
+
+    for name in ("plan_ranks", "plan_memory"):
+        require(config.dry_run or not getattr(config, name), name, "used with --dry-run")
+    require(not (config.evaluate and config.dry_run), "evaluate", "used without --dry-run")
+    for name, least in LEAST.items():
+        require((getattr(config, name) or 0) >= least, name, f"at least {least}")
+    for name in ("beta", "adam_eps", "clip"):
+        require(getattr(config, name) > 0, name, "above 0")
+    for name in ("min_lr_ratio", "warmup_ratio", "adam_beta1", "adam_beta2", "weight_decay"):
+        require(0 <= getattr(config, name) <= 1, name, "from 0 to 1")
+    for name in ("adam_beta1", "adam_beta2"):
+        require(getattr(config, name) < 1, name, "below 1")
+    require(config.seed < 2**32, "seed", "below 2^32")
+    longest = config.max_length is None or 2 <= config.max_length <= config.batch_tokens
+    require(longest, "max_length", f"from 2 to --batch-tokens {config.batch_tokens}")
+    require(config.precision in (None, "bf16", "fp32"), "precision", "bf16 or fp32")
+    try:
+        rate = config.lr == "auto" or 0 < float(config.lr) < math.inf
+    except ValueError:
+        rate = False
+    require(rate, "lr", "auto or a number above 0")

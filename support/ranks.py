@@ -40,15 +40,20 @@ class Ranks:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
         backend = "cuda:nccl,cpu:gloo" if self.cuda else "gloo"
-        if "RANK" in os.environ:  # torchrun
-            store, self.rank, self.world = next(dist.rendezvous("env://"))
-        else:
-            store, self.rank, self.world = dist.HashStore(), 0, 1
-        dist.init_process_group(
-            backend, store=fresh_store(store, self.rank, self.world), rank=self.rank,
-            world_size=self.world, timeout=datetime.timedelta(minutes=30),
-            device_id=self.device if self.cuda else None,  # NCCL starts now, and fails now
-        )  # fmt: skip
+        try:
+            if "RANK" in os.environ:  # torchrun
+                store, self.rank, self.world = next(dist.rendezvous("env://"))
+            else:
+                store, self.rank, self.world = dist.HashStore(), 0, 1
+            dist.init_process_group(
+                backend, store=fresh_store(store, self.rank, self.world), rank=self.rank,
+                world_size=self.world, timeout=datetime.timedelta(minutes=30),
+                device_id=self.device if self.cuda else None,  # NCCL starts now, and fails now
+            )  # fmt: skip
+        except RuntimeError as error:
+            if not is_lost_rank(error):
+                raise
+            sys.exit(f"error: not all ranks could be reached: {error}")
         # The ranks wait for rank 0 while it tokenizes, and for each other's files: hours at times.
         self.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=2))
         self.first = self.rank == 0
@@ -127,6 +132,21 @@ class Ranks:
         """Did any rank get a signal to stop? All ranks must ask, and get the same answer."""
         signalled = torch.zeros((), device=self.device).fill_(self.signalled is not None)
         return bool(self.sum(signalled))
+
+    @contextlib.contextmanager
+    def errors_in_one_line(self):
+        """What a user can do something about ends the run in one line, the rest in a traceback."""
+        try:
+            yield
+            self.finish()
+        except (ValueError, OSError) as error:
+            self.stop(f"error: {error}")
+        except KeyboardInterrupt:
+            self.stop("interrupted")
+        except RuntimeError as error:
+            if not is_lost_rank(error):
+                raise
+            self.stop(f"error: lost another rank; the same command resumes from here ({error})")
 
     def stop(self, message):
         """End this rank with a message; torchrun ends the others."""
