@@ -18,6 +18,7 @@ CUDA under --deterministic. The evaluation and the export due at a step follow i
 a run resumed there makes both again.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -50,14 +51,13 @@ class Checkpoints:
         self.plan, self.ranks, self.out = plan, ranks, out
         self.folder = out / "checkpoints"
         self.saved = 0  # the step of the newest checkpoint
-        self.finished = False  # was all made that is due after the last step?
-        self.finished = False  # is everything done that this command asks for?
+        self.finished = False  # is everything done that the flags ask for?
         with torch.device("meta"):
             parameters = dict(model.Llama(plan.network).named_parameters())
         self.shapes = {name: list(p.shape) for name, p in parameters.items()}
         for moment in MOMENTS:
             self.shapes |= {moment_name(n, moment): list(p.shape) for n, p in parameters.items()}
-        self.bytes = 4 * len(MOMENTS + ("weight",)) * plan.network.parameter_count()
+        self.bytes = 4 * (1 + len(MOMENTS)) * plan.network.parameter_count()
 
     def committed(self):
         """[(step, folder)] of complete checkpoints, oldest first."""
@@ -72,39 +72,35 @@ class Checkpoints:
             return
         folder = self.folder / f"step-{step}"
         aside = folder.with_name(folder.name + ".tmp")
-        tensors = state_tensors(llama, optimizer)
-        saving = f"saving {folder}"
-        files = self.ranks.all_do(lambda: self._write(aside, tensors), saving)
-        self.ranks.first_does(lambda: self._commit(aside, folder, step, files), saving)
+        tensors, what = state_tensors(llama, optimizer), f"saving {folder}"
+        files = self.ranks.all_do(lambda: self._write(aside, tensors), what)
+        files = {name: rows for of_rank in files for name, rows in of_rank.items()}
+        self.ranks.first_does(lambda: self._commit(aside, folder, step, files), what)
         self.saved = step
 
     def _write(self, aside, tensors):
         aside.mkdir(exist_ok=True)
         if self.ranks.rank >= self.plan.world // self.plan.config.replicas:
-            return {}  # a replica's rows are those of the first one
+            return {}  # all replicas have the rows of the first one
         return write_rows(aside, f"rank-{self.ranks.rank:05d}", tensors)
 
     def _commit(self, aside, folder, step, files):
-        files = {name: rows for of_rank in files for name, rows in of_rank.items()}
         check_rows(files, self.shapes)
         state = {"step": step, "recipe": recipe(self.plan), "config": flags(self.plan)}
         (aside / "state.json").write_text(json.dumps(state | {"files": files}))
         for path in (aside / "state.json", aside):
             sync(path)
-        if (metrics := self.out / "metrics.jsonl").exists():  # or its user has moved it
-            sync(metrics)
+        with contextlib.suppress(FileNotFoundError):  # a user may have moved it
+            sync(self.out / "metrics.jsonl")
         aside.rename(folder)
         sync(self.folder)
-        self._mark()
+        temporary = self.out / ".run.tmp"
+        model.write_json(temporary, {key: state[key] for key in ("recipe", "config")})
+        temporary.replace(self.out / "run.json")
         for _, path in self.committed()[: -self.plan.config.keep]:
             doomed = path.with_name(path.name + ".tmp")  # a kill here leaves no half folder
             path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
-
-    def _mark(self):
-        temporary = self.out / ".run.tmp"
-        model.write_json(temporary, {"recipe": recipe(self.plan), "config": flags(self.plan)})
-        temporary.replace(self.out / "run.json")
 
     def finish(self):
         """Record that all is done that was due after the last step, with which evaluation data."""
@@ -135,8 +131,6 @@ class Checkpoints:
                     f"{self.out} has {free / 1e9:.1f} GB free, and the checkpoints and model need "
                     f"{needed / 1e9:.1f} GB: free some, or give another --out or a smaller --keep"
                 )
-        if step:
-            self._mark()
         return step, finished and (self.out / "model").exists()
 
     def _resumable(self, step, folder):
