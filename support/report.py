@@ -173,7 +173,10 @@ def _needed(plan):
 def what_would_fit(plan):
     """The error of a plan that does not fit: with how many ranks or tokens it would."""
     config, size, ways = plan.config, plan.size, []
-    for other in memory.sizes_that_fit(plan.network, size, plan.available):
+    found = [*memory.sizes_that_fit(plan.network, size, plan.available)]
+    if found:  # more ranks, or fewer tokens and as few ranks as then are enough
+        found = dict.fromkeys([found[0], min(found, key=lambda other: other.shards)])
+    for other in found:
         changes = ["no --recompute"] * (config.recompute is not None)
         if other.tokens < size.tokens:
             accumulate = config.accumulate * size.tokens // other.tokens
@@ -183,7 +186,7 @@ def what_would_fit(plan):
         if other.shards > size.shards:
             changes.append(f"{other.shards * config.replicas} ranks")
         ways.append(" and ".join(changes))
-    advice = "it would with " + ", or with ".join([*ways[:1], *ways[1:][-1:]])
+    advice = "it would with " + ", or with ".join(ways)
     if not ways:
         most = f"{size.shards * config.replicas << 10} ranks and --batch-tokens {size.tokens >> 4}"
         advice = f"not even with {most}"
