@@ -34,6 +34,7 @@ from torch.distributed.tensor import DTensor
 import model
 from loss import DEFAULT_CLASSES, expert_class
 from support.files import model_folder, read_export, sync
+from support.flags import flag_of
 from support.model_card import model_card
 
 FILE_SIZE = 4 << 30  # bytes: how much a rank on a GPU copies into host memory at a time
@@ -56,7 +57,7 @@ class Checkpoints:
             parameters = dict(model.Llama(plan.network).named_parameters())
         self.shapes = {name: list(p.shape) for name, p in parameters.items()}
         for moment in MOMENTS:
-            self.shapes |= {moment_name(n, moment): list(p.shape) for n, p in parameters.items()}
+            self.shapes |= {f"optimizer.{n}.{moment}": list(p.shape) for n, p in parameters.items()}
         self.bytes = 4 * (1 + len(MOMENTS)) * plan.network.parameter_count()
 
     def committed(self):
@@ -86,7 +87,7 @@ class Checkpoints:
 
     def _commit(self, aside, folder, step, files):
         check_rows(files, self.shapes)
-        state = {"step": step, "recipe": recipe(self.plan), "config": flags(self.plan)}
+        state = {"step": step, "recipe": recipe(self.plan), "config": flags(self.plan.config)}
         (aside / "state.json").write_text(json.dumps(state | {"files": files}))
         for path in (aside / "state.json", aside):
             sync(path)
@@ -147,7 +148,7 @@ class Checkpoints:
                 f"{folder} is beyond the {total} steps asked for: raise --epochs or --max-steps, "
                 "or give a new --out"
             )
-        for change in changed_flags(state["config"], self.plan):
+        for change in changed_flags(state["config"], self.plan.config):
             self.ranks.say(f"changed since the checkpoint: {change}")
         mark = folder / "finished"
         same_evaluation = mark.exists() and mark.read_text() == str(self.plan.eval_name)
@@ -177,10 +178,6 @@ class Checkpoints:
         ranks.say(f"resuming from {folder}")
 
 
-def moment_name(parameter, moment):
-    return f"optimizer.{parameter}.{moment}"
-
-
 def state_tensors(llama, optimizer):
     """{name: tensor}: each parameter and its AdamW moments; RuntimeError if one has none.
 
@@ -193,7 +190,7 @@ def state_tensors(llama, optimizer):
         if not isinstance(parameter, DTensor) or any(moment not in state for moment in MOMENTS):
             raise RuntimeError(f"{name} has no optimizer state, as when FSDP has gathered it")
         found[name] = parameter.detach()
-        found |= {moment_name(name, moment): state[moment] for moment in MOMENTS}
+        found |= {f"optimizer.{name}.{moment}": state[moment] for moment in MOMENTS}
     return found
 
 
@@ -259,7 +256,7 @@ def check_sums(path, rows):
 def recipe(plan):
     """{flags: what they set} of all that identifies a run: a checkpoint of another is refused."""
     config = plan.config
-    values = {
+    return as_json({
         "--data, --model, --max-length, --no-condition": plan.dataset.folder.name,
         "config.json of --model": dataclasses.asdict(plan.network),
         "weights of --model, --random-weights": plan.base or "random",
@@ -268,15 +265,15 @@ def recipe(plan):
         "--seed": config.seed,
         "--batch-tokens": config.batch_tokens,
         "ranks x --accumulate": plan.world * config.accumulate,
-    }
-    return as_read_back(values)
+    })  # fmt: skip
 
 
-def flags(plan):
-    return as_read_back(dataclasses.asdict(plan.config))
+def flags(config):
+    return as_json(dataclasses.asdict(config))
 
 
-def as_read_back(value):
+def as_json(value):
+    """A value as it is after writing and reading it."""
     return json.loads(json.dumps(value))
 
 
@@ -296,12 +293,12 @@ def check_recipe(folder, saved, now):
         )
 
 
-def changed_flags(saved, plan):
-    """Flags that may differ from those of the saved run, but change where it goes."""
-    saved = as_read_back(dataclasses.asdict(type(plan.config)())) | saved  # of an older version
+def changed_flags(saved, config):
+    """Flags that differ from the saved run's: the results change, but it is the same run."""
+    saved = flags(type(config)()) | saved  # an older version may lack some, and acted as by default
     return [
-        f"--{name.replace('_', '-')} {saved[name]!r}, now {value!r}"
-        for name, value in flags(plan).items()
+        f"{flag_of(name)} {saved[name]!r}, now {value!r}"
+        for name, value in flags(config).items()
         if name not in ("model", "data", "out") and saved[name] != value
     ]
 
