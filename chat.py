@@ -34,7 +34,7 @@ def generate(llama, prompts, max_new_tokens, stop=(), temperature=0.0, top_p=1.0
     """Yields a list of B next tokens at a time, None for a prompt that is done.
 
     prompts: B lists of token ids. A prompt is done at a token of `stop`, after `max_new_tokens`,
-    or where the model's context is full. Temperature 0 takes the likeliest token.
+    or when the model's context is full. Temperature 0 takes the likeliest token.
     """
     context = llama.config.max_position_embeddings
     longest = max(map(len, prompts))
@@ -57,7 +57,7 @@ def generate(llama, prompts, max_new_tokens, stop=(), temperature=0.0, top_p=1.0
         running = [on and not (e or f) for on, e, f in zip(running, ended, full, strict=True)]
         if count == max_new_tokens or not any(running):
             return
-        cache.advance((lengths + count - 1).clamp(max=context - 1))  # past it only where done
+        cache.advance((lengths + count - 1).clamp(max=context - 1))  # beyond it only if done
         logits = llama(tokens, cache.positions, None, attend=cache.layers)
 
 
@@ -76,7 +76,7 @@ def sample(logits, temperature, top_p, generator):
 class KeyValueCache:
     """Keys and values of every layer, (B, S, K, E), for prompts of different lengths.
 
-    The first forward runs the prompts packed end to end; each later one a token a prompt.
+    The first forward runs the prompts packed end to end; each later one a single token per prompt.
     """
 
     def __init__(self, llama, lengths, size):
@@ -84,7 +84,7 @@ class KeyValueCache:
         self.window, self.size = config.sliding_window, size
         ends = F.pad(lengths.cumsum(0), (1, 0))
         self.cu_seqlens = ends.int()
-        self.prompt = torch.repeat_interleave(lengths)  # (T,) which prompt a token is of
+        self.prompt = torch.repeat_interleave(lengths)  # (T,) the prompt of each token
         self.positions = torch.arange(len(self.prompt), device=device) - ends[self.prompt]
         self.packed = model.PackedAttention(self.cu_seqlens, int(lengths.max()), self.window)
         shape = len(lengths), size, config.num_key_value_heads, config.head_dim
@@ -144,19 +144,19 @@ class Chat:
         return self.export.classes[name].condition if self.export.conditioned else ""
 
     def prefix(self, name, role):
-        """What a turn of class `name` begins with, to be shown."""
+        """The text that a turn of class `name` begins with."""
         return self.tokenizer.template.prefix(self.condition_of(name), role).strip()
 
     def prompt(self, messages, name=None):
-        """Tokens, under the condition of class `name`, or of the one in force."""
+        """Tokens, under the condition of class `name`, by default of the current one."""
         condition = self.condition_of(name or self.class_name)
         return data.encode_prompt(messages, self.tokenizer, condition)
 
     def fitting(self, messages, max_new_tokens):
-        """The newest turns that leave room for an answer; [] where the last alone is too long.
+        """The newest turns that leave room for an answer; [] if even the last one is too long.
 
         The room is max_new_tokens, but at most a quarter of the context; the last message may take
-        it. A model that was trained on single questions is given the last one alone.
+        it. A model that was trained on single questions is given only the last one.
         """
         messages = messages[-1:] if self.single else messages
         room = min(max_new_tokens, self.context // 4)
@@ -182,7 +182,7 @@ class Chat:
         return self.tokenizer.decode([t for t in tokens if t not in self.stop])
 
     def stream(self, messages, name=None, **options):
-        """Pieces of one answer's text as they come; says on stderr where a limit cut it."""
+        """Pieces of one answer's text as they come; prints on stderr if a limit cut it."""
         for _, piece, cut in self.streams([self.prompt(messages, name)], **options):
             yield piece
             if cut:
@@ -191,8 +191,8 @@ class Chat:
     def streams(self, prompts, **options):
         """Yields (number of a prompt, piece of its answer's text, None) as they come.
 
-        A character cut between tokens waits. The last of a prompt has in the place of None what
-        cut the answer short, "" where the model ended it.
+        A character whose bytes are in several tokens waits for all. With a prompt's last piece
+        comes, instead of None, the limit that cut the answer, or "" if the model ended it.
         """
         answers, shown = [[] for _ in prompts], [""] * len(prompts)
         for tokens in generate(self.llama, prompts, stop=self.stop, **options):
@@ -211,7 +211,7 @@ class Chat:
 
 
 def export_of(folder):
-    """What crlft.json says of an exported folder; ValueError if it is not one."""
+    """The Export in a folder; ValueError if it has none."""
     if export := read_export(folder):
         return export
     if (Path(folder) / "run.json").exists():
@@ -220,7 +220,7 @@ def export_of(folder):
 
 
 def ends_of(folder):
-    """Tokens at which generation_config.json ends an answer; none where it is not there."""
+    """Tokens at which generation_config.json ends an answer; none without that file."""
     path = Path(folder) / "generation_config.json"
     try:
         ends = json.loads(path.read_text(encoding="utf-8-sig"))["eos_token_id"]
@@ -246,7 +246,7 @@ def main(argv=None):
     add("--max-new-tokens", type=int, default=512, help="longest answer (default 512)")
     add("--seed", type=int, default=0, help="of the sampling")
     add("--batch", metavar="IN.jsonl", help="answer the last user turn of every conversation")
-    add("--to", metavar="OUT.jsonl", help="where --batch writes; goes on where that was cut short")
+    add("--to", metavar="OUT.jsonl", help="where --batch writes; resumes a file that was cut short")
     add("--drop-last-answer", action="store_true", help="--batch answers in the place of the last")
     add(
         "--web", type=int, nargs="?", const=PORT, metavar="PORT",

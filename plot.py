@@ -1,12 +1,12 @@
-"""Curves of one run or of several, drawn from their metrics.jsonl.
+"""Curves of one or more runs, drawn from their metrics.jsonl.
 
     python plot.py RUN                  RUN/curves.png
-    python plot.py RUN [RUN...]         laid over each other, in the first one's curves.png
+    python plot.py RUN [RUN...]         overlaid, in the first one's curves.png
     python plot.py RUN --to FILE.png
 
 Panels: loss and token accuracy by class (lines: training, smoothed; dots: held out), each class's
-share of a step's weight, learning rate, gradient norm, tokens a second. A class keeps its colour
-over all panels, a run its line style.
+share of a step's weight, learning rate, gradient norm, tokens per second. A class has the same
+colour in all panels, a run the same line style.
 """
 
 import itertools
@@ -26,7 +26,7 @@ def read(run):
     """(steps, evaluations) of a run's folder: the lines of its metrics.jsonl, each a dict."""
     path = Path(run) / "metrics.jsonl"
     if not Path(run).is_dir():
-        raise ValueError(f"{run}: not found; RUN is the folder that --out named")
+        raise ValueError(f"{run}: not found; RUN is the folder given to --out")
     lines = read_metrics(path)
     steps = [line for line in lines if "eval" not in line]
     if not steps:
@@ -61,18 +61,18 @@ def draw(runs, path):
     figure.savefig(path, dpi=100)
 
 
-PANELS = {  # title, and what the numbers are
-    "loss": ("loss by class (dots: held out)", "nats a learned token, unweighted"),
-    "accuracy": ("accuracy by class (dots: held out)", "learned tokens that are the likeliest"),
+PANELS = {  # title, unit
+    "loss": ("loss by class (dots: held out)", "nats per supervised token, unweighted"),
+    "accuracy": ("accuracy by class (dots: held out)", "supervised tokens predicted right"),
     "weight_share": ("weight by class", "share of a step's weight"),
     "lr": ("learning rate", ""),
     "grad_norm": ("gradient norm", "before clipping"),
-    "tokens_per_second": ("speed", "tokens a second, all ranks"),
+    "tokens_per_second": ("speed", "tokens per second, all ranks"),
 }
 
 
 def by_class(panels, steps, evaluations, source_class, style, colour, label):
-    """One class of one run, in the three panels that know of classes."""
+    """One class of one run, in the three panels that have curves per class."""
     for key in ("loss", "accuracy", "weight_share"):
         values = [step["classes"][source_class][key] for step in steps]
         if any(values):  # else no conversation of this class was trained on

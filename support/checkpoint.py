@@ -18,6 +18,7 @@ CUDA under --deterministic. The evaluation and the export due at a step follow i
 a run resumed there makes both again.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -33,6 +34,7 @@ from torch.distributed.tensor import DTensor
 import model
 from loss import DEFAULT_CLASSES, expert_class
 from support.files import model_folder, read_export, sync
+from support.flags import flag_of
 from support.model_card import model_card
 
 FILE_SIZE = 4 << 30  # bytes: how much a rank on a GPU copies into host memory at a time
@@ -50,14 +52,13 @@ class Checkpoints:
         self.plan, self.ranks, self.out = plan, ranks, out
         self.folder = out / "checkpoints"
         self.saved = 0  # the step of the newest checkpoint
-        self.finished = False  # was all made that is due after the last step?
-        self.finished = False  # is everything done that this command asks for?
+        self.finished = False  # is everything done that the flags ask for?
         with torch.device("meta"):
             parameters = dict(model.Llama(plan.network).named_parameters())
         self.shapes = {name: list(p.shape) for name, p in parameters.items()}
         for moment in MOMENTS:
-            self.shapes |= {moment_name(n, moment): list(p.shape) for n, p in parameters.items()}
-        self.bytes = 4 * len(MOMENTS + ("weight",)) * plan.network.parameter_count()
+            self.shapes |= {f"optimizer.{n}.{moment}": list(p.shape) for n, p in parameters.items()}
+        self.bytes = 4 * (1 + len(MOMENTS)) * plan.network.parameter_count()
 
     def committed(self):
         """[(step, folder)] of complete checkpoints, oldest first."""
@@ -72,39 +73,35 @@ class Checkpoints:
             return
         folder = self.folder / f"step-{step}"
         aside = folder.with_name(folder.name + ".tmp")
-        tensors = state_tensors(llama, optimizer)
-        saving = f"saving {folder}"
-        files = self.ranks.all_do(lambda: self._write(aside, tensors), saving)
-        self.ranks.first_does(lambda: self._commit(aside, folder, step, files), saving)
+        tensors, what = state_tensors(llama, optimizer), f"saving {folder}"
+        files = self.ranks.all_do(lambda: self._write(aside, tensors), what)
+        files = {name: rows for of_rank in files for name, rows in of_rank.items()}
+        self.ranks.first_does(lambda: self._commit(aside, folder, step, files), what)
         self.saved = step
 
     def _write(self, aside, tensors):
         aside.mkdir(exist_ok=True)
         if self.ranks.rank >= self.plan.world // self.plan.config.replicas:
-            return {}  # a replica's rows are those of the first one
+            return {}  # all replicas have the rows of the first one
         return write_rows(aside, f"rank-{self.ranks.rank:05d}", tensors)
 
     def _commit(self, aside, folder, step, files):
-        files = {name: rows for of_rank in files for name, rows in of_rank.items()}
         check_rows(files, self.shapes)
-        state = {"step": step, "recipe": recipe(self.plan), "config": flags(self.plan)}
+        state = {"step": step, "recipe": recipe(self.plan), "config": flags(self.plan.config)}
         (aside / "state.json").write_text(json.dumps(state | {"files": files}))
         for path in (aside / "state.json", aside):
             sync(path)
-        if (metrics := self.out / "metrics.jsonl").exists():  # or its user has moved it
-            sync(metrics)
+        with contextlib.suppress(FileNotFoundError):  # a user may have moved it
+            sync(self.out / "metrics.jsonl")
         aside.rename(folder)
         sync(self.folder)
-        self._mark()
+        temporary = self.out / ".run.tmp"
+        model.write_json(temporary, {key: state[key] for key in ("recipe", "config")})
+        temporary.replace(self.out / "run.json")
         for _, path in self.committed()[: -self.plan.config.keep]:
             doomed = path.with_name(path.name + ".tmp")  # a kill here leaves no half folder
             path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
-
-    def _mark(self):
-        temporary = self.out / ".run.tmp"
-        model.write_json(temporary, {"recipe": recipe(self.plan), "config": flags(self.plan)})
-        temporary.replace(self.out / "run.json")
 
     def finish(self):
         """Record that all is done that was due after the last step, with which evaluation data."""
@@ -135,8 +132,6 @@ class Checkpoints:
                     f"{self.out} has {free / 1e9:.1f} GB free, and the checkpoints and model need "
                     f"{needed / 1e9:.1f} GB: free some, or give another --out or a smaller --keep"
                 )
-        if step:
-            self._mark()
         return step, finished and (self.out / "model").exists()
 
     def _resumable(self, step, folder):
@@ -153,7 +148,7 @@ class Checkpoints:
                 f"{folder} is beyond the {total} steps asked for: raise --epochs or --max-steps, "
                 "or give a new --out"
             )
-        for change in changed_flags(state["config"], self.plan):
+        for change in changed_flags(state["config"], self.plan.config):
             self.ranks.say(f"changed since the checkpoint: {change}")
         mark = folder / "finished"
         same_evaluation = mark.exists() and mark.read_text() == str(self.plan.eval_name)
@@ -183,10 +178,6 @@ class Checkpoints:
         ranks.say(f"resuming from {folder}")
 
 
-def moment_name(parameter, moment):
-    return f"optimizer.{parameter}.{moment}"
-
-
 def state_tensors(llama, optimizer):
     """{name: tensor}: each parameter and its AdamW moments; RuntimeError if one has none.
 
@@ -199,7 +190,7 @@ def state_tensors(llama, optimizer):
         if not isinstance(parameter, DTensor) or any(moment not in state for moment in MOMENTS):
             raise RuntimeError(f"{name} has no optimizer state, as when FSDP has gathered it")
         found[name] = parameter.detach()
-        found |= {moment_name(name, moment): state[moment] for moment in MOMENTS}
+        found |= {f"optimizer.{name}.{moment}": state[moment] for moment in MOMENTS}
     return found
 
 
@@ -265,7 +256,7 @@ def check_sums(path, rows):
 def recipe(plan):
     """{flags: what they set} of all that identifies a run: a checkpoint of another is refused."""
     config = plan.config
-    values = {
+    return as_json({
         "--data, --model, --max-length, --no-condition": plan.dataset.folder.name,
         "config.json of --model": dataclasses.asdict(plan.network),
         "weights of --model, --random-weights": plan.base or "random",
@@ -274,15 +265,15 @@ def recipe(plan):
         "--seed": config.seed,
         "--batch-tokens": config.batch_tokens,
         "ranks x --accumulate": plan.world * config.accumulate,
-    }
-    return as_read_back(values)
+    })  # fmt: skip
 
 
-def flags(plan):
-    return as_read_back(dataclasses.asdict(plan.config))
+def flags(config):
+    return as_json(dataclasses.asdict(config))
 
 
-def as_read_back(value):
+def as_json(value):
+    """A value as it is after writing and reading it."""
     return json.loads(json.dumps(value))
 
 
@@ -302,12 +293,12 @@ def check_recipe(folder, saved, now):
         )
 
 
-def changed_flags(saved, plan):
-    """Flags that may differ from those of the saved run, but change where it goes."""
-    saved = as_read_back(dataclasses.asdict(type(plan.config)())) | saved  # of an older version
+def changed_flags(saved, config):
+    """Flags that differ from the saved run's: the results change, but it is the same run."""
+    saved = flags(type(config)()) | saved  # an older version may lack some, and acted as by default
     return [
-        f"--{name.replace('_', '-')} {saved[name]!r}, now {value!r}"
-        for name, value in flags(plan).items()
+        f"{flag_of(name)} {saved[name]!r}, now {value!r}"
+        for name, value in flags(config).items()
         if name not in ("model", "data", "out") and saved[name] != value
     ]
 

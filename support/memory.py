@@ -71,18 +71,15 @@ def blocks_to_recompute(network, size, available):
 
 
 def sizes_that_fit(network, size, available):
-    """Sizes that fit: with all of the tokens or half of them, to a 16th, the fewest shards each.
+    """Sizes that fit: with the tokens of `size`, half of them, to a 16th, the fewest shards each.
 
-    Shards are doubled up to ten times. A size that needs no fewer shards than one with more tokens
-    is left out.
+    Shards are doubled, to at most 1024 times as many.
     """
-    fewest = size.shards << 11
-    for tokens in [size.tokens >> halvings for halvings in range(5)]:
-        for shards in [size.shards << doublings for doublings in range(11)]:
-            smaller = dataclasses.replace(size, tokens=tokens, shards=shards)
-            recompute = blocks_to_recompute(network, smaller, available)
-            if sum(estimate(network, smaller, recompute).values()) <= available:
-                if shards < fewest:
-                    yield smaller
-                fewest = min(fewest, shards)
+    for halvings in range(5):
+        for doublings in range(11):
+            tokens, shards = size.tokens >> halvings, size.shards << doublings
+            other = dataclasses.replace(size, tokens=tokens, shards=shards)
+            recompute = blocks_to_recompute(network, other, available)
+            if sum(estimate(network, other, recompute).values()) <= available:
+                yield other
                 break

@@ -78,12 +78,9 @@ def run_preview(args):
             f"conversations up to {max_length:,} tokens"
         )
         print("\n".join(report.weight_by_step(found, steps, classes, weights)))
-        print(f"\n{report.legend(sys.stdout.isatty())}\n")
+        print(f"\n{report.LEGEND}\n")
         for conversation in varied(found, args.show):
-            shown = report.preview(
-                found, conversation, tokenizer, classes, weights, sys.stdout.isatty()
-            )
-            print("\n".join(shown))
+            print(*report.preview(found, conversation, tokenizer, classes, weights), sep="\n")
         if args.draw:
             bins = [b for step in steps for b in step]
             conversations = first_of_all_classes(bins, found.index["source_class"])

@@ -173,7 +173,10 @@ def _needed(plan):
 def what_would_fit(plan):
     """The error of a plan that does not fit: with how many ranks or tokens it would."""
     config, size, ways = plan.config, plan.size, []
-    for other in memory.sizes_that_fit(plan.network, size, plan.available):
+    found = [*memory.sizes_that_fit(plan.network, size, plan.available)]
+    if found:  # more ranks, or fewer tokens and as few ranks as then are enough
+        found = dict.fromkeys([found[0], min(found, key=lambda other: other.shards)])
+    for other in found:
         changes = ["no --recompute"] * (config.recompute is not None)
         if other.tokens < size.tokens:
             accumulate = config.accumulate * size.tokens // other.tokens
@@ -183,7 +186,7 @@ def what_would_fit(plan):
         if other.shards > size.shards:
             changes.append(f"{other.shards * config.replicas} ranks")
         ways.append(" and ".join(changes))
-    advice = "it would with " + ", or with ".join([*ways[:1], *ways[1:][-1:]])
+    advice = "it would with " + ", or with ".join(ways)
     if not ways:
         most = f"{size.shards * config.replicas << 10} ranks and --batch-tokens {size.tokens >> 4}"
         advice = f"not even with {most}"
@@ -266,39 +269,25 @@ def weight_by_step(dataset, steps, classes, class_weights):
     return out
 
 
-def legend(colour):
-    """How to read a preview."""
-    spelled = r"a special token's name that a text spells is shown as <\s>"
-    if colour:
-        marks = "not learned: dim; learned: bright, with its weight w; special: reversed"
-    else:
-        marks = "learned: ⟦between these⟧, with its weight w"
-    return f"{marks}\n{spelled}"
+LEGEND = r"""supervised: ⟦between these⟧, with its weight w
+a special token's name that is spelled in a text is shown as <\s>"""
 
 
-def preview(dataset, conversation, tokenizer, classes, class_weights, colour):
-    """One conversation as the model reads it: what is learned stands out, with its weight."""
+def preview(dataset, conversation, tokenizer, classes, class_weights):
+    """Lines of text: one conversation as the model reads it, with the weights of its tokens."""
     weights = dataset.weights_of(conversation, class_weights)
     name = list(classes)[dataset.index["source_class"][conversation]]
-    out = [f"{dataset.where(conversation)}  class {name}, {len(weights)} tokens"]
     text, tokens = "", dataset.tokens[dataset.span(conversation)].tolist()
     bounds = [0, *(np.flatnonzero(np.diff(weights)) + 1).tolist(), len(tokens)]
     for low, high in zip(bounds, bounds[1:], strict=False):
-        run = visible(tokens[low:high], tokenizer, colour)
-        weight = weights[low]
-        if not weight:
-            text += f"\033[2m{run}\033[0m" if colour else run
-        elif colour:
-            text += (
-                f"\033[{'1;32' if weight == 1 else '33'}m{run}\033[0m\033[7m w={weight:.3g} \033[0m"
-            )
-        else:
-            text += f"⟦{run}⟧w={weight:.3g} "
-    return out + [text.rstrip("\n"), ""]
+        run = visible(tokens[low:high], tokenizer)
+        text += f"⟦{run}⟧w={weights[low]:.3g} " if weights[low] else run
+    where = dataset.where(conversation)
+    return [f"{where}  class {name}, {len(weights)} tokens", text.rstrip("\n"), ""]
 
 
-def visible(tokens, tokenizer, colour=False):
-    """Text of ids with the special tokens written out, a line a turn."""
+def visible(tokens, tokenizer):
+    """Text of ids with the special tokens written out, one turn per line."""
     names, text, plain = tokenizer.names, "", []
     for token in [*tokens, None]:
         if token is not None and token not in names:
@@ -307,13 +296,12 @@ def visible(tokens, tokenizer, colour=False):
         if plain:
             text, plain = text + harmless(tokenizer.spell(plain), names), []
         if token is not None:
-            text += f"\033[7m{names[token]}\033[27m" if colour else names[token]
-            text += "\n" * (token == tokenizer.eot)
+            text += names[token] + "\n" * (token == tokenizer.eot)
     return text
 
 
 def harmless(text, names):
-    """A file's text without what could pass for a special token, a mark or an escape sequence."""
+    """A text without anything that looks like a special token, a mark or an escape sequence."""
     text = _printable(text, besides="\n\t")
     for name in names.values():
         text = text.replace(name, name[0] + "\\" + name[1:])  # <\s>
@@ -328,14 +316,13 @@ def _printable(text, besides=""):
 
 
 class Log:
-    """metrics.jsonl, a line a step, and the lines on the terminal."""
+    """metrics.jsonl, a line per step, and the lines on the terminal."""
 
     def __init__(self, plan, ranks, out, start):
         self.plan, self.ranks, self.start = plan, ranks, start
         self.began = time.perf_counter()
         self.evaluations = {}  # {step: by_class}, on rank 0, of this evaluation data
-        name = torch.cuda.get_device_name() if ranks.cuda else ""
-        self.peak = peak_flops(name)
+        self.peak = peak_flops(torch.cuda.get_device_name()) if ranks.cuda else None
         if ranks.first:
             path = out / "metrics.jsonl"
             evaluated_again = start if plan.evaluates(start) else None
@@ -379,23 +366,18 @@ class Log:
         self.write(line)
         left = plan.order.total - step
         left *= (time.perf_counter() - self.began) / (step - self.start)
-        shown = "  ".join(
-            f"{name} {c['loss']:.3f} {c['accuracy']:4.0%}"
-            for name, c in classes.items()
-            if c["tokens"]
-        )
-        speed = f"{line['tokens_per_second']:,.0f} tok/s"
-        if line["mfu"]:
-            speed += f" {line['mfu']:.0%} mfu"
+        found = {name: c for name, c in classes.items() if c["tokens"]}
+        shown = "  ".join(f"{n} {c['loss']:.3f} {c['accuracy']:4.0%}" for n, c in found.items())
+        mfu = f" {line['mfu']:.0%} mfu" if line["mfu"] else ""
         self.ranks.line.refresh(
             f"step {step}/{plan.order.total}  {clock(left)} left  "
             f"epoch {line['epoch']}/{plan.config.epochs}  loss {loss:.4f}  {shown}  lr {lr:.2e}  "
-            f"norm {grad_norm:.2f}  {speed}",
+            f"norm {grad_norm:.2f}  {line['tokens_per_second']:,.0f} tok/s{mfu}",
             final=step == plan.order.total,
         )
 
     def write(self, line):
-        """Append a line; on a full disk it waits for the next, and training goes on."""
+        """Append a line; if the disk is full, it is kept for later and training continues."""
         line = json.loads(json.dumps(line), parse_constant=lambda _: None)  # NaN is not JSON
         self.unwritten += json.dumps(line).encode() + b"\n"
         try:
@@ -408,12 +390,9 @@ class Log:
             return
         classes = self.evaluations[step] = by_class(self.plan, table)
         self.write({"step": step, "eval": classes, "eval_data": self.plan.eval_name})
-        shown = "  ".join(
-            f"{name} loss {c['loss']:.4f}, {c['accuracy']:.1%} right"
-            for name, c in classes.items()
-            if c["tokens"]
-        )
-        self.ranks.say(f"evaluation at step {step}: {shown}")
+        found = {name: c for name, c in classes.items() if c["tokens"]}
+        each = [f"{n} loss {c['loss']:.4f}, {c['accuracy']:.1%} right" for n, c in found.items()]
+        self.ranks.say(f"evaluation at step {step}: {'  '.join(each)}")
 
     def expert_losses(self):
         """{step: the best-rewarded class's held-out loss} of the evaluations on this data."""
@@ -446,17 +425,17 @@ def evaluation(plan, table):
         condition = plan.classes[name].condition if plan.config.condition else ""
         numbers = f"{of['loss']:9.4f} {of['accuracy']:9.2%}" if of["tokens"] else ""
         out.append(f"{name:14} {condition:14} {of['tokens']:12,} {numbers}".rstrip())
-    return "\n".join([*out, "loss: mean cross-entropy a token, nats; accuracy: likeliest tokens"])
+    return "\n".join([*out, "loss: mean cross-entropy per token, nats; accuracy: likeliest tokens"])
 
 
-PEAK_FLOPS = {  # dense bf16, by what torch.cuda.get_device_name() has; NVIDIA's data sheets
+PEAK_FLOPS = {  # dense bf16, by a part of torch.cuda.get_device_name(); NVIDIA's data sheets
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12,
     "B200": 2250e12, "A100": 312e12,
 }  # fmt: skip
 
 
 def peak_flops(name):
-    """Of the first of them that `name` holds, None of a device that is not listed."""
+    """Of the first entry that is a part of `name`; None if the device is not listed."""
     return next((PEAK_FLOPS[key] for key in PEAK_FLOPS if key in name), None)
 
 

@@ -141,6 +141,23 @@ def test_a_save_that_misses_rows_or_tensors_is_not_committed(started, monkeypatc
     assert [step for step, _ in checkpoints.committed()] == [1]
 
 
+def test_a_save_does_not_depend_on_the_log(started):
+    """A user may have moved it."""
+    _, llama, optimizer, checkpoints = started
+    (checkpoints.out / "metrics.jsonl").unlink()
+    checkpoints.save(llama, optimizer, 1)
+    assert [step for step, _ in checkpoints.committed()] == [1]
+
+
+def test_an_export_that_fails_is_an_error_that_names_it(started, ranks):
+    plan, llama, optimizer, checkpoints = started
+    checkpoints.save(llama, optimizer, 1)
+    (checkpoints.out / ".epoch-1.tmp").write_text("in the way of its folder")
+    with pytest.raises(ValueError, match="writing .*/epoch-1 failed: .*File exists"):
+        checkpoint.write_export(plan, ranks, llama, checkpoints.out, 1, {})
+    assert not (checkpoints.out / "model").exists() and checkpoints.committed()
+
+
 @pytest.mark.parametrize(
     "files, problem",
     [

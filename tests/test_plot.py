@@ -83,8 +83,8 @@ def test_every_panel_shows_its_own_quantity_of_every_class(drawn, tmp_path):
 def test_what_is_of_classes_names_its_unit_and_shares_are_in_percent(drawn, tmp_path):
     drawn(write_run(tmp_path / "run", 3))
     loss, accuracy, weight, *_ = drawn.figures[-1].axes
-    assert "nats a learned token" in loss.get_ylabel()
-    assert accuracy.get_ylabel().startswith("learned tokens")
+    assert "nats per supervised token" in loss.get_ylabel()
+    assert accuracy.get_ylabel().startswith("supervised tokens")
     assert weight.get_ylabel() == "share of a step's weight"
     assert weight.get_ylim() == (0, 1)
     for panel in (accuracy, weight):
@@ -117,7 +117,7 @@ def test_a_run_without_steps_is_an_error(tmp_path, text):
 def test_a_folder_without_metrics_is_an_error(tmp_path):
     with pytest.raises(SystemExit, match="metrics.jsonl"):
         plot.main([str(tmp_path)])
-    with pytest.raises(SystemExit, match="nowhere: not found; RUN is the folder"):
+    with pytest.raises(SystemExit, match="nowhere: not found; RUN is the folder given"):
         plot.main([str(tmp_path / "nowhere")])
 
 

@@ -181,14 +181,18 @@ def test_a_signal_while_exporting_ends_after_it_without_another_step(few, tmp_pa
 
 
 def test_a_signal_in_the_last_batch_of_an_evaluation_spares_the_export(few, tmp_path):
+    """And the run that goes on makes it, of an epoch that is not the last one, too."""
     out, log = tmp_path / "out", tmp_path / "log"
-    settings = flags(few, out, eval_data=few, epochs=1)
+    settings = flags(few, out, eval_data=few, epochs=2)
     batches = 6  # 60 conversations of some 24 tokens in 256
     codes, seen = stopped(settings, out, signal.SIGTERM, "evaluate", 2 * batches, log=log)
     assert codes == [0] and seen["evaluate"] == 2 * batches, log.read_text()
     assert not (out / "model").is_symlink()
+    assert metrics(out)[-1]["step"] == metrics(out, "eval")[-1]["step"]  # no step after it
     succeeds(settings)
-    assert (out / "model").resolve().name == "epoch-1"
+    assert sorted(path.name for path in out.glob("epoch-*")) == ["epoch-1", "epoch-2"]
+    steps = [line["step"] for line in metrics(out, "eval")]
+    assert len(steps) == len(set(steps)) == 3  # made again, the line of the stopped run replaced
 
 
 def test_a_run_whose_terminal_is_closed_saves_all_the_same(few, tmp_path):
@@ -539,8 +543,11 @@ def test_the_conversations_that_are_named_are_those_of_the_bin_that_was_not_fini
 
 
 def test_a_run_that_gains_evaluation_data_goes_on(few, tmp_path):
+    """Further, or to no step more, though it was finished."""
     out = tmp_path / "out"
     succeeds(flags(few, out, epochs=1))
+    assert "evaluation at step" in succeeds(flags(few, out, epochs=1, eval_data=few))
+    assert "this run is finished" in succeeds(flags(few, out, epochs=1, eval_data=few))
     assert "evaluation at step" in succeeds(flags(few, out, epochs=2, eval_data=few))
     assert (out / "model").resolve().name == "epoch-2"
 
