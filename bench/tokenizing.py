@@ -2,9 +2,8 @@
 
 Writes a JSONL file of N generated conversations and tokenizes it, in turns: with data.prepare,
 which reads, checks, lays out and stores them, and with SentencePieceProcessor.encode alone, on all
-threads, of the same texts in blocks of as many bytes. MB/s are of the file's bytes. Then a run
-that is killed half way and started again. Then time and peak memory of L conversations, the N over
-and over, beside those of N: memory should not grow.
+threads, of the same texts in blocks of as many bytes. MB/s are of the file's bytes. Then time and
+peak memory of L conversations, the N over and over, beside those of N: memory should not grow.
 
 Words follow Zipf's law and are as long as English ones; numbers and line breaks come in between.
 (This file is not called tokenize.py: Python's own module of that name would be hidden.)
@@ -12,14 +11,12 @@ Words follow Zipf's law and are as long as English ones; numbers and line breaks
 
 import argparse
 import datetime
-import hashlib
 import itertools
 import json
 import multiprocessing
 import os
 import resource
 import shutil
-import signal
 import statistics
 import sys
 import tempfile
@@ -37,7 +34,8 @@ import sentencepiece
 import data
 import loss
 from support import report
-from support.dataset import ARRAYS, BLOCK, process_count
+from support.containers import BLOCK
+from support.dataset import process_count
 
 
 def main():
@@ -60,7 +58,6 @@ def main():
             f"sentencepiece {sentencepiece.__version__}, {datetime.date.today()}\n"
         )
         speeds(args, file, megabytes)
-        resumed(args, file, folder)
         repeat(file, large, args.count, args.large or 4 * args.count)
         memory(args, file, large, folder)
 
@@ -149,41 +146,6 @@ def peak_megabytes():
         for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
     return own + process_count() * children
-
-
-def resumed(args, file, folder):
-    """Kill a run half way, start it again: what the second had left, and whether all is equal."""
-    out = folder / "killed"
-    total = file.stat().st_size
-
-    def die_half_way(done, *_):
-        if done > total / 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    child = multiprocessing.get_context("fork").Process(
-        target=prepare, args=(args, file, out, die_half_way)
-    )
-    child.start()
-    child.join()
-    began, first = time.perf_counter(), []
-    dataset = prepare(args, file, out, lambda done, *_: first.append(done))
-    seconds = time.perf_counter() - began
-    whole = prepare(args, file, folder / "whole")
-    equal = all(
-        digest(dataset.folder / f"{name}.bin") == digest(whole.folder / f"{name}.bin")
-        for name in ARRAYS
-    )
-    print(
-        f"\nkilled after {total / 2e6:.0f} of {total / 1e6:.0f} MB (exit {child.exitcode}) and "
-        f"started again: went on at {max(0, first[0] - BLOCK) / 1e6:.0f} MB, "
-        f"{seconds:.1f} s more, arrays "
-        f"{'equal to' if equal else 'DIFFERENT FROM'} those of an undisturbed run"
-    )
-
-
-def digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def in_a_child(function, *arguments):

@@ -128,7 +128,7 @@ def write_dataset(folder, lengths, vocab_size):
     arrays = {"tokens": rng.integers(vocab_size, size=ends[-1]), "weights": weights, "index": index}
     for name, dtype in dataset.ARRAYS.items():
         arrays[name].astype(dtype).tofile(folder / f"{name}.bin")
-    (folder / "done.json").write_text(json.dumps({"conversations": len(lengths)}))
+    (folder / "done.json").write_text(json.dumps({"report": {"conversations": len(lengths)}}))
 
 
 # ----------------------------------------------------------------------------------- providers

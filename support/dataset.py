@@ -49,13 +49,11 @@ class BadData(ValueError):
     """Lines that cannot be trained on, by cause, with places and count, and what can be done."""
 
     def __init__(self, report, good):
-        count = report["bad"]
-        lines = "1 bad line" if count == 1 else f"{count:,} bad lines"
-        shown = problem_lines(report)
+        lines = f"{report['bad']:,} bad line{'s' * (report['bad'] > 1)}:"
         hint = "Fix them, or pass --skip-bad to drop and count them."
         if not good:
             hint = "No line is good. README.md has a table of what is read: On your own data."
-        super().__init__("\n".join([f"{lines}:", *shown, hint]))
+        super().__init__("\n".join([lines, *problem_lines(report), hint]))
 
 
 def problem_lines(report):
@@ -64,9 +62,8 @@ def problem_lines(report):
     for problem in report["problems"].values():
         places = ", ".join(map(str, problem["places"]))
         more = ", ..." if problem["count"] > SHOWN_PLACES else ""
-        all_of_them = f"{problem['count']:,} {problem['cause']} ({places}{more})"
-        several = f"{problem['path']}: {all_of_them}"
-        out.append(several if problem["count"] > 1 else problem["first"])
+        several = f"{problem['count']:,} {problem['cause']} ({places}{more})"
+        out.append(f"{problem['path']}: {several}" if problem["count"] > 1 else problem["first"])
     if report["other_causes"]:
         out.append(f"... and {report['other_causes']:,} for other causes, or in other files")
     return out
@@ -84,8 +81,7 @@ def encode_files(sources, encoder, settings, folder, *, skip_bad=False, progress
     settings = [FORMAT, settings, [(s.source_class, s.shape) for s in sources], skip_bad, digests]
     folder = Path(folder) / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     if not _is_whole(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             report, sums = _write_arrays(folder, sources, digests, encoder, progress)
             _refuse_bad(report, sources, skip_bad)
@@ -122,9 +118,8 @@ def _refuse_bad(report, sources, skip_bad):
         raise BadData(vars(report), good)
     if not report.conversations:
         names = ", ".join(str(source.path) for source in sources)
-        raise ValueError(
-            "; ".join([f"{names}: no conversation to train on", *dropped(vars(report))])
-        )
+        reasons = [f"{names}: no conversation to train on", *dropped(vars(report))]
+        raise ValueError("; ".join(reasons))
 
 
 def _commit(folder, report, sums):
@@ -227,8 +222,7 @@ def encode_blocks(blocks, encoder, size):
             yield block, result.result()
     except BrokenProcessPool:
         raise OSError(
-            "a process that tokenized was killed, perhaps for lack of memory; run the same command "
-            "again"
+            "a process that tokenized was killed, perhaps for lack of memory: run it again"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -264,11 +258,10 @@ def _encode(block, encoder=None):
 def arrays_of(conversations):
     """ARRAYS of [(tokens in parts, their weights [(weight, how many), ...], class, file, line)]."""
     rows, all_parts, all_weights = [], [], []
-    for parts, weights, *where in conversations:
+    for parts, weights, source_class, file, line in conversations:
         length, supervised = sum(n for _, n in weights), sum(n for weight, n in weights if weight)
         factors = sum(weight * n for weight, n in weights if weight > 0)
         final = sum(FINAL * weight * n for weight, n in weights if weight < 0)
-        source_class, file, line = where
         rows.append((0, length, source_class, supervised, factors, final, file, line))
         all_parts += parts
         all_weights += weights

@@ -73,20 +73,15 @@ class Talk:
             print(self.condition())
         elif name == "/class":
             print(f"[/class takes one of: {', '.join(self.chat.names)}]")
+        elif name == "/both" and (rest or self.messages):
+            if not rest:  # the last question again
+                rest, self.messages = self.messages[-2].content, self.messages[:-2]
+            current = self.chat.class_name
+            self.ask(rest, sorted(self.chat.names, key=lambda name: name != current))
         elif name == "/both":
-            self.ask_each(rest)
+            print("[no question yet: /both TEXT]")
         else:
             print(f"[no command: {shlex.quote(name)}; /help lists them]")
-
-    def ask_each(self, text):
-        """Under each condition, after the same turns; the answer of the current one is kept."""
-        if not text and self.messages:
-            text, self.messages = self.messages[-2].content, self.messages[:-2]
-        current = self.chat.class_name
-        if text:
-            self.ask(text, sorted(self.chat.names, key=lambda name: name != current))
-        else:
-            print("[no question yet: /both TEXT]")
 
     def ask(self, text, names=()):
         """Print the answer of the current class, or of each in `names`, and keep the first."""

@@ -474,6 +474,14 @@ def test_what_is_not_read_is_counted_in_the_summary(prepare, tmp_path):
     assert summary[-1] == "not read: id (30), messages: name (2), score (1)"
 
 
+def test_of_more_than_100_keys_the_others_are_counted_together(prepare, monkeypatch, tmp_path):
+    monkeypatch.setattr(containers, "BLOCK", 2000)  # in several blocks
+    lines = [conversation("A", "B") | {f"k{n}": 1} for n in range(130)]
+    found = prepare(write(tmp_path / "a.jsonl", *lines, *lines)).report["not_read"]
+    assert len(found) == 101 and found["keys beyond the first 100"] == 60
+    assert {count for key, count in found.items() if key.startswith("k1")} == {2}
+
+
 # --------------------------------------------------------------------------------------- containers
 
 
@@ -618,6 +626,15 @@ def test_a_first_line_that_is_odd_json_is_one_bad_line(first, prepare, tmp_path)
 def test_an_empty_object_is_a_bad_line(prepare, tmp_path):
     with pytest.raises(data.BadData, match="a.jsonl:2: no conversation"):
         prepare(write(tmp_path / "a.jsonl", conversation("A", "B"), {}))
+
+
+def test_an_item_that_is_too_long_is_refused_alone(prepare, monkeypatch, tmp_path):
+    monkeypatch.setattr(containers, "LONGEST", 300)
+    items = [conversation("A", "B"), conversation("A", "x" * 300), conversation("C", "D")]
+    (tmp_path / "a.json").write_text(json.dumps(items))
+    with pytest.raises(data.BadData, match="a.json: item 2: longer than 16 MiB"):
+        prepare(tmp_path / "a.json")
+    assert prepare(tmp_path / "a.json", skip_bad=True).index["line"].tolist() == [1, 3]
 
 
 def test_a_comma_after_the_last_item_is_passed_over(prepare, tmp_path):
