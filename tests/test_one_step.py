@@ -288,10 +288,11 @@ def test_the_slider_the_variants_and_the_button_redraw_the_page(page, readings, 
         assert page.run("document.querySelectorAll('.token.on').length") == count
 
     shown("C-RLFT", readings[0], [1.0, 0.1])
-    page.run("$('beta').value = '0', $('beta').oninput()")
-    shown("C-RLFT", readings[0], [1.0, math.exp(-1)])
+    page.run("$('beta').value = '-0.5', $('beta').oninput()")
+    lower = math.exp(-1 / 10**-0.5)
+    shown("C-RLFT", readings[0], [1.0, lower])
     for number, (name, reading, w) in enumerate(
-        [("without reward", readings[0], 1.0), ("without condition", readings[1], math.exp(-1))], 1
+        [("without reward", readings[0], 1.0), ("without condition", readings[1], lower)], start=1
     ):
         page.run(f"document.querySelectorAll('input[name=variant]')[{number}].click()")
         shown(name, reading, [1.0, w])
