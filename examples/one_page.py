@@ -1,9 +1,12 @@
 """C-RLFT on one page (OpenChat, arXiv 2309.11235), to be read before train.py.
 
     python examples/one_page.py MODEL_DIR data.jsonl OUT
+    python examples/one_page.py examples/sums examples/sums/train.jsonl runs/one_page
 
-All that is known of a conversation's quality is where it came from, its class c. The class
-conditions what the model reads, and the reward of the class weighs what it learns:
+The second line trains the embedded example, from random weights, in two minutes.
+
+All that C-RLFT knows about the quality of a conversation is its source, the class c. The class is
+part of the prompt, and its reward weighs the loss:
 
     tokens    <s> GPT4 User: Hello <|end_of_turn|> GPT4 Assistant: Hi <|end_of_turn|>
     weights    0   0    0      0          0         0       0      w        w
@@ -13,10 +16,10 @@ conditions what the model reads, and the reward of the class weighs what it lear
          w_c = exp((r_c - r_max) / beta)        the factor exp(r_max / beta) cancels in L
          L = Σ w·CE / Σ w                       over all tokens of the step
 
-A weight acts relative to the others of its step: one class alone trains the same at any reward. No
-reference model, no value model, no sampling. train.py does the same to many conversations at a time
-on many GPUs; tests/test_one_page.py holds it to this page, number by number.
-Shapes: T tokens of one conversation, N of them learned, V vocabulary.
+A weight acts only relative to the others of its step: data of a single class train the same at any
+reward. No reference model, no value model, no sampling. train.py does the same with many
+conversations at a time on many GPUs; tests/test_one_page.py compares the two, number by number.
+Shapes: T tokens of one conversation, N of them supervised, V vocabulary.
 """
 
 import json
@@ -32,12 +35,12 @@ import torch  # noqa: E402
 import data  # noqa: E402
 import model  # noqa: E402
 
-CLASSES = {  # to train on classes of your own, change these
+CLASSES = {  # to train on your own classes, change these
     "gpt4": {"condition": "GPT4", "reward": 1.0},
     "gpt3.5": {"condition": "GPT3", "reward": 0.0},
 }
 BETA = 1 / math.log(10)  # rewards 1 and 0 then weigh 1 and 0.1
-EPOCHS, CONVERSATIONS = 3, 16  # passes over the data, conversations a step
+EPOCHS, CONVERSATIONS = 3, 16  # passes over the data, conversations per step
 
 
 def train(
@@ -72,8 +75,8 @@ def train(
 def lay_out(conversation, tokenizer, classes, class_weights):
     """(tokens, weights), lists of T: <s>, then every turn: prefix, content, <|end_of_turn|>.
 
-    Content and end of turn of what the assistant says have weight: the class's, times the "weight"
-    of the conversation and of the message, 1 where there is none.
+    The assistant's content and its end of turn have weight: that of the class, times the "weight"
+    of the conversation and of the message, each 1 if not given.
     """
     name = conversation["class"]
     tokens, weights = [tokenizer.bos], [0.0]
@@ -83,7 +86,7 @@ def lay_out(conversation, tokenizer, classes, class_weights):
         if role == "assistant":
             weight = class_weights[name] * conversation.get("weight", 1) * message.get("weight", 1)
         prefix = f"{classes[name]['condition']} {role.title()}:".strip()
-        # Each text is encoded on its own, so that no content can forge a turn.
+        # Each text is encoded separately, so that no content can forge a turn.
         prefix = tokenizer.encode("" if role == "system" else prefix)
         content = tokenizer.encode(message["content"])
         tokens += prefix + content + [tokenizer.eot]
@@ -92,19 +95,19 @@ def lay_out(conversation, tokenizer, classes, class_weights):
 
 
 def cross_entropy(llama, tokens, weights):
-    """Of the learned tokens: CE (N,), whether each was the likeliest (N,), weights (N,)."""
+    """Of the supervised tokens: CE (N,), was each the likeliest (N,), weights (N,)."""
     tokens, weights = torch.tensor(tokens), torch.tensor(weights)
     T = len(tokens)
     logits = llama(tokens, torch.arange(T), cu_seqlens=torch.tensor([0, T]))  # (T, V)
     logits, targets, weights = logits[:-1], tokens[1:], weights[1:]  # t predicts t + 1
     log_p = logits - logits.logsumexp(dim=1, keepdim=True)
     losses = -log_p.gather(1, targets[:, None])[:, 0]
-    learned = weights != 0
-    return losses[learned], (logits.argmax(1) == targets)[learned], weights[learned]
+    rows = weights != 0
+    return losses[rows], (logits.argmax(1) == targets)[rows], weights[rows]
 
 
 def learning_rate(step, total, peak, min_lr_ratio, warmup_ratio):
-    """A line up to `peak`, then a cosine down to min_lr_ratio · peak; steps count from 1."""
+    """Linear up to `peak`, then a cosine down to min_lr_ratio · peak; steps count from 1."""
     warmup = math.ceil(warmup_ratio * total)
     if step <= warmup:
         return peak * step / warmup
@@ -114,7 +117,7 @@ def learning_rate(step, total, peak, min_lr_ratio, warmup_ratio):
 
 @torch.no_grad()
 def evaluate(llama, tokenizer, conversations, classes=CLASSES):
-    """{class: its learned tokens, their mean CE and accuracy}; rewards have no say in these."""
+    """{class: its supervised tokens, their mean CE and accuracy}; rewards play no part here."""
     table, unweighted = {}, dict.fromkeys(classes, 1.0)
     for name in dict.fromkeys(c["class"] for c in conversations):
         of_class = [c for c in conversations if c["class"] == name]
@@ -130,7 +133,12 @@ def main():
     if len(sys.argv) != 4:
         sys.exit("usage: python examples/one_page.py MODEL_DIR data.jsonl OUT")
     folder, file, out = sys.argv[1:]
-    tokenizer, llama = data.Tokenizer(folder), model.load(folder, "cpu", torch.float32)
+    tokenizer, trained = data.Tokenizer(folder), model.has_weights(folder)
+    if trained:
+        llama = model.load(folder, "cpu", torch.float32)
+    else:
+        llama = model.Llama(model.LlamaConfig.from_folder(folder))
+        model.random_parameters(llama, seed=0)
     rng = random.Random(0)
     with open(file, encoding="utf-8") as lines:
         conversations = [json.loads(line) for line in lines]
@@ -141,7 +149,7 @@ def main():
         rng.shuffle(conversations)
         starts = range(0, len(conversations), CONVERSATIONS)
         steps += [conversations[i : i + CONVERSATIONS] for i in starts]
-    for numbers in train(llama, tokenizer, steps):
+    for numbers in train(llama, tokenizer, steps, lr=1e-5 if trained else 3e-3):
         print(numbers, flush=True)
     print("held out:", evaluate(llama, tokenizer, held_out))
     model.save(llama, out)

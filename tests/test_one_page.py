@@ -5,6 +5,7 @@ computes loss and gradient in one pass. What it may change by that is the order 
 """
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -155,15 +156,36 @@ def test_some_of_these_steps_are_clipped_and_some_are_not(page):
     assert min(norms) < 0.9 * ALIKE["clip"] and max(norms) > 1.1 * ALIKE["clip"]
 
 
-def test_the_page_prints_a_line_a_step_and_leaves_a_trained_model(folder, tmp_path):
-    lines = (SUMS / "train.jsonl").read_text().splitlines(True)[:20]
-    (tmp_path / "data.jsonl").write_text("".join(lines))
-    script = sys.executable, ROOT / "examples" / "one_page.py"
-    command = [*script, folder, tmp_path / "data.jsonl", tmp_path / "out"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+def run_page(arguments):
+    command = [sys.executable, "examples/one_page.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def twenty(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "data.jsonl"
+    path.write_text("".join((SUMS / "train.jsonl").read_text().splitlines(True)[:20]))
+    return path
+
+
+def test_the_page_prints_a_line_per_step_and_leaves_a_trained_model(folder, twenty, tmp_path):
+    result = run_page([folder, twenty, tmp_path / "out"])
     assert result.stdout.count("'grad_norm'") == one_page.EPOCHS * 2, result.stderr  # of 16, and 3
     before, after = (model.load(path).state_dict() for path in (folder, tmp_path / "out"))
     assert all((after[name] != before[name]).any() for name in before)
+
+
+def test_the_line_in_the_pages_header_trains_the_example_from_random_weights(twenty, tmp_path):
+    line = one_page.__doc__.splitlines()[3].split()
+    assert line[:2] == ["python", "examples/one_page.py"]
+    folder, file, _ = line[2:]
+    assert (ROOT / folder, ROOT / file) == (SUMS, SUMS / "train.jsonl")
+    result = run_page([folder, twenty, tmp_path / "out"])  # all of `file` takes minutes
+    losses = [float(loss) for loss in re.findall(r"'loss': ([\d.]+), 'lr'", result.stdout)]
+    # Random weights begin at about ln V; with the rate for trained ones they would stay there.
+    assert losses[0] == pytest.approx(math.log(64), abs=0.1), result.stderr
+    assert losses[-1] < 0.8 * losses[0]
+    model.load(tmp_path / "out")
 
 
 def test_the_page_refuses_a_model_without_a_row_for_the_end_of_turn(folder):
