@@ -134,10 +134,11 @@ def cross_entropy_kernel(
             for done in range(0, blocks):
                 i = (0 if WHOLE else whole) + (blocks - 1 - done) * BLOCK + vectors
                 inside = None if WHOLE else (i < V)[:, None]
-                block_x = tl.load(x + i[:, None] + lanes, mask=inside, eviction_policy="evict_first")
+                i = i[:, None] + lanes
+                block_x = tl.load(x + i, mask=inside, eviction_policy="evict_first")
                 g = scale * tl.exp2((to_float32(block_x) - maximum) * LOG2_E)
                 g = g.to(dx.dtype.element_ty)
-                tl.store(dx + i[:, None] + lanes, g, mask=inside, eviction_policy="evict_first")
+                tl.store(dx + i, g, mask=inside, eviction_policy="evict_first")
         tl.debug_barrier()  # the target's w·p is in place
         p = tl.exp2((target_x - maximum) * LOG2_E) / total
         tl.store(dx + target, (weight * (p - 1)).to(dx.dtype.element_ty))

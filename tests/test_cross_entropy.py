@@ -443,6 +443,18 @@ def test_compiled_for_rows_end_to_end_it_moves_what_their_starts_allow():
         assert found["spilled bytes"] == 0
 
 
+@pytest.mark.skipif(INTERPRETED or not TRITON, reason="needs Triton's compiler")
+def test_on_an_h100_a_logit_costs_at_most_15_instructions():
+    """Of whole blocks, both passes; 18.6 with the masks that only the end of a row needs."""
+    from bench import kernels
+
+    rows = [row for row in kernels.instructions_table() if row[""] == "this project"]
+    assert [row["V"] for row in rows] == [32000, 32002, 128256]
+    for row in rows:
+        assert row["both"] <= 15 < row["at a row's end"] and row["spilled bytes"] == 0
+    assert [row["programs an SM"] for row in rows] == [4, 4, 1]
+
+
 @pytest.mark.skipif(not TRITON, reason="bench/kernels.py imports Triton")
 def test_the_table_of_compiled_kernels_has_a_line_a_shape_within_100_columns(monkeypatch, capsys):
     from bench import kernels
