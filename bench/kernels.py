@@ -10,7 +10,8 @@ Given logits have padded rows. Their gradient is made in the backward, so that t
 bytes a logit; loss and gradient in one launch, as with lm_head, is "the launch alone".
 
 Without a GPU: what the compiler made of the kernels, registers, spills and width of access; three
-values in a cell are those for sm_80, sm_90 and sm_100.
+values in a cell are those for sm_80, sm_90 and sm_100. With --only instructions, on any machine:
+how many instructions an H100's threads execute for each bf16 logit, ours and Liger's.
 
 N tokens, of which the share p has weight; V vocabulary, D hidden size.
 """
@@ -58,11 +59,14 @@ ROUNDS = 20
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--markdown", action="store_true", help="a table to append to RESULTS.md")
-    parser.add_argument("--only", choices=["logits", "linear"], help="one table of the two")
+    parser.add_argument("--only", choices=["logits", "linear", "instructions"], help="one table")
     args = parser.parse_args()
     show = functools.partial(print_table, markdown=args.markdown)
     today = datetime.date.today()
     versions = f"PyTorch {torch.__version__}, Triton {triton.__version__}, {today}"
+    if args.only == "instructions":
+        show(f"Instructions for sm_90, bf16, padded rows: {versions}", instructions_table())
+        return
     if not torch.cuda.is_available():
         print("Times need a GPU, and there is none here: run this again on one.", file=sys.stderr)
         rows, alike = without_what_is_alike(compiled_table())
@@ -277,11 +281,16 @@ def compiled_cross_entropy(logits, capability):
         "dtype": TRITON_NAMES[logits.dtype], "V": logits.shape[1],
         "BLOCK": shape["BLOCK"], "warps": shape["num_warps"],
         "registers": registers, "spilled bytes": spilled,
-        "programs an SM": min(65536 // (registers * threads), 2048 // threads, 32),
+        "programs an SM": programs(registers, threads),
         "row offsets": row_offsets(asm["ttir"]),
         "barriers in loops": barriers_in_loops(asm["ptx"]),
         "accesses": " ".join(f"{k}:{accesses[k]}" for k in sorted(accesses)),
     }  # fmt: skip
+
+
+def programs(registers, threads):
+    """How many programs an SM holds, by registers and threads alone."""
+    return min(65536 // (registers * threads), 2048 // threads, 32)
 
 
 def compiled(logits, grad, capability):
@@ -344,6 +353,74 @@ def assembled(ptx):
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
     return int(re.search(r"Used (\d+) registers", log)[1]), spilled
+
+
+def instructions_table():
+    """A row per kernel and V: of the loops over a row, instructions per logit in each pass.
+
+    Counted from what ptxas makes, per thread and iteration; of the loops of a pass the shortest,
+    which is ours for whole blocks, and in the last column the longest.
+    """
+    makers = {"this project": our_kernel}
+    if liger := optional("liger_kernel.ops.cross_entropy", "liger_cross_entropy_kernel"):
+        makers["Liger"] = functools.partial(liger_kernel, liger)
+    for _, V in LOGITS_SHAPES:
+        for name, make in makers.items():
+            kernel, block = make(V)
+            registers, spilled = assembled(kernel.asm["ptx"])
+            threads = 32 * kernel.metadata.num_warps
+            passes = [sorted(each) for each in lengths_of_loops(kernel.asm["cubin"])]
+            sums = [sum(each[i] for each in passes) * threads / block for i in (0, -1)]
+            yield {
+                "V": V, "": name, "threads": threads, "registers": registers,
+                "spilled bytes": spilled, "programs an SM": programs(registers, threads),
+                "pass 1": round(passes[0][0] * threads / block, 1),
+                "pass 2": round(passes[1][0] * threads / block, 1),
+                "both": round(sums[0], 1), "at a row's end": round(sums[1], 1),
+            }  # fmt: skip
+
+
+def our_kernel(V):
+    rows = padded_rows(1, V, "cpu", torch.bfloat16)
+    kernel, shape = compiled(rows, rows, 90)
+    return kernel, shape["BLOCK"]
+
+
+def liger_kernel(function, V):
+    """(Liger's kernel as its cross_entropy_forward launches it on an H100, its BLOCK_SIZE)."""
+    block = min(2**15, triton.next_power_of_2(V))
+    names, constants = function.arg_names, {"BLOCK_SIZE": block, "reduction": "sum"}
+    constants |= {"lse_square_scale": 0.0, "label_smoothing": 0.0}
+    constants |= dict.fromkeys([n for n in names if n.startswith(("RETURN_", "HAS_"))], False)
+    constants["HAS_GRADIENTS"] = True
+    types = {n: "*fp32" if n.endswith("_ptr") else "fp32" for n in names}
+    types |= dict.fromkeys([n for n in names if n.endswith("stride")], "i32")
+    types |= {"X_ptr": "*bf16", "Y_ptr": "*i64", "n_cols": "i32", "ignore_index": "i32"}
+    aligned = [n for n in names if n.endswith("_ptr")] + ["X_stride", "n_cols"] * (V % 16 == 0)
+    source = ASTSource(
+        function,
+        signature=types | dict.fromkeys(constants, "constexpr"),
+        constexprs={(names.index(k),): v for k, v in constants.items()},
+        attrs={(names.index(k),): [["tt.divisibility", 16]] for k in aligned},
+    )
+    target = GPUTarget("cuda", 90, 32)
+    return triton.compile(source, target=target, options={"num_warps": 32}), block
+
+
+def lengths_of_loops(cubin):
+    """(of loops that only read, of loops that write too): instructions of those that take exp2."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
+        tool = Path(get_ptxas(90).path).with_name("nvdisasm")
+        text = subprocess.run([tool, "-c", file], capture_output=True, text=True, check=True).stdout
+    reading, writing = [], []
+    for block in re.split(r"^(?=\s*\.L_x_\d+:)", text, flags=re.MULTILINE):
+        label = re.match(r"\s*(\.L_x_\d+):", block)
+        if label and "MUFU.EX2" in block and re.search(rf"BRA `\({label[1]}\)", block):
+            instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?!NOP)\S", block)
+            (writing if "STG" in block else reading).append(len(instructions))
+    return reading, writing
 
 
 def print_table(title, rows, markdown):

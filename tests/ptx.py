@@ -390,12 +390,11 @@ OPERATIONS = {  # opcode: (kinds of the sources, function, kind of the result)
     **{f"or.{kind}": (f"{kind} {kind}", np.bitwise_or, kind) for kind in ("b32", "b64")},
     **{f"not.{kind}": (kind, np.bitwise_not, kind) for kind in ("b32", "pred")},
     **{f"shl.{kind}": (f"{kind} u32", shl, kind) for kind in ("b32", "b64")},
-    "shr.u32": ("u32 u32", shr, "u32"),
-    "shr.s64": ("s64 u32", shr, "s64"),
+    **{f"shr.{kind}": (f"{kind} u32", shr, kind) for kind in ("u32", "s32", "s64")},
     **{
         f"setp.{name}.{kind}": (f"{kind} {kind}", function, "pred")
         for name, function in COMPARISONS.items()
-        for kind in ("b32", "b64", "u32", "s32", "f32")
+        for kind in ("b32", "b64", "u32", "s32", "u64", "s64", "f32")
         if (name, kind) != ("ne", "f32")  # of NaN true in NumPy and false in PTX
     },
     **{f"selp.{kind}": (f"{kind} {kind} pred", choose, kind) for kind in ("b16", "b32", "f32")},
@@ -403,6 +402,6 @@ OPERATIONS = {  # opcode: (kinds of the sources, function, kind of the result)
     **{f"cvt.rn.{kind}.f32": ("f32", same, kind) for kind in ("bf16", "f16")},
     **{f"cvt.rn.{kind}x2.f32": ("f32 f32", pair, f"{kind}x2") for kind in ("bf16", "f16")},
     **{f"cvt.{to}.{of}": (of, same, to) for to, of in (("s64", "s32"), ("u32", "u64"))},
-    "cvt.u64.u32": ("u32", same, "u64"),
+    **{f"cvt.{to}.{of}": (of, same, to) for to, of in (("u64", "u32"), ("u32", "u16"))},
     "cvt.rn.f32.s32": ("s32", same, "f32"),
 }

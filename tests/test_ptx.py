@@ -220,14 +220,14 @@ FAULTS = {  # a change of the PTX, and what the interpreter says to it
     "a barrier for some lanes": (r"bar\.sync\s+0;", UNTIL.format(16), "only lanes"),
     "a misaligned access": (r"(ld\.global\S*v4.*) \+ 0", r"\1 + 2", "not on 16 bytes"),
     "an access outside": (r"(ld\.global\S*v4.*) \+ 0", r"\1 + 1048576", "outside memory"),
-    "shared memory outside": (r"\[global_smem\]", "[global_smem+16]", "outside memory"),
+    "shared memory outside": (r"\[global_smem\]", "[global_smem+1024]", "outside memory"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_interpreter_refuses(fault):
     pattern, replacement, message = FAULTS[fault]
-    of = rows(torch.bfloat16, "padded", "in place")
+    of = rows(torch.bfloat16, "two blocks", "in place")
     with pytest.raises(ptx.Fault, match=message):
         run(of, 90, range(1), lambda text: re.sub(pattern, replacement, text, count=1))
 
