@@ -181,6 +181,7 @@ class Encoder:
             "index": index,
         }
         account.counted["unknown"] = int((arrays["tokens"] == self.tokenizer.unk).sum())
+        account.counted["lost_bytes"] = self.tokenizer.lost_bytes(texts)
         return arrays, account
 
 

@@ -137,6 +137,7 @@ class Account:
         self.counted = {"cut": 0, "tokens_cut": 0, "answer_cut": 0, "weightless": 0, "bad": 0}
         self.counted["other_causes"] = 0  # bad, of causes beyond the first 20
         self.counted["unknown"] = 0  # tokens that stand for what the tokenizer lacks
+        self.counted["lost_bytes"] = 0  # of the texts, which the tokenizer lacks
         self.problems = []  # one a cause of a file, as `problem_lines` shows them
         self.not_read = collections.Counter()
 
