@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import sentencepiece
 
-from model import write_json
+from model import check_folder, write_json
 from support.sentencepiece_merges import REFUSED, exact_merges
 
 END_OF_TURN = "<|end_of_turn|>"
@@ -67,7 +67,7 @@ def read_json(path):
     try:
         import tokenizers as package
 
-        given = package.Tokenizer.from_file(str(path))
+        given = package.Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
     except ImportError:
         raise ValueError(f"{path}: to read it, pip install tokenizers") from None
     except KeyboardInterrupt:
@@ -233,8 +233,7 @@ class SentencePiece(OfFolder):
     def __init__(self, folder):
         self.folder = Path(folder)
         path = self.folder / self.file
-        if not self.folder.is_dir():
-            raise ValueError(f"{folder}: not found; a folder on this machine is needed, not a name")
+        check_folder(folder)
         if not path.is_file():
             raise ValueError(f"{path}: not found, nor a tokenizer.json beside it")
         if is_tiktoken(path):
