@@ -8,14 +8,11 @@ from typing import NamedTuple
 
 REFUSED = "a tokenizer without it is needed"
 MERGED = "a vocabulary that was merged into another cannot be exported"
-# Numbers in sentencepiece_model.proto: kinds of model and of piece, then fields of the messages.
+# Numbers in sentencepiece_model.proto: fields of the model, kinds of it, types of a piece.
 # https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
+PIECES, TRAINER, NORMALIZER = 1, 2, 3
 KINDS = {1: "unigram", 2: "BPE", 3: "word", 4: "character"}
 NORMAL, USER_DEFINED, UNUSED = 1, 4, 5
-PIECES, TRAINER, NORMALIZER = 1, 2, 3
-MODEL_TYPE, TREAT_WHITESPACE_AS_SUFFIX = 3, 24  # of TRAINER
-NAME, PRECOMPILED_CHARSMAP, ADD_DUMMY_PREFIX = 1, 2, 3  # of NORMALIZER
-REMOVE_EXTRA_WHITESPACES, ESCAPE_WHITESPACES = 4, 5
 
 
 class Exact(NamedTuple):
@@ -38,39 +35,40 @@ def exact_merges(path, processor):
         elif number in specs:
             specs[number].update(fields(value))
     trainer, normalizer = specs[TRAINER], specs[NORMALIZER]
-    kind = KINDS.get(trainer.get(MODEL_TYPE, 1), "different")
-    rule = normalizer.get(NAME, b"").decode(errors="replace") or "its own"
-    collapses = bool(normalizer.get(REMOVE_EXTRA_WHITESPACES, True))
+    kind = KINDS.get(trainer.get(3, 1), "different")
+    rule = normalizer.get(1, b"").decode(errors="replace") or "its own"
+    collapses = bool(normalizer.get(4, True))  # remove_extra_whitespaces
     symbols = {piece: i for i, (piece, type) in enumerate(pieces) if type == USER_DEFINED}
     ids = {piece: i for i, (piece, type) in enumerate(pieces) if type == NORMAL}
     known = {*ids, *symbols}
 
-    wrong = [  # (is it so?, what is wrong, how to fix it)
-        (kind != "BPE", f"is a {kind} model", "only BPE is implemented"),
-        (normalizer.get(PRECOMPILED_CHARSMAP), f"changes characters by its rules ({rule})",
-         "only the rule 'identity' is implemented"),
-        (not normalizer.get(ADD_DUMMY_PREFIX, True),
-         "puts no space before a text (add_dummy_prefix=false)", REFUSED),
-        (not normalizer.get(ESCAPE_WHITESPACES, True),
-         "keeps spaces as they are (escape_whitespaces=false)", REFUSED),
-        (trainer.get(TREAT_WHITESPACE_AS_SUFFIX),
-         "puts a word's space at its end (treat_whitespace_as_suffix=true)", REFUSED),
-        (collapses and symbols, f"never splits {next(iter(symbols), '')!r} (user_defined_symbols) "
-         "and makes several spaces one (remove_extra_whitespaces=true)",
-         "a tokenizer without one of the two is needed"),
-    ]  # fmt: skip
-    wrong += [(True, f"has a piece {piece!r} that is not to be used", REFUSED)
-              for piece, type in pieces if type == UNUSED]  # fmt: skip
-    wrong += [(True, f"has a piece {piece!r} across a space (split_by_whitespace=false)", REFUSED)
-              for piece in ids if "▁" in piece.lstrip("▁")]  # fmt: skip
-    wrong += [(True, f"has a piece {piece!r}, but not each of its characters", MERGED)
-              for piece in ids if not known.issuperset(piece)]  # fmt: skip
+    def refuse(what, remedy=REFUSED):
+        raise ValueError(f"{path}: {what}: the export would give other ids; {remedy}")
+
+    if kind != "BPE":
+        refuse(f"is a {kind} model", "only BPE is implemented")
+    if normalizer.get(2):
+        refuse(f"changes characters by its rules ({rule})", "only 'identity' is implemented")
+    if not normalizer.get(3, True):
+        refuse("puts no space before a text (add_dummy_prefix=false)")
+    if not normalizer.get(5, True):
+        refuse("keeps spaces as they are (escape_whitespaces=false)")
+    if trainer.get(24):
+        refuse("puts a word's space at its end (treat_whitespace_as_suffix=true)")
+    if collapses and symbols:
+        refuse(f"makes several spaces one (remove_extra_whitespaces=true) beside {min(symbols)!r} "
+               "(user_defined_symbols)")  # fmt: skip
+    for piece, type in pieces:
+        if type == UNUSED:
+            refuse(f"has a piece {piece!r} that is not to be used")
+        if type == NORMAL and "▁" in piece.lstrip("▁"):
+            refuse(f"has a piece {piece!r} across a space (split_by_whitespace=false)")
+        if type == NORMAL and not known.issuperset(piece):
+            refuse(f"has a piece {piece!r}, but not each of its characters", MERGED)
     merges, tied = merges_of(ids, processor.get_score)
     if tied:
         what = "has pieces of one score that share characters of a text, {!r} and {!r}"
-        wrong.append((True, what.format(*tied), MERGED))
-    for _, what, remedy in filter(lambda found: found[0], wrong):
-        raise ValueError(f"{path}: {what}: the export would give other ids; {remedy}")
+        refuse(what.format(*tied), MERGED)
     return Exact(merges, symbols, collapses)
 
 

@@ -50,10 +50,12 @@ V36 = Template("openchat_3.6", START, MIDDLE + "\n\n", "", EOT, (START, MIDDLE, 
 def Tokenizer(folder):
     """The tokenizer of a Hugging Face folder: one of the three kinds below."""
     path, beside = Path(folder, SentencePiece.file), Path(folder, ByteLevel.file)
-    if beside.exists() and (is_tiktoken(path) or not path.exists()):
-        given, raw = read_json(beside)
-        return (ByteLevel if is_byte_level(raw) else SentencePieceJson)(folder, given, raw)
-    return SentencePiece(folder)
+    if not beside.exists() or (path.exists() and not is_tiktoken(path)):
+        return SentencePiece(folder)
+    given, raw = read_json(beside)
+    types = [step["type"] for step in (raw["model"], raw["decoder"] or NOTHING, raw["steps"][-1])]
+    kind = ByteLevel if types == ["BPE", "ByteLevel", "ByteLevel"] else SentencePieceJson
+    return kind(folder, given, raw)
 
 
 def is_tiktoken(path):
@@ -76,17 +78,9 @@ def read_json(path):
         raise ValueError(f"{path}: not a tokenizer: {error}") from None
     raw = json.loads(given.to_str())
     raw["normalizer"] = None if raw["normalizer"] == sequence([]) else raw["normalizer"]
+    before = raw["pre_tokenizer"] or NOTHING
+    raw["steps"] = before.get("pretokenizers") or [before]  # of the splitting before any merge
     return given, raw
-
-
-def is_byte_level(raw):
-    kinds = [step["type"] for step in (steps_of(raw)[-1], raw["decoder"] or {"type": None})]
-    return [raw["model"]["type"], *kinds] == ["BPE", "ByteLevel", "ByteLevel"]
-
-
-def steps_of(raw):
-    before = raw["pre_tokenizer"] or {"type": None}
-    return before.get("pretokenizers") or [before]
 
 
 class OfFolder:
@@ -107,27 +101,34 @@ class OfFolder:
     def __reduce__(self):  # a pickle of the package's tokenizer forgets encode_special_tokens
         return Tokenizer, (self.folder,)
 
+    def _refuse(self, what):
+        raise ValueError(f"{self.folder / self.file}: {what}")
+
     def _set_pieces(self, texts):
         """The pieces' texts, by id, and the folder's added tokens."""
         self.texts, self.count, self._prefixes = texts, len(texts), {}
         self.added, self.special = self._added_tokens(texts.__getitem__)
 
     def _set_ends(self, bos, eos):
-        path, self.bos, self.eos = self.folder / self.file, bos, eos
-        if self.bos < 0:
-            raise ValueError(
-                f"{path}: has no <s>, or no bos_token (beginning of sequence) in "
-                "tokenizer_config.json, nor its id in config.json"
-            )
+        """The beginning of a sequence, its end, and the end of a turn."""
+        self.bos, self.eos = bos, eos
+        if bos < 0:
+            self._refuse("has no <s>, or no bos_token (beginning of sequence) in "
+                         "tokenizer_config.json, nor its id in config.json")  # fmt: skip
         end, last = self.template.end, max([self.count - 1, *self.added.values()])
         own = {text: i for i, text in enumerate(self.texts)} | self.added
         self.eot, self.eot_is_new = own.get(end, last + 1), end not in own
         if self.eot < self.count and self.eot not in self.control:
-            raise ValueError(f"{path}: {end} must be a control symbol; now any text can forge it")
+            self._refuse(f"{end} must be a control symbol; as it is, any text can forge it")
         self.vocab_size = max(last, self.eot) + 1
         self.ordinary = self.eot if self.eot_is_new else self.vocab_size
         by_id = {i: text for text, i in own.items()} | {self.eot: end}
-        self.names = {i: by_id[i] for i in {self.bos, self.eos, self.eot, *self.marks} - {-1}}
+        self.names = {i: by_id[i] for i in {bos, eos, self.eot, *self.marks} - {-1}}
+        for symbol in self.symbols:
+            ends = [symbol[k:] for k in range(1, len(symbol))]
+            if {" ", "▁"} & {*symbol} or any(map(end.startswith, ends)):
+                self._refuse(f"never splits {symbol!r}, which has a space or ends as {end} begins"
+                             f": the export would give other ids; {REFUSED}")  # fmt: skip
 
     def lost_bytes(self, texts):
         """How many bytes of the texts give no token."""
@@ -208,8 +209,7 @@ class OfFolder:
             i: {"content": text} | PLAIN | {"special": text not in self.symbols}
             for i, text in sorted(tokens.items())
         }
-        # Where a text may hold symbols, no tokenizer puts a space before each turn: _hugging_face.
-        lead, texts = " " if self.symbols else "", self.template._asdict()
+        lead, texts = " " if self.symbols else "", self.template._asdict()  # see _hugging_face
         texts |= {"lead": lead, "before": lead + self.template.before, "condition": condition}
         for name, text in (texts | {"system": self.template.prefix("", "system")}).items():
             text = json.dumps(text, ensure_ascii=False)
@@ -235,9 +235,9 @@ class SentencePiece(OfFolder):
         path = self.folder / self.file
         check_folder(folder)
         if not path.is_file():
-            raise ValueError(f"{path}: not found, nor a tokenizer.json beside it")
+            self._refuse("not found, nor a tokenizer.json beside it")
         if is_tiktoken(path):
-            raise ValueError(f"{path}: of tiktoken; the model's tokenizer.json is needed beside it")
+            self._refuse("of tiktoken; the model's tokenizer.json is needed beside it")
         try:
             self.pieces = pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
@@ -246,9 +246,8 @@ class SentencePiece(OfFolder):
         merges, self.symbols, self.collapses_spaces = exact_merges(path, pieces)
         self.warning = SPACES_COLLAPSE if self.collapses_spaces else None
         self.unk = pieces.unk_id()
-        self.control = {
-            i: text for i, text in enumerate(texts) if pieces.is_control(i) or pieces.is_unknown(i)
-        }
+        self.control = {i: texts[i] for i in range(len(texts)) if pieces.is_control(i)}
+        self.control[self.unk] = texts[self.unk]
         self.bpe = {
             "type": "BPE",
             "unk_token": texts[self.unk],
@@ -259,16 +258,6 @@ class SentencePiece(OfFolder):
         }
         self._set_pieces(texts)
         self._set_ends(pieces.bos_id(), pieces.eos_id())
-
-    def _set_ends(self, bos, eos):
-        super()._set_ends(bos, eos)
-        for symbol in self.symbols:
-            ends = [symbol[k:] for k in range(1, len(symbol))]
-            if {" ", "▁"} & {*symbol} or any(map(END_OF_TURN.startswith, ends)):
-                raise ValueError(
-                    f"{self.folder / self.file}: never splits {symbol!r}, which has a space or "
-                    f"ends as {END_OF_TURN} begins: the export would give other ids; {REFUSED}"
-                )
 
     def turn_text(self, role, content):
         """The text of a turn, after its prefix."""
@@ -312,7 +301,7 @@ class SentencePiece(OfFolder):
             "eos_token": END_OF_TURN,
             "unk_token": unk,
             "pad_token": unk or self.names[self.bos],  # never in a text that is supervised
-        }
+        } | ({"add_prefix_space": False} if self.symbols else {})  # llama.cpp: the template does
         added = self._write(folder, condition, tokens, config, CHAT_TEMPLATE)
         write_json(folder / "tokenizer.json", self._hugging_face(added, bool(self.symbols)))
 
@@ -320,7 +309,7 @@ class SentencePiece(OfFolder):
         """The model in the format of Hugging Face's tokenizers.
 
         With symbols only the very start of a text gets its space, unless it has one: the
-        normalizer would put one after each symbol as well.
+        normalizer would put one after each symbol as well. The template then has each turn's.
         """
         bos = self.names[self.bos]
         # <s> comes first in tokenizer("text"); the chat template writes its own.
@@ -354,6 +343,7 @@ class SentencePiece(OfFolder):
         }
 
 
+NOTHING = {"type": None}
 PLAIN = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word", "special"), False)
 PREPEND = {"type": "Prepend", "prepend": "▁"}
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
@@ -366,7 +356,7 @@ def sequence(normalizers):
 
 # The template in Jinja, names in capitals being replaced. The space after the colon is
 # SentencePiece's own at the start of a text; vLLM and llama.cpp give it back at the start of an
-# answer, which then comes as history. LEAD: see OfFolder._write.
+# answer, which then comes as history. LEAD is the space before a turn, if nothing else puts it.
 CHAT_TEMPLATE = (
     "{% set condition = condition | default('CONDITION') %}{{ bos_token }}"
     "{% for m in messages %}{% set text = m['content'] %}"
@@ -416,13 +406,21 @@ class InPackage(OfFolder):
         found = self.model.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in found]
 
+    def _read_vocabulary(self, raw, odd_keys, odd=()):
+        """Its texts by id, and {text: id}; ValueError if it has gaps or the file asks for more."""
+        for key in [key for key in odd_keys if raw["model"].get(key)] + [*odd]:
+            self._refuse(f"asks for {key}, which is not implemented")
+        vocabulary = raw["model"]["vocab"]
+        texts = sorted(vocabulary, key=vocabulary.get)
+        if [*map(vocabulary.get, texts)] != [*range(len(texts))]:
+            self._refuse("lacks an id")
+        return texts, vocabulary
+
     def _check_forged(self, tokens):
         """ValueError if a text gives the id of a special token {id: text}."""
         for i, text in tokens.items():
             if self.model.token_to_id(text) != i or i in self.encode(text):
-                raise ValueError(
-                    f"{self.folder / self.file}: any text can forge its special token {text!r}"
-                )
+                self._refuse(f"any text can forge its special token {text!r}")
 
 
 class SentencePieceJson(InPackage, SentencePiece):
@@ -432,28 +430,24 @@ class SentencePieceJson(InPackage, SentencePiece):
 
     def __init__(self, folder, given, raw):
         self.folder, self.bpe = Path(folder), raw["model"]
-        path, spaces = self.folder / self.file, (raw["normalizer"], raw["pre_tokenizer"])
+        spaces = raw["normalizer"], raw["pre_tokenizer"]
         known = [(None, METASPACE | {"prepend_scheme": scheme}) for scheme in ("first", "always")]
         known.append((sequence([PREPEND, REPLACE]), None))
         if self.bpe["type"] != "BPE" or spaces not in known:
-            raise ValueError(
-                f"{path}: no byte-level BPE, nor SentencePiece's with a space before each text, as "
-                "Llama 2's; no other kind is implemented"
-            )
-        texts, vocabulary = read_vocabulary(path, self.bpe, [*ODD, "ignore_merges"])
+            self._refuse("no byte-level BPE, nor SentencePiece's with a space before each text, "
+                         "as Llama 2's; no other kind is implemented")  # fmt: skip
+        texts, vocabulary = self._read_vocabulary(raw, [*ODD, "ignore_merges"])
         listed = [token for token in raw["added_tokens"] if token["id"] < len(texts)]
         self.control = {token["id"]: token["content"] for token in listed if token["special"]}
         self.symbols = {token["content"]: token["id"] for token in listed if not token["special"]}
         self.unk = vocabulary.get(self.bpe["unk_token"], -1)
         every_byte = {f"<0x{byte:02X}>" for byte in range(256)} <= vocabulary.keys()
         if self.unk < 0 and not (every_byte and self.bpe["byte_fallback"]):
-            raise ValueError(f"{path}: has no <unk>, and lacks one of the 256 bytes")
+            self._refuse("has no <unk>, and lacks one of the 256 bytes")
         for text in vocabulary.keys() - {token["content"] for token in listed}:
             if "▁" in text.lstrip("▁"):
-                raise ValueError(
-                    f"{path}: has a piece {text!r} across a space: the export would give other "
-                    f"ids; {REFUSED}"
-                )
+                self._refuse(f"has a piece {text!r} across a space: the export would give other "
+                             f"ids; {REFUSED}")  # fmt: skip
         self._set_pieces(texts)
         self._set_ends(self._named("bos_token"), self._named("eos_token"))
         symbols = {i: {"content": text} | PLAIN for text, i in self.symbols.items()}
@@ -478,12 +472,12 @@ class ByteLevel(InPackage):
 
     def __init__(self, folder, given, raw):
         self.folder = Path(folder)
-        path, (*splits, last) = self.folder / self.file, steps_of(raw)
+        *splits, last = raw["steps"]
         odd = ["normalizer"] * bool(raw["normalizer"])
         odd += ["add_prefix_space"] * last["add_prefix_space"]
         odd += [s["type"] for s in splits if s["type"] not in ("Split", "Digits")]
         odd += [s["type"] for s in splits if s.get("behavior") == "Removed"]
-        texts, vocabulary = read_vocabulary(path, raw["model"], [*ODD, *ODD_IN_BYTES], odd)
+        texts, vocabulary = self._read_vocabulary(raw, [*ODD, *ODD_IN_BYTES], odd)
         self.missing = bytes(b for b, char in enumerate(BYTES) if char not in vocabulary)
         self._set_pieces(texts)
         if self.added.keys() >= {*V36.tokens}:
@@ -513,7 +507,7 @@ class ByteLevel(InPackage):
         first = [self.template.space + chr(c) for c in STARTS if not chr(c).isspace()]
         for before, text in itertools.product(prefixes, first):
             if pieces(before + text) != pieces(before) + pieces(text):
-                raise ValueError(f"{path}: joins {before!r} and {text!r}, as no turn may")
+                self._refuse(f"joins {before!r} and {text!r}, as no turn may")
 
     def turn_text(self, role, content):
         """The text of a turn, after its prefix: ' Hi' after 'GPT4 User:', as in any text."""
@@ -552,15 +546,3 @@ ODD_IN_BYTES = ["unk_token", "byte_fallback"]
 # prints, else one from 256 on.
 OTHERS = map(chr, range(256, 512))
 BYTES = [chr(b) if b != 32 and chr(b).isprintable() else next(OTHERS) for b in range(256)]
-
-
-def read_vocabulary(path, bpe, odd_keys, odd=()):
-    """Its texts by id, and {text: id}; ValueError if the file has gaps or asks for odd things."""
-    odd = [key for key in odd_keys if bpe.get(key)] + [*odd]
-    if odd:
-        raise ValueError(f"{path}: asks for {odd[0]}, which is not implemented")
-    vocabulary = bpe["vocab"]
-    texts = sorted(vocabulary, key=vocabulary.get)
-    if [*map(vocabulary.get, texts)] != [*range(len(texts))]:
-        raise ValueError(f"{path}: lacks an id")
-    return texts, vocabulary

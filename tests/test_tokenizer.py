@@ -9,9 +9,10 @@ import struct
 import pytest
 import sentencepiece
 import torch
-from processes import flags, plan_of
+from processes import flags, plan_of, succeeds
 from small import ODD_TEXTS, random_llama, train_sentencepiece
 
+import chat
 import data
 import loss
 import model
@@ -545,6 +546,36 @@ def test_a_tokenizer_json_has_the_ids_of_its_tokenizer_model(edit, symbols, tmp_
         assert ours.decode([*ids, ours.eot]) == expected.decode(ids)
         assert ours.spell(ids) == expected.spell(ids)
     assert copy.deepcopy(ours).encode("</s> plus") == ours.encode("</s> plus")
+
+
+@pytest.mark.parametrize("symbols", [[], ["<think>"]], ids=str)
+def test_with_symbols_the_template_puts_the_spaces_and_no_tokenizer_does(symbols, tmp_path):
+    """llama.cpp's converter reads add_prefix_space; without symbols it puts a space, as ever."""
+    folder = train_sentencepiece(tmp_path / "model", user_defined_symbols=symbols)
+    _, theirs = exported(folder, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text("utf-8"))
+    assert config.get("add_prefix_space", True) == (not symbols)
+    messages = [{"role": "system", "content": "Be brief"}, *turns("Hi", "Ho")]
+    expected = f"<s> Be brief{EOT} GPT4 User: Hi{EOT} GPT4 Assistant: Ho{EOT}"
+    if not symbols:
+        expected = expected.replace("<s> ", "<s>").replace(f"{EOT} ", EOT)
+    assert theirs.apply_chat_template(messages, tokenize=False) == expected
+
+
+def test_a_run_on_a_tokenizer_json_of_sentencepiece_exports_another(few, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours, folder = as_json(tmp_path / "a", tmp_path / "b", user_defined_symbols=["plus"])
+    model.save(random_llama(vocab_size=ours.count), folder)
+    settings = {"random_weights": False, "max_steps": 1}
+    header = succeeds(flags(few, tmp_path / "out", model=folder, **settings))
+    assert f"{EOT} added as token {ours.count}" in header
+    talker = chat.Chat(tmp_path / "out" / "model", device="cpu")
+    messages = [data.Message("user", "What is 1 plus 2?")]
+    assert talker.prompt(messages) == data.encode_prompt(messages, ours, "GPT4")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
+    given = [{"role": "user", "content": messages[0].content}]
+    ids = theirs.apply_chat_template(given, add_generation_prompt=True, return_dict=False)
+    assert ids == talker.prompt(messages)
 
 
 def add_to_merges(*pieces):
