@@ -145,6 +145,7 @@ class Encoder:
         arrays = arrays_of(laid_out)
         report.conversations = len(laid_out)
         report.unknown = int((arrays["tokens"] == self.tokenizer.unk).sum())
+        report.lost_bytes = self.tokenizer.lost_bytes(texts)
         return arrays, report
 
     def parse(self, block, report):

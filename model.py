@@ -163,26 +163,21 @@ def _implemented(raw):
     heads, size = raw.get("num_attention_heads"), raw.get("hidden_size")
     if raw.get("num_key_value_heads") is None:
         raw["num_key_value_heads"] = heads
-    if raw.get("head_dim") is None and type(heads) is int and type(size) is int and heads > 0:
+    if raw.setdefault("head_dim") is None and type(heads) is type(size) is int and heads > 0:
         if size % heads:
-            raise ValueError(
-                "hidden_size must be a multiple of num_attention_heads, or give head_dim"
-            )
+            raise ValueError("hidden_size must be a multiple of num_attention_heads")
         raw["head_dim"] = size // heads
-    raw.setdefault("head_dim", None)
-    fields = dataclasses.fields(LlamaConfig)
-    lacking = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in raw]
-    if lacking:
-        raise ValueError(f"lacks {', '.join(sorted(lacking))}")
-    known = {field.name for field in fields}
-    asked = [key for key, value in raw.items() if value and not key.startswith("_")]
-    unknown = [key for key in asked if key not in known | IGNORED]
-    if unknown:
+    fields = {field.name: field.default for field in dataclasses.fields(LlamaConfig)}
+    lacking = {name for name, default in fields.items() if default is dataclasses.MISSING}
+    if lacking := sorted(lacking - raw.keys()):
+        raise ValueError(f"lacks {', '.join(lacking)}")
+    asked = {key for key, value in raw.items() if value and not key.startswith("_")}
+    if unknown := sorted(asked - fields.keys() - IGNORED):
         raise ValueError(
-            f"asks for {', '.join(sorted(unknown))}, which is not implemented; "
+            f"asks for {', '.join(unknown)}, which is not implemented; "
             "if it does not change the network, remove it"
         )
-    return {key: value for key, value in raw.items() if key in known}
+    return {key: value for key, value in raw.items() if key in fields}
 
 
 # ------------------------------------------------------------------------------------ network
@@ -478,29 +473,29 @@ def check_weights(folder, config, new_rows=0):
     """
     with torch.device("meta"):
         wanted = {name: list(p.shape) for name, p in Llama(config).named_parameters()}
-    files = weight_files(folder)
-    problems = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in files]
-    for path in sorted(set(files.values())):
+    files, found, problems = weight_files(folder), {}, []
+    for path in set(files.values()):
         with open_safetensors(path) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (a handle, not a dict)
-                view = tensors.get_slice(name)
-                shape, dtype = view.get_shape(), view.get_dtype()
-                expected = wanted.get(name)
-                if expected is None:
-                    # Old checkpoints store the rotary table; some tied ones store the head again.
-                    if not name.endswith("rotary_emb.inv_freq") and name != HEAD:
-                        problems.append(f"unexpected {name} {shape}")
-                    continue
-                if name in (EMBEDDING, HEAD):
-                    expected = [expected[0] - new_rows, *expected[1:]]
-                if shape != expected:
-                    problems.append(f"{name} is {shape}, config.json makes it {expected}")
-                if dtype not in FLOATS:
-                    problems.append(f"{name} has dtype {dtype}, not one of {sorted(FLOATS)}")
+            views = {name: tensors.get_slice(name) for name, of in files.items() if of == path}
+            found |= {name: (v.get_shape(), v.get_dtype()) for name, v in views.items()}
+    for name, expected in wanted.items():
+        shape, dtype = found.pop(name, (None, None))
+        if name in (EMBEDDING, HEAD):
+            expected[0] -= new_rows
+        if shape is None:
+            problems.append(f"missing {name} {expected}")
+        elif shape != expected:
+            problems.append(f"{name} is {shape}, config.json makes it {expected}")
+        elif dtype not in FLOATS:
+            problems.append(f"{name} has dtype {dtype}, not one of {sorted(FLOATS)}")
+    for name, (shape, _) in found.items():
+        # Old checkpoints store the rotary table, and some tied ones store the head again.
+        if not name.endswith("rotary_emb.inv_freq") and name != HEAD:
+            problems.append(f"unexpected {name} {shape}")
     if problems:
         shown = "\n  ".join(problems[:50])
         raise ValueError(f"{folder}: {len(problems)} tensors do not fit config.json:\n  {shown}")
-    if config.tie_word_embeddings and HEAD in files and not _same_rows(files, EMBEDDING, HEAD):
+    if HEAD in found and not _same_rows(files, EMBEDDING, HEAD):
         raise ValueError(
             f"{folder}: config.json ties the embeddings (tie_word_embeddings), but {HEAD} differs "
             f"from {EMBEDDING}; remove the tensor, or set tie_word_embeddings to false to train it"

@@ -1,11 +1,12 @@
 """How fast does a step train: python bench/train.py --geometry mistral-7b [--markdown]
 
-Random weights of a named geometry; conversations of ShareGPT's lengths (bench/packing.py, scaled
+Random weights of a named geometry, or --model DIR: that folder's network and weights, with the row
+of the vocabulary that training adds. Conversations of ShareGPT's lengths (bench/packing.py, scaled
 to --max-length) with random tokens, the last 76 % of each supervised as in OpenChat's data, one in
 ten of the expert class. This project trains on them packed; transformers on the same conversations
 padded to the longest of a batch, as its Trainer does, with the same weights, class weights,
-optimizer and tokens a step. "Trainer" is transformers' own (needs accelerate), "loop" a plain one
-around its model, "Liger" that loop with Liger's patch, which knows no weights.
+optimizer and tokens per step. "Trainer" is transformers' own (needs accelerate), "loop" a plain
+one around its model, "Liger" that loop with Liger's patch, which knows no weights.
 
 Each provider is a process of its own; rounds take turns on a CPU, and on a GPU, which may not hold
 two of them, follow each other. Tokens are the conversations' own: no padding counts.
@@ -58,6 +59,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--geometry", choices=GEOMETRIES, default="tiny")
+    parser.add_argument("--model", metavar="DIR", help="instead of a geometry: a folder to train")
     parser.add_argument("--batch-tokens", type=int, help="8192; 2048 for tiny")
     parser.add_argument("--accumulate", type=int, default=1, help="above 1: this project alone")
     parser.add_argument("--max-length", type=int, help="4096; 512 for tiny")
@@ -67,7 +69,7 @@ def main():
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=installed())
     parser.add_argument("--markdown", action="store_true", help="a table for RESULTS.md")
     args = parser.parse_args()
-    tiny = args.geometry == "tiny"
+    tiny = args.geometry == "tiny" and not args.model
     args.batch_tokens = args.batch_tokens or (2048 if tiny else 8192)
     args.max_length = args.max_length or (512 if tiny else 4096)
     args.providers = args.providers if args.accumulate == 1 else ["this project"]
@@ -90,18 +92,19 @@ def installed():
 
 
 def synthetic_plan(args, ranks, folder):
-    """train.py's plan of a run, but over a generated data set and a named geometry."""
-    network, tokens = GEOMETRIES[args.geometry], folder / "tokens" / "generated"
+    """train.py's plan of a run, but over a generated data set, and maybe of a named geometry."""
+    network, tokens = network_of(args), folder / "tokens" / "generated"
     tokens.mkdir(parents=True)
     count = (WARMUP + args.rounds * args.steps + 2) * args.accumulate * args.batch_tokens
     lengths = like_sharegpt(count // 16)
     lengths = (lengths * args.max_length // 4096).clip(4, args.max_length)
     write_dataset(tokens, lengths[: np.searchsorted(lengths.cumsum(), count)], network.vocab_size)
-    train.network_to_train = lambda *_: (network, 0)
+    if not args.model:
+        train.network_to_train = lambda *_: (network, 0)
     data.prepare = lambda *_, **__: SimpleNamespace(folder=tokens)
     data.sources = lambda *_: []
     config = train.Config(
-        model=str(ROOT / "examples" / "sums"),  # for its tokenizer alone, which is not used
+        model=args.model or str(ROOT / "examples" / "sums"),  # this one for its tokenizer, unused
         data=["generated"],
         out=str(folder),
         epochs=1,
@@ -109,9 +112,15 @@ def synthetic_plan(args, ranks, folder):
         accumulate=args.accumulate,
         max_length=args.max_length,
         recompute=args.recompute,
-        random_weights=True,
+        random_weights=not args.model,
     )
     return train.make_plan(config, ranks, folder)
+
+
+def network_of(args):
+    if args.model:
+        return model.LlamaConfig.from_folder(args.model)
+    return GEOMETRIES[args.geometry]
 
 
 def write_dataset(folder, lengths, vocab_size):
@@ -173,6 +182,7 @@ class Loop:
         self.device = torch.device("cuda" if cuda else "cpu")
         ranks = SimpleNamespace(world=1, rank=0, cuda=cuda, device=self.device)
         ranks.first_does = lambda function: function()
+        ranks.gather = lambda value: [value]
         self.plan = synthetic_plan(args, ranks, folder)
         self.model = their_model(self.plan, folder, self.liger).to(self.device).train()
         config = self.plan.config
@@ -292,7 +302,7 @@ def seconds_since(began):
 
 
 def their_model(plan, folder, liger):
-    """transformers' model of the geometry, in float32, with this project's weights."""
+    """transformers' model of the same network, in float32, with this project's weights."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -304,10 +314,16 @@ def their_model(plan, folder, liger):
     with torch.device("meta"):
         ours = model.Llama(plan.network)
     ours.to_empty(device="cpu")
-    model.random_parameters(ours, plan.config.seed)
+    if plan.base:
+        new_tokens = [plan.tokenizer.eot] if plan.tokenizer.eot_is_new else plan.untrained
+        rows = plan.new_rows, new_tokens, plan.tokenizer.ordinary
+        model.fill_parameters(ours, plan.config.model, *rows)
+    else:
+        model.random_parameters(ours, plan.config.seed)
     config = transformers.AutoConfig.from_pretrained(folder)
     theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    theirs.load_state_dict(ours.state_dict())
+    weights = ours.state_dict()
+    theirs.load_state_dict({model.HEAD: weights[model.EMBEDDING]} | weights)  # if they are tied
     theirs.config.use_cache = False
     if plan.recompute:
         theirs.gradient_checkpointing_enable()
@@ -429,7 +445,7 @@ def part_of(event, logits_width):
 
 def print_results(args, results):
     cuda = torch.cuda.is_available()
-    network = GEOMETRIES[args.geometry]
+    network, name = network_of(args), Path(args.model).name if args.model else args.geometry
     device = torch.cuda.get_device_name() if cuda else (
         f"CPU, {torch.get_num_threads()} thread a process"
     )  # fmt: skip
@@ -438,7 +454,7 @@ def print_results(args, results):
         import transformers
 
         versions += f", transformers {transformers.__version__}"
-    print(f"\n{'### ' * args.markdown}{args.geometry}: {device}, {versions}, "
+    print(f"\n{'### ' * args.markdown}{name}: {device}, {versions}, "
           f"{datetime.date.today()}\n")  # fmt: skip
     losses = ", ".join(
         f"{name} {found[-1]['first loss']:.6f}"

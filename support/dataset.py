@@ -166,6 +166,7 @@ class Report:
     answer_cut: int = 0  # dropped: no answer is left
     weightless: int = 0  # dropped: no answer has a weight above 0
     unknown: int = 0  # tokens of <unk>
+    lost_bytes: int = 0  # of texts, that give no token
     bad: int = 0  # lines
     other_causes: int = 0  # bad lines that are not among `problems`
     problems: dict = dataclasses.field(default_factory=dict)  # by file and cause

@@ -225,6 +225,11 @@ def summary(dataset, classes, class_weights):
             f"warning: {counted(report['unknown'], 'token')} of <unk>: characters missing in the "
             "tokenizer, all the same to the model"
         )
+    if report.get("lost_bytes"):
+        out.append(
+            f"warning: {counted(report['lost_bytes'], 'byte')} of characters that the tokenizer "
+            "lacks, which give no token: the model never sees them"
+        )
     out += [f"dropped: {text}" for text in dropped(report)]
     if report["bad"]:
         out.append(f"dropped as bad (--skip-bad): {report['bad']:,} lines")

@@ -1,183 +1,144 @@
-"""Hugging Face's merges of a SentencePiece model, or why it cannot have the same ids there.
+"""Hugging Face's form of a SentencePiece model, or why it would give other ids there.
 
-Most of what would make them differ is told by the model's own proto alone, not by
-SentencePieceProcessor.
+Most of the differences show only in the model's own proto, not in SentencePieceProcessor.
 """
 
+import io
 from typing import NamedTuple
 
 REFUSED = "a tokenizer without it is needed"
 MERGED = "a vocabulary that was merged into another cannot be exported"
-# Numbers in sentencepiece_model.proto: kinds of model and of piece, then fields of the messages.
+# Numbers in sentencepiece_model.proto: fields of the model, kinds of it, types of a piece.
 # https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
+PIECES, TRAINER, NORMALIZER = 1, 2, 3
 KINDS = {1: "unigram", 2: "BPE", 3: "word", 4: "character"}
 NORMAL, USER_DEFINED, UNUSED = 1, 4, 5
-PIECES, TRAINER, NORMALIZER = 1, 2, 3
-MODEL_TYPE, TREAT_WHITESPACE_AS_SUFFIX = 3, 24  # of TRAINER
-NAME, PRECOMPILED_CHARSMAP, ADD_DUMMY_PREFIX = 1, 2, 3  # of NORMALIZER
-REMOVE_EXTRA_WHITESPACES, ESCAPE_WHITESPACES = 4, 5
+
+
+class Exact(NamedTuple):
+    merges: list  # [[left, right], ...], the first to be merged first
+    symbols: dict  # {text: id} of user-defined symbols: matched in a text before any merge
+    collapses_spaces: bool  # several spaces become one, those at the ends none
 
 
 def exact_merges(path, processor):
-    """(merges, whether several spaces become one) of a SentencePieceProcessor.
+    """The Exact form of a SentencePieceProcessor.
 
-    ValueError, naming `path`, where Hugging Face's form would give other ids. For any other model
-    it gives SentencePiece's: both always merge the pair of highest score, leftmost first.
+    ValueError, naming `path`, if Hugging Face's form would give other ids. For any other model it
+    gives SentencePiece's: both always merge the pair of highest score, leftmost first.
     """
-    proto = read_proto(processor.serialized_model_proto())
-    trainer, normalizer = proto.trainer, proto.normalizer
-    kind = KINDS.get(trainer.get(MODEL_TYPE, 1), "unknown")
-    normal = [piece for piece, type in proto.pieces if type == NORMAL]
-    every = set(normal)
-
-    def first(pieces):
-        return next(iter(pieces), None)
-
-    found = [  # (what is wrong or a false value, its message, what can be done)
-        (kind != "BPE", f"is a {kind} model", "only BPE is implemented"),
-        (
-            normalizer.get(PRECOMPILED_CHARSMAP),
-            f"changes characters by its rules ({_text(normalizer.get(NAME, b'its own'))})",
-            "only the rule 'identity' is implemented",
-        ),
-        (
-            not normalizer.get(ADD_DUMMY_PREFIX, True),
-            "puts no space before a text (add_dummy_prefix=false)", REFUSED,
-        ),
-        (
-            not normalizer.get(ESCAPE_WHITESPACES, True),
-            "keeps spaces as they are (escape_whitespaces=false)", REFUSED,
-        ),
-        (
-            trainer.get(TREAT_WHITESPACE_AS_SUFFIX, False),
-            "puts a word's space at its end (treat_whitespace_as_suffix=true)", REFUSED,
-        ),
-        (
-            piece := first(p for p, type in proto.pieces if type == USER_DEFINED),
-            f"never splits {piece!r} (user_defined_symbols)", REFUSED,
-        ),
-        (
-            piece := first(p for p, type in proto.pieces if type == UNUSED),
-            f"has a piece {piece!r} that is not to be used", REFUSED,
-        ),
-        (
-            piece := first(p for p in normal if "▁" in p.lstrip("▁")),
-            f"has a piece {piece!r} across a space (split_by_whitespace=false)", REFUSED,
-        ),
-        (
-            piece := first(p for p in normal if not every.issuperset(p)),
-            f"has a piece {piece!r}, but not each of its characters", MERGED,
-        ),
-    ]  # fmt: skip
-    for wrong, what, remedy in found:
-        if wrong:
-            raise ValueError(f"{path}: {what}: the export would give other ids; {remedy}")
-    merges, tied = merges_of(proto.pieces, processor.get_score)
-    if tied:
-        raise ValueError(
-            f"{path}: has pieces of one score that share characters of a text, {tied[0]!r} and "
-            f"{tied[1]!r}: the export would give other ids; {MERGED}"
-        )
-    # remove_extra_whitespaces: a text's indentation is lost.
-    return merges, bool(normalizer.get(REMOVE_EXTRA_WHITESPACES, True))
-
-
-# ------------------------------------------------------------------------ the model's own proto
-
-
-class Proto(NamedTuple):
-    pieces: list  # [(text, type), ...] by id
-    trainer: dict  # {field number: value}
-    normalizer: dict
-
-
-def read_proto(message):
-    """What SentencePieceProcessor does not tell of a model: types of pieces, and its rules."""
     pieces, specs = [], {TRAINER: {}, NORMALIZER: {}}
-    for number, value in _fields(message):
+    for number, value in fields(processor.serialized_model_proto()):
         if number == PIECES:
-            piece = dict(_fields(value))
+            piece = dict(fields(value))
             pieces.append((piece[1].decode(), piece.get(3, NORMAL)))
         elif number in specs:
-            specs[number].update(_fields(value))
-    return Proto(pieces, specs[TRAINER], specs[NORMALIZER])
+            specs[number].update(fields(value))
+    trainer, normalizer = specs[TRAINER], specs[NORMALIZER]
+    kind = KINDS.get(trainer.get(3, 1), "different")
+    rule = normalizer.get(1, b"").decode(errors="replace") or "its own"
+    collapses = bool(normalizer.get(4, True))  # remove_extra_whitespaces
+    symbols = {piece: i for i, (piece, type) in enumerate(pieces) if type == USER_DEFINED}
+    ids = {piece: i for i, (piece, type) in enumerate(pieces) if type == NORMAL}
+    known = {*ids, *symbols}
+
+    def refuse(what, remedy=REFUSED):
+        raise ValueError(f"{path}: {what}: the export would give other ids; {remedy}")
+
+    if kind != "BPE":
+        refuse(f"is a {kind} model", "only BPE is implemented")
+    if normalizer.get(2):
+        refuse(f"changes characters by its rules ({rule})", "only 'identity' is implemented")
+    if not normalizer.get(3, True):
+        refuse("puts no space before a text (add_dummy_prefix=false)")
+    if not normalizer.get(5, True):
+        refuse("keeps spaces as they are (escape_whitespaces=false)")
+    if trainer.get(24):
+        refuse("puts a word's space at its end (treat_whitespace_as_suffix=true)")
+    if collapses and symbols:
+        refuse(f"makes several spaces one (remove_extra_whitespaces=true) beside {min(symbols)!r} "
+               "(user_defined_symbols)")  # fmt: skip
+    for piece, type in pieces:
+        if type == UNUSED:
+            refuse(f"has a piece {piece!r} that is not to be used")
+        if type == NORMAL and "▁" in piece.lstrip("▁"):
+            refuse(f"has a piece {piece!r} across a space (split_by_whitespace=false)")
+        if type == NORMAL and not known.issuperset(piece):
+            refuse(f"has a piece {piece!r}, but not each of its characters", MERGED)
+    merges, tied = merges_of(ids, processor.get_score)
+    if tied:
+        what = "has pieces of one score that share characters of a text, {!r} and {!r}"
+        refuse(what.format(*tied), MERGED)
+    return Exact(merges, symbols, collapses)
 
 
-def _fields(message):
+def fields(message):
     """(number, value) of each field of a protobuf message: an int, or the bytes of another kind.
 
     https://protobuf.dev/programming-guides/encoding
     """
-    at = 0
-    while at < len(message):
-        key, at = _varint(message, at)
-        size = {1: 8, 5: 4}.get(key & 7)
-        if key & 7 in (0, 2):
-            value, at = _varint(message, at)
-            size = value if key & 7 == 2 else None
-        if size is not None:
-            value, at = message[at : at + size], at + size
-        yield key >> 3, value
+    stream = io.BytesIO(message)
+
+    def varint():
+        value = shift = 0
+        while (byte := stream.read(1)[0]) > 127:
+            value |= (byte & 127) << shift
+            shift += 7
+        return value | byte << shift
+
+    while stream.tell() < len(message):
+        key = varint()
+        fixed = {1: 8, 5: 4}.get(key & 7)
+        yield key >> 3, stream.read(fixed or varint()) if key & 7 else varint()
 
 
-def _varint(message, at):
-    value = shift = 0
-    while True:
-        byte, at = message[at], at + 1
-        value |= (byte & 127) << shift
-        shift += 7
-        if byte < 128:
-            return value, at
-
-
-def _text(value):
-    return value.decode(errors="replace") or "its own"
-
-
-# ---------------------------------------------------------------------------------- the merges
-
-
-def merges_of(pieces, score_of):
+def merges_of(ids, score_of):
     """Hugging Face's merges, and two pieces whose order they cannot express (or None).
 
-    A merge is every split of a piece into two pieces. SentencePiece merges the highest score
-    first, then the leftmost; Hugging Face the first in this list, then the leftmost. A score that
-    only one piece has leaves no choice: of its splits only the one that ends SentencePiece's own
-    merging of that piece ever comes up, as what lies around never crosses a piece.
+    A merge is every split of a piece into two that merges can make. SentencePiece merges the
+    highest score first, then the leftmost; Hugging Face the first in this list, then the leftmost.
+    A score that only one piece has leaves no choice: of its splits only the one that ends
+    SentencePiece's own merging of that piece ever occurs, as what is around it never crosses a
+    piece.
     """
-    ids = {piece: i for i, (piece, type) in enumerate(pieces) if type == NORMAL}
-    by_score = {}
-    for piece, i in ids.items():
+    by_score, made = {}, {piece for piece in ids if len(piece) == 1}
+    for piece in sorted(ids, key=len):
         splits = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
-        if splits := [s for s in splits if s[0] in ids and s[1] in ids]:
-            by_score.setdefault(score_of(i), {})[piece] = splits
+        if splits := [s for s in splits if s[0] in made and s[1] in made]:
+            by_score.setdefault(score_of(ids[piece]), {})[piece] = splits
+            made.add(piece)
     merges, parts = [], {}  # parts: {piece: a piece of higher score that it is part of}
     for _, group in sorted(by_score.items(), reverse=True):
-        if len(group) > 1 and (tied := _order_matters(group, parts)):
+        if len(group) > 1 and (tied := order_matters(group, parts)):
             return [], tied
-        for piece in sorted(group, key=len, reverse=True):  # see _order_matters
+        for piece in sorted(group, key=len, reverse=True):  # see order_matters
             merges += [list(split) for split in group[piece]]
             parts |= {part: piece for split in group[piece] for part in split}
     return merges, None
 
 
-def _order_matters(group, parts):
-    """Two pieces of one score for which it matters what is merged first, or None.
+def order_matters(group, parts):
+    """Two pieces of one score for which it matters which is merged first, or None.
 
-    `group` is {piece: its splits}, `parts` the parts of pieces with a higher score.
+    `group` is {piece: its splits}, `parts` the parts of pieces with a higher score. The order
+    changes nothing if no character can go to either of two merges.
+
+    Nor does it in runs of one character, whatever their lengths (Mistral has runs of 2 to 14 and
+    of 16 spaces), if they are made of each other. SentencePiece then turns s1 … sk c 1 1 1 …,
+    where no two neighbours of s1 … sk merge, into sk+c if that is a piece, else c+1, else goes on
+    with the next 1 as c. The longest first is the same choice: sk+c >= c+1 >= 1+1.
     """
     for piece in group:
         if piece in parts:
             return piece, parts[piece]
-    # Runs of one character, as Llama 2 has of 2 to 16 spaces: with the longest first in the list,
-    # the leftmost run grows to the longest before another starts, which is leftmost first.
-    lengths = sorted(map(len, group))
-    if len(set("".join(group))) == 1 and lengths == [*range(2, lengths[-1] + 1)]:
-        return None
-    # No character can go to either of two merges: then their order changes nothing.
-    lefts = {left: piece for piece, splits in group.items() for left, _ in splits}
+    of_left = {}
     for piece, splits in group.items():
-        for _, right in splits:
-            if right in lefts:
-                return piece, lefts[right]
+        for left, _ in splits:
+            of_left.setdefault(left, []).append(piece)
+    for piece, splits in group.items():
+        for other in (other for _, right in splits for other in of_left.get(right, ())):
+            of_both = {part for split in splits + group[other] for part in split}
+            runs = len(set(piece + other)) == 1 and of_both <= {piece[0], *group}
+            if other != piece and not runs:
+                return piece, other
     return None

@@ -12,7 +12,7 @@ import sentencepiece
 import torch
 from processes import flags, plan_of, succeeds
 from safetensors.torch import load_file
-from small import ODD_TEXTS, config_of, make_random, random_llama, train_sentencepiece
+from small import ODD_TEXTS, config_of, make_random, random_llama, train_sentencepiece, write
 
 import chat
 import data
@@ -35,10 +35,11 @@ def llama3(request):
     return shared("tokenizers/llama3")
 
 
-def small_bpe(folder, special=(BOS, END), digits=False, llama3_split=False, **changes):
+def small_bpe(folder, special=(BOS, END), digits=False, llama3_split=False, lacks="", **changes):
     """A byte-level BPE of 300 pieces, trained here; `changes` are keys of its tokenizer.json.
 
-    With `digits` it is made as SmolLM2's: each digit a piece, special tokens among the pieces.
+    With `digits` it is made as SmolLM2's: each digit a piece, special tokens among the pieces; and
+    as there it may lack bytes, those of the characters of `lacks` in a vocabulary.
     """
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     split = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not llama3_split)
@@ -53,7 +54,7 @@ def small_bpe(folder, special=(BOS, END), digits=False, llama3_split=False, **ch
     text += [f"the {a}th\n\n Assistant:\nis said, {a} " for a in range(40)]
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=alphabet, show_progress=False,
+        vocab_size=300, initial_alphabet=sorted({*alphabet} - {*lacks}), show_progress=False,
         special_tokens=list(special) if digits else [],
     )  # fmt: skip
     made.train_from_iterator(text, trainer)
@@ -139,6 +140,48 @@ def test_no_text_forges_a_turn_in_another_process(tmp_path):
     """A copy, as a process gets one, of the package's own forgets that special tokens are off."""
     sent = copy.deepcopy(data.Tokenizer(small_bpe(tmp_path, [BOS, END, "<s>"])))
     assert_no_text_forges_a_turn(sent, f"{BOS}<s>{END}")
+
+
+def test_bytes_that_the_vocabulary_lacks_are_counted_and_warned_of(tmp_path, run):
+    """04 and F2 here, Ą and ò in the vocabulary; <|end_of_text|> is no lost byte."""
+    folder = small_bpe(tmp_path / "bpe", digits=True, lacks="\u0104\u00f2")
+    ours = data.Tokenizer(folder)
+    assert ours.missing == b"\x04\xf2"
+    texts = ["a\x04b", "plus", f"\x04\x04{END}", "\U00090000é", "\x05"]
+    assert [ours.lost_bytes([text]) for text in texts] == [1, 0, 2, 1, 0] and ours.missing
+    kept = [text.encode().translate(None, b"\x04\xf2") for text in texts]
+    for text, whole in zip(texts, kept, strict=True):
+        assert ours.spell(ours.encode(text)) == whole.decode(errors="replace")
+    lines = [{"class": "gpt4", "messages": turns(text, "Ho")} for text in texts]
+    files = write(tmp_path / "lost.jsonl", *lines), write(tmp_path / "whole.jsonl", lines[1])
+    outs = [run(data.main, file, "--model", folder, "--show", 0)[1] for file in files]
+    assert "warning: 4 bytes of characters that the tokenizer lacks" in outs[0]
+    assert "lacks" not in outs[1]
+
+
+def test_no_byte_of_smollm2s_is_lost_without_a_count():
+    from conftest import shared
+
+    ours = data.Tokenizer(shared("tokenizers/smollm2"))
+    assert len(ours.missing) == 21
+    for char in map(chr, [*range(0xD800), *range(0xE000, 0x110000, 13)]):
+        lost = ours.lost_bytes([char])
+        assert (ours.spell(ours.encode(char)) == char) == (lost == 0), char
+
+
+TIKTOKEN = b"IQ== 0\nIg== 1\nIw== 2\n"
+
+
+def test_a_tiktoken_file_named_tokenizer_model_is_passed_over(tmp_path):
+    """As in Meta's own Llama 3 folders."""
+    expected = data.Tokenizer(small_bpe(tmp_path))
+    (tmp_path / "tokenizer.model").write_bytes(TIKTOKEN)
+    found = data.Tokenizer(tmp_path)
+    assert found.identity() == expected.identity()
+    assert found.encode("plus 1") == expected.encode("plus 1")
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="tokenizer.model: of tiktoken; .*tokenizer.json is need"):
+        data.Tokenizer(tmp_path)
 
 
 def test_a_tokenizer_model_beside_it_is_used_instead(tmp_path):
@@ -313,9 +356,9 @@ WORDS = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
         ({"decoder": {"type": "Fuse"}}, "no byte-level BPE"),
         (sequence(SPLIT, LEVEL), "asks for Split"),
         (sequence({"type": "Punctuation"}, LEVEL), "asks for Punctuation"),
-        ({"model": WORDS}, "any other kind needs a tokenizer.model"),
+        ({"model": WORDS}, "no other kind is implemented"),
         ({"model": 7}, "not a tokenizer: "),
-        (bpe({"a": 0}), "lacks one of the 256 bytes"),
+        (bpe({"a": 1}), "lacks an id"),
         (bpe({"a": 0}, ["a", "c"]), "not a tokenizer: "),
         ({"added_tokens": [{"id": "x", "content": "a"}]}, "not a tokenizer: "),
         ({"added_tokens": [ADDED | {"id": 0, "content": "Hi"}]}, "gives id 0 to 'Hi'"),
@@ -329,6 +372,12 @@ def test_what_is_not_safe_or_not_exact_is_refused_in_one_line(changes, message, 
         data.Tokenizer(folder)
     assert str(refused.value).startswith(f"{folder}/tokenizer.json: ")
     assert "\n" not in str(refused.value)
+
+
+def test_a_normalizer_of_no_steps_changes_nothing(tmp_path):
+    """As DeepSeek's."""
+    nothing = {"type": "Sequence", "normalizers": []}
+    assert data.Tokenizer(small_bpe(tmp_path, normalizer=nothing)).encode("plus")
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b"null", b'{"model": ', b"[" * 100_000])
@@ -352,7 +401,7 @@ def test_ids_with_a_gap_are_refused(tmp_path):
     def edit(raw):
         raw["model"]["vocab"][max(raw["model"]["vocab"], key=raw["model"]["vocab"].get)] += 9
 
-    with pytest.raises(ValueError, match="or an id"):
+    with pytest.raises(ValueError, match="lacks an id"):
         data.Tokenizer(edited(small_bpe(tmp_path, ()), edit))
 
 

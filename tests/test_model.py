@@ -14,6 +14,7 @@ import processes
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import shared
 from processes import SUMS, succeeds
 from safetensors.torch import load_file, save_file
 from small import SIZES, config_of, export, make_random, random_llama
@@ -1056,3 +1057,57 @@ def test_nan_in_what_is_only_evaluated_ends_with_1(nan, few):
     flags = ["--evaluate", "--model", nan, "--eval-data", few]
     shown = processes.refused(flags, "the loss on --eval-data is not finite")
     assert "The weights of --model give it already" in shown
+
+
+# ----------------------------------------------------------------------- SmolLM2, but for its size
+
+
+@pytest.fixture(scope="module")
+def smollm2(few, tmp_path_factory):
+    """A run on a network of SmolLM2's kind with its tokenizer: (folder it began with, RUN)."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("tokenizers")
+    raw = json.loads(shared("cases/r3_smollm2_instruct_config.json").read_text())
+    root = tmp_path_factory.mktemp("smollm2")
+    folder = shutil.copytree(shared("tokenizers/smollm2"), root / "SmolLM2")
+    raw |= {"hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3}
+    raw |= {"num_hidden_layers": 2, "vocab_size": 49152, "rope_theta": 100000.0}
+    config = transformers.LlamaConfig(**{k: v for k, v in raw.items() if "js_config" not in k})
+    torch.manual_seed(2)
+    theirs = transformers.LlamaForCausalLM(config)
+    make_random(theirs, 0.4)
+    theirs.save_pretrained(folder)
+    (folder / "config.json").write_bytes(BOM + json.dumps(raw).encode())  # as published, and marked
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes(BOM + (folder / name).read_bytes())
+    flags = {"model": folder, "random_weights": None, "batch_tokens": 512, "max_length": 128}
+    flags |= {"max_steps": 3, "eval_data": few, "lr": 1e-3}
+    processes.succeeds(processes.flags(few, root / "run", **flags))
+    return folder, root / "run"
+
+
+def test_smollm2_has_transformers_logits(smollm2, tmp_path):
+    folder = shutil.copytree(smollm2[0], tmp_path / "unmarked")
+    llama = model.load(folder)  # with its byte order mark, which transformers does not read
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
+    write_json(folder / "config.json", raw)
+    assert_same_logits(llama, opened_by_transformers(folder))
+
+
+@pytest.mark.parametrize("name", ["gpt4", "gpt3.5"])
+def test_smollm2_trained_answers_in_transformers_as_in_chat(name, smollm2):
+    transformers = pytest.importorskip("transformers")
+    talker = chat.Chat(smollm2[1] / "model", name, device="cpu")
+    theirs = opened_by_transformers(smollm2[1] / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2[1] / "model")
+    texts = ["What is 1+2?", "Hello", "  two  spaces", "日本語 😀", "1\n2", "\tx"]
+    answers = talker.answers([[Message("user", text)] for text in texts], max_new_tokens=8)
+    for text, (ours, _) in zip(texts, answers, strict=True):
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], condition=talker.condition,
+            add_generation_prompt=True, return_tensors="pt", return_dict=False,
+        )  # fmt: skip
+        assert ids[0].tolist() == talker.prompt([Message("user", text)])
+        found = theirs.generate(ids, do_sample=False, max_new_tokens=8)[0, ids.shape[1] :]
+        assert ours == tokenizer.decode(found, skip_special_tokens=True).strip()
+    assert len({answer for answer, _ in answers}) > 3  # or there is nothing to compare

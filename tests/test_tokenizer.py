@@ -1,15 +1,22 @@
 """support/tokenizer.py: transformers gives training's ids from an export, or there is none."""
 
+import copy
 import json
 import random
+import shutil
 import struct
 
 import pytest
 import sentencepiece
-from small import ODD_TEXTS, train_sentencepiece
+import torch
+from processes import flags, plan_of, succeeds
+from small import ODD_TEXTS, random_llama, train_sentencepiece
 
+import chat
 import data
 import loss
+import model
+import train
 from support import tokenizer as support_tokenizer
 
 CLASSES = loss.DEFAULT_CLASSES
@@ -180,7 +187,10 @@ TRAINED = [  # SentencePiece's options, and what is said of them (None: exported
     ({"add_dummy_prefix": False}, "add_dummy_prefix=false"),
     ({"treat_whitespace_as_suffix": True}, "treat_whitespace_as_suffix=true"),
     ({"split_by_whitespace": False}, "split_by_whitespace=false"),
-    ({"user_defined_symbols": ["<think>"]}, "never splits '<think>'"),
+    ({"user_defined_symbols": ["<think>", "<think>\n", "é", "plus"]}, None),
+    ({"user_defined_symbols": ["<think>"], "remove_extra_whitespaces": True}, "several spaces one"),
+    ({"user_defined_symbols": ["plus 1"]}, "never splits 'plus 1', which has a space"),
+    ({"user_defined_symbols": ["x<|"]}, "never splits 'x<|', which has a space or ends as <|end"),
 ]
 
 
@@ -194,6 +204,7 @@ def random_texts(rng, count=60):
         "<s",
         "|end_of_turn|>",
         "<think>",
+        "<think>\n",
         "Ａ",
         "ﬁ",
         "ibuprofen",
@@ -204,7 +215,10 @@ def random_texts(rng, count=60):
 
 
 def assert_texts_have_our_ids(ours, theirs, texts):
+    """By themselves and in turns; by itself, a text with symbols gets no second space here."""
     for text in texts:
+        if ours.symbols and text.startswith((" ", "▁", *ours.symbols)):
+            continue
         ids = theirs(text, add_special_tokens=False)["input_ids"]
         assert ids == ours.encode(text), (text, theirs.convert_ids_to_tokens(ids))
     plain = [text for text in texts if text.strip() and text[0] != " "]
@@ -256,7 +270,8 @@ NORMAL = 1
     [
         ([("习", 0, 1), ("学习", 0, 1), ("大学", 0, 1)], "pieces of one score .*'大学' and '学习'"),
         ([("学习", 0, 1)], "has a piece '学习', but not each of its characters"),
-        ([("<think>", 0, 4)], "never splits '<think>'"),
+        ([("<think>", 0, 4), ("▁x▁", 0, 4)], "never splits '▁x▁', which has a space"),
+        ([("<SUF", 0, 4), ("<SUF>a", 0, 4), ("学学", 0, 4), ("大学", 0, 1)], None),
         ([("the▁list", 0, 1)], "has a piece 'the▁list' across a space"),
         ([("▁thelist", 0, 5)], "has a piece '▁thelist' that is not to be used"),
         ([("mypiece", 7.5, 1)], None),  # nothing reaches it, here nor there
@@ -266,7 +281,9 @@ NORMAL = 1
             None,
         ),  # of one score, but of other characters
         ([("学学", 0, 1), ("学学学", 0, 1)], None),  # runs
-        ([("学学", 0, 1), ("学学学学", 0, 1)], "'学学'"),
+        ([("学学", 0, 1), ("学学学学", 0, 1)], None),  # with a gap, as Mistral's of 15 spaces
+        ([("学学", 0, 1), ("学学学", 5, 1), ("学学学学", 0, 1)], "'学学' and '学学学'"),
+        ([("学学", 5, 1), ("学学学", 0, 1), ("学学学学", 0, 1)], "'学学学' and '学学学学'"),
         ([("▁<S", 0, 1), ("▁<SU", 0, 1), ("▁<SUF", 0, 1), ("▁<SUF>", 0, 1)], None),
         ([("大学", 0, 1), ("大学生", 5, 1), ("日本", 0, 1)], "'大学' and '大学生'"),
     ],
@@ -287,6 +304,25 @@ def test_a_merged_vocabulary_is_exported_exactly_or_refused(pieces, refusal, lla
         "▁<SUF>",
     ]
     assert_texts_have_our_ids(ours, theirs, texts)
+
+
+def test_runs_of_any_lengths_are_exported_exactly(tmp_path):
+    """Pieces that are runs of one character, all of one score, with any gaps."""
+    tokenizers = pytest.importorskip("tokenizers")
+    rng, base = random.Random(0), train_sentencepiece(tmp_path / "base", vocab_size=290)
+    for trial in range(30):
+        lengths = [1, *rng.sample(range(3, 18), k=rng.randrange(1, 12)), *[2] * (trial > 0)]
+        pieces = [("q" * n, -9, NORMAL) for n in lengths]
+        folder = with_pieces(base, tmp_path / f"{trial}", [*pieces, ("qe", 5, NORMAL)])
+        ours = data.Tokenizer(folder)
+        ours.save(tmp_path, "GPT4")
+        theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        texts = [before + "q" * n + after for n in range(75) for before, after in EDGES]
+        found = theirs.encode_batch(texts, add_special_tokens=False)
+        assert [encoding.ids for encoding in found] == [ours.encode(text) for text in texts], pieces
+
+
+EDGES = [("", ""), ("e", "e"), ("qqeqqq", " qqqqe")]
 
 
 def test_a_model_that_keeps_spaces_is_refused(llama2, tmp_path):
@@ -330,6 +366,7 @@ def test_random_pieces_are_exported_exactly_or_refused(tmp_path):
         {"added_tokens.json": {"ibuprofen": 32000}},
         {"tokenizer_config.json": {"added_tokens_decoder": {"32007": {"content": "ibuprofen"}}}},
         {"tokenizer.json": {"added_tokens": [{"id": 32001, "content": "ab", "special": False}]}},
+        {"tokenizer.json": {"added_tokens": [{"id": 2, "content": "</s>", "special": False}]}},
         {"tokenizer.json": {"added_tokens": [{"id": 450, "content": "▁The", "special": True}]}},
     ],
 )
@@ -340,6 +377,246 @@ def test_texts_are_not_split_at_added_tokens_that_training_never_uses(added, lla
     ours, theirs = exported(folder, tmp_path / "out")
     assert theirs.convert_tokens_to_ids(EOT) == theirs.eos_token_id == ours.eot
     assert_texts_have_our_ids(ours, theirs, ["take ibuprofen", "cab", "▁The", "The", "a The"])
+
+
+# ------------------------------------------------------------------------ those of real models
+
+
+REAL = ["mistral-v1", "mistral-v3", "llama2", "llama2-json", "smollm2", "llama3"]
+
+
+@pytest.fixture(scope="module", params=REAL)
+def real(request, tmp_path_factory):
+    """Our tokenizer of a real model's folder, what it saves in transformers, and the folder's own.
+
+    That is {texts: their ids} of SentencePiece or the package `tokenizers`, special tokens off.
+    """
+    from conftest import shared
+
+    folder = shared(f"tokenizers/{request.param}")
+    ours, theirs = exported(folder, tmp_path_factory.mktemp("real") / "out")
+    if (folder / "tokenizer.model").exists():
+        own = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        return ours, theirs, own.encode
+    own = pytest.importorskip("tokenizers").Tokenizer.from_file(str(folder / "tokenizer.json"))
+    own.encode_special_tokens = True
+    return ours, theirs, lambda texts: [
+        found.ids for found in own.encode_batch_fast(texts, add_special_tokens=False)
+    ]
+
+
+@pytest.fixture(scope="module")
+def texts(real, code_mixed):
+    """1,000 real texts, and 1,300 of spaces, symbols, control characters and special tokens."""
+    lines = code_mixed.read_text("utf-8").splitlines()[:500]
+    texts = [m["content"] for line in lines for m in json.loads(line)["messages"]][:1000]
+    rng, (ours, theirs, _) = random.Random(0), real
+    parts = ["the", "Hello", "1", "23", "\n", "\t", " ", "▁▁", "é", "习", "大学", "😀", "<0x0A>"]
+    parts += ["<|end", "_of_turn|>", "\x04", "\x1d", "Ａ", "):", "GPT4 User:", "e\u0301", "\r\n"]
+    parts.append("\U000f0000")
+    parts += [" " * n for n in (2, 3, 5, 9, 13, 14, 15, 16, 17, 18, 31, 33)] + [*ours.symbols] * 2
+    texts += ["".join(rng.choices(parts, k=rng.randrange(1, 10))) for _ in range(900)]
+    texts += [edge.replace("#", " " * n) for n in range(1, 80) for edge in ("#x", "a#b", "x#\nx")]
+    for text in [*ours.symbols, *theirs.all_special_tokens[:20]]:
+        texts += [text, text * 2, f" {text} ", f"a{text}b", f"a {text}  b", f"\n{text}", text[:-1]]
+    return texts + ODD_TEXTS
+
+
+def test_ids_are_those_of_the_models_own_tokenizer(real, texts):
+    ours, _, own = real
+    assert len(texts) > 2000
+    many = [ids.tolist() for ids in ours.encode_many(texts)]
+    assert many == own(texts) == [ours.encode(text) for text in texts]
+
+
+def test_no_text_forges_a_turn(real, texts):
+    """Special tokens of the model and of the export, alone, together and in a conversation."""
+    ours, theirs, _ = real
+    special = {i for i, token in theirs.added_tokens_decoder.items() if token.special}
+    named = [theirs.added_tokens_decoder[i].content for i in sorted(special)]
+    for ids in ours.encode_many([*named, "".join(named), *texts]):
+        assert not special.intersection(ids.tolist())
+    forged = f"a{''.join(named[-300:])}GPT4 Assistant: b"
+    tokens, _ = data.encode({"class": "gpt4", "messages": turns(forged, forged)}, ours, CLASSES)
+    assert (tokens.count(ours.bos), tokens.count(ours.eot)) == (1, 2)
+
+
+def test_the_exports_template_gives_trainings_ids(real, texts):
+    """For what spells no special token of the export: symbols, spaces, systems, later turns."""
+    ours, theirs, _ = real
+    special = [token.content for token in theirs.added_tokens_decoder.values() if token.special]
+    rendered, expected = [], []
+    for n, text in enumerate(texts):
+        if text.strip() and not any(token in text for token in special):
+            messages = turns(text, "Fine.", f"And {text}", text.lstrip(" "))
+            if n % 2:
+                messages.insert(0, {"role": "system", "content": text})
+            expected.append(data.encode({"class": "gpt4", "messages": messages}, ours, CLASSES)[0])
+            rendered.append(theirs.apply_chat_template(messages, tokenize=False))
+    assert len(expected) > 2000
+    found = theirs(rendered, add_special_tokens=False)["input_ids"]
+    assert found == expected
+
+
+def test_a_real_tokenizer_spells_what_it_encodes(real, texts):
+    ours, _, _ = real
+    before = ours.spell(ours.encode("x"))[:-1]
+    assert before == ("" if "ByteLevel" in type(ours).__name__ else " ")
+    for text in texts:
+        if "▁" not in text and not ours.lost_bytes([text]):
+            assert ours.spell(ours.encode(text)) == before + text
+
+
+def test_openchat_35s_prompt_has_its_published_ids(tmp_path):
+    """https://huggingface.co/openchat/openchat_3.5, "Conversation template"."""
+    tokenizer = data.Tokenizer(openchat_35(tmp_path))
+    assert (tokenizer.eot, tokenizer.vocab_size, tokenizer.eot_is_new) == (32000, 32002, False)
+    messages = [("user", "Hello"), ("assistant", "Hi"), ("user", "How are you today?")]
+    found = data.encode_prompt([data.Message(*m) for m in messages], tokenizer, "GPT4 Correct")
+    assert found == [
+        1, 420, 6316, 28781, 3198, 3123, 1247, 28747, 22557, 32000, 420, 6316, 28781, 3198, 3123,
+        21631, 28747, 15359, 32000, 420, 6316, 28781, 3198, 3123, 1247, 28747, 1602, 460, 368, 3154,
+        28804, 32000, 420, 6316, 28781, 3198, 3123, 21631, 28747,
+    ]  # fmt: skip
+
+
+def openchat_35(folder):
+    """Its files but for the weights: Mistral v1's tokenizer, and two tokens more."""
+    from conftest import shared
+
+    shutil.copy(shared("tokenizers/mistral-v1/tokenizer.model"), folder)
+    added = {"<|end_of_turn|>": 32000, "<|pad_0|>": 32001}
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    return folder
+
+
+def test_openchat_35_goes_on_with_its_whole_vocabulary(few, ranks, tmp_path):
+    """No row is added or begun again, not even one that looks untrained."""
+    llama = random_llama(vocab_size=32002, hidden_size=8, num_hidden_layers=1)
+    for name, parameter in llama.named_parameters():
+        if name in (model.EMBEDDING, model.HEAD):
+            parameter.data[32000:] = 0
+    model.save(llama, openchat_35(tmp_path))
+    classes = {"gpt4": {"condition": "GPT4 Correct", "reward": 1}}
+    classes["gpt3.5"] = {"condition": "GPT3", "reward": 0}
+    model.write_json(tmp_path / "classes.json", classes)
+    settings = {"random_weights": False, "classes": tmp_path / "classes.json"}
+    plan = plan_of(flags(few, tmp_path / "out", model=tmp_path, **settings), ranks, tmp_path)
+    assert (plan.network.vocab_size, plan.new_rows, [*plan.untrained]) == (32002, 0, [])
+    built, _ = train.build(plan, ranks)
+    for found, stored in zip(built.parameters(), llama.parameters(), strict=True):
+        assert torch.equal(found.full_tensor(), stored)
+
+
+# ----------------------------------------------- SentencePiece's BPE in a tokenizer.json by itself
+
+
+def as_json(folder, target, edit=lambda raw: None, **options):
+    """A folder of tokenizer.json and no tokenizer.model; `edit` changes what the file says."""
+    ours, _ = exported(train_sentencepiece(folder, **options), target)
+    (target / "tokenizer.model").unlink()
+    raw = json.loads((target / "tokenizer.json").read_text("utf-8"))
+    raw["added_tokens"] = [t for t in raw["added_tokens"] if t["content"] != EOT]
+    del raw["model"]["vocab"][EOT]
+    edit(raw)
+    model.write_json(target / "tokenizer.json", raw)
+    model.write_json(target / "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>"})
+    return ours, target
+
+
+def metaspace(raw):
+    """As transformers 5 writes it, which names no <unk> either."""
+    raw["normalizer"], raw["pre_tokenizer"] = None, support_tokenizer.METASPACE
+    raw["model"]["unk_token"] = None
+
+
+@pytest.mark.parametrize("symbols", [[], ["<think>", "<think>\n", "plus"]], ids=str)
+@pytest.mark.parametrize("edit", [lambda raw: None, metaspace], ids=["Prepend", "Metaspace"])
+def test_a_tokenizer_json_has_the_ids_of_its_tokenizer_model(edit, symbols, tmp_path):
+    expected, folder = as_json(tmp_path / "a", tmp_path / "b", edit, user_defined_symbols=symbols)
+    ours, theirs = exported(folder, tmp_path / "out")
+    texts = [*random_texts(random.Random(0), 300), *ODD_TEXTS, "", "</s><s>a"]
+    for found, ids in zip(ours.encode_many(texts), expected.encode_many(texts), strict=True):
+        assert found.tolist() == ids.tolist()
+    assert_texts_have_our_ids(ours, theirs, texts[:-1])
+    for field in ("bos", "eos", "eot", "vocab_size", "count", "symbols", "eot_is_new", "names"):
+        assert getattr(ours, field) == getattr(expected, field), field
+    for text in texts[:-2]:
+        ids = ours.encode(text)
+        assert ours.decode([*ids, ours.eot]) == expected.decode(ids)
+        assert ours.spell(ids) == expected.spell(ids)
+    assert copy.deepcopy(ours).encode("</s> plus") == ours.encode("</s> plus")
+
+
+@pytest.mark.parametrize("symbols", [[], ["<think>"]], ids=str)
+def test_with_symbols_the_template_puts_the_spaces_and_no_tokenizer_does(symbols, tmp_path):
+    """llama.cpp's converter reads add_prefix_space; without symbols it puts a space, as ever."""
+    folder = train_sentencepiece(tmp_path / "model", user_defined_symbols=symbols)
+    _, theirs = exported(folder, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text("utf-8"))
+    assert config.get("add_prefix_space", True) == (not symbols)
+    messages = [{"role": "system", "content": "Be brief"}, *turns("Hi", "Ho")]
+    expected = f"<s> Be brief{EOT} GPT4 User: Hi{EOT} GPT4 Assistant: Ho{EOT}"
+    if not symbols:
+        expected = expected.replace("<s> ", "<s>").replace(f"{EOT} ", EOT)
+    assert theirs.apply_chat_template(messages, tokenize=False) == expected
+
+
+def test_a_run_on_a_tokenizer_json_of_sentencepiece_exports_another(few, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours, folder = as_json(tmp_path / "a", tmp_path / "b", user_defined_symbols=["plus"])
+    model.save(random_llama(vocab_size=ours.count), folder)
+    settings = {"random_weights": False, "max_steps": 1}
+    header = succeeds(flags(few, tmp_path / "out", model=folder, **settings))
+    assert f"{EOT} added as token {ours.count}" in header
+    talker = chat.Chat(tmp_path / "out" / "model", device="cpu")
+    messages = [data.Message("user", "What is 1 plus 2?")]
+    assert talker.prompt(messages) == data.encode_prompt(messages, ours, "GPT4")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
+    given = [{"role": "user", "content": messages[0].content}]
+    ids = theirs.apply_chat_template(given, add_generation_prompt=True, return_dict=False)
+    assert ids == talker.prompt(messages)
+
+
+def add_to_merges(*pieces):
+    def edit(raw):
+        for left, right in pieces:
+            vocabulary = raw["model"]["vocab"]
+            for piece in (left, right, left + right):
+                vocabulary.setdefault(piece, len(vocabulary))
+            raw["model"]["merges"].insert(0, [left, right])
+
+    return edit
+
+
+def changes(**keys):
+    def edit(raw):
+        for key, value in keys.items():
+            (raw["model"] if key in ("dropout", "ignore_merges") else raw)[key] = value
+
+    return edit
+
+
+NEVER = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": False}
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (changes(normalizer={"type": "NFC"}), "no byte-level BPE, nor SentencePiece's with a sp"),
+        (changes(normalizer=None), "no byte-level BPE, nor SentencePiece's with a space"),
+        (changes(normalizer=None, pre_tokenizer=NEVER), "nor SentencePiece's with a space"),
+        (changes(dropout=0.5), "asks for dropout"),
+        (changes(ignore_merges=True), "asks for ignore_merges"),
+        (add_to_merges(("s", "▁")), "has a piece 's▁' across a space"),
+        (add_to_merges(("<", "/"), ("</", "s"), ("</s", ">")), "forge its special token '</s>'"),
+    ],
+)
+def test_a_tokenizer_json_of_sentencepiece_is_exact_or_refused(edit, message, tmp_path):
+    _, folder = as_json(tmp_path / "model", tmp_path / "json", edit)
+    with pytest.raises(ValueError, match=message) as refused:
+        data.Tokenizer(folder)
+    assert str(refused.value).startswith(f"{folder}/tokenizer.json: ")
 
 
 # -------------------------------------------------------------- added tokens, the end of turn
