@@ -419,7 +419,7 @@ def check_folder(folder):
 def has_weights(folder):
     """Does `folder` hold safetensors? ValueError if it has only pickles, which are never opened."""
     folder = Path(folder)
-    if any(folder.glob("*.safetensors")) or (folder / INDEX).exists():
+    if any(folder.glob("*.safetensors*")):  # an index as well
         return True
     if pickled := [*folder.glob("*.bin"), *folder.glob("*.pth")]:
         raise ValueError(f"{pickled[0]}: a pickle; convert the weights to safetensors")
@@ -474,10 +474,10 @@ def check_weights(folder, config, new_rows=0):
     with torch.device("meta"):
         wanted = {name: list(p.shape) for name, p in Llama(config).named_parameters()}
     files, found, problems = weight_files(folder), {}, []
-    for path in set(files.values()):
-        with open_safetensors(path) as tensors:
-            views = {name: tensors.get_slice(name) for name, of in files.items() if of == path}
-            found |= {name: (v.get_shape(), v.get_dtype()) for name, v in views.items()}
+    for name, path in files.items():
+        with open_safetensors(path) as file:
+            view = file.get_slice(name)
+            found[name] = view.get_shape(), view.get_dtype()
     for name, expected in wanted.items():
         shape, dtype = found.pop(name, (None, None))
         if name in (EMBEDDING, HEAD):
@@ -537,14 +537,13 @@ def untrained(folder, tokens):
 def fingerprint(folder):
     """8 hex digits from each tensor's name, dtype, shape and three rows, in whatever files."""
     lines = []
-    for path in set(weight_files(folder).values()):
+    for name, path in sorted(weight_files(folder).items()):
         with open_safetensors(path) as file:
-            for name in file.keys():  # noqa: SIM118
-                view = file.get_slice(name)
-                shape = view.get_shape()
-                rows = torch.cat([view[i : i + 1] for i in (0, shape[0] // 2, shape[0] - 1)])
-                lines.append(f"{name} {view.get_dtype()} {shape} {checksum(rows)}")
-    return f"{zlib.crc32(chr(10).join(sorted(lines)).encode()):08x}"
+            view = file.get_slice(name)
+            shape = view.get_shape()
+            rows = torch.cat([view[i : i + 1] for i in (0, shape[0] // 2, shape[0] - 1)])
+        lines.append(f"{name} {view.get_dtype()} {shape} {checksum(rows)}")
+    return f"{zlib.crc32(chr(10).join(lines).encode()):08x}"
 
 
 def checksum(tensor):

@@ -4,11 +4,11 @@
     python examples/one_step.py runs/sums         trained weights: a run, or a model's folder
     python examples/one_step.py MODEL_DIR OUT.html
 
-The step is eleven conversations of the embedded example: one by the expert, ten by someone who
-forgets to carry, as many to one as in the data. The model reads them twice, with the class in the
-prompt and without it. Of each reading the page has the tokens, the cross-entropy CE_t of every
-supervised token t, and the inner products of the gradients G_c = Σ_t ∇CE_t of the classes c. The
-rest follows from these for any beta, without the model:
+The step has eleven conversations of the embedded example: one by the expert and ten by someone who
+forgets to carry, the ratio in the data. The model reads them twice, with the class in the prompt
+and without it. For each reading the page holds the tokens, the cross-entropy CE_t of every
+supervised token t, and the inner products of the gradients G_c = Σ_t ∇CE_t of the classes c.
+Everything else follows from these for any beta, without the model:
 
     w_c = exp((r_c - r_max) / beta)             Eq. (6)
     L   = Σ_c w_c Σ_t CE_t / W                  W = Σ_c w_c N_c, with N_c tokens of class c

@@ -42,8 +42,8 @@ def read_prompts(chat, path, drop_last_answer):
                 continue
             (messages, _), hint = parse_messages(line), ""
             if messages and messages[-1].role == "assistant":
-                hint = "; --drop-last-answer answers anew"
                 messages = messages[:-1] if drop_last_answer else messages
+                hint = "; --drop-last-answer answers anew"
             if not messages or messages[-1].role != "user":
                 raise ValueError(f"the last message must be the user's{hint}")
             if (length := len(chat.prompt(messages))) > context:
@@ -56,9 +56,9 @@ def read_prompts(chat, path, drop_last_answer):
 
 
 def continue_after(out, target, asked):
-    """How many prompts `out` holds answered, in whole batches, which one seed draws together.
+    """How many prompts `out` answers, in whole batches, as these are sampled together.
 
-    The rest of it is removed; ValueError if it holds anything but the first of these answers.
+    The rest is removed; ValueError if `out` holds anything but answers to the first prompts.
     """
     out.seek(0)
     *whole, torn = out.read().split(b"\n")

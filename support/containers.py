@@ -126,7 +126,7 @@ class Block:
     source: Source
     number: int
     raw: list = dataclasses.field(default_factory=list)  # bytes; None if one is too long
-    done: int = 0  # bytes of the file that were read so far
+    bytes_read: int = 0  # of the file, so far
     not_read: list = ()  # in the last block: keys of the file itself, not of its items
 
 
@@ -143,10 +143,11 @@ def blocks(sources, digests=None):
                 block.raw.append(raw)
                 size += len(raw or b"")
                 if size >= BLOCK:
-                    block.done = disk.raw.tell()
+                    block.bytes_read = disk.raw.tell()
                     yield block
                     block, size = Block(index, source, block.number + len(block.raw)), 0
-            block.done, block.not_read = disk.raw.tell(), text.not_read(source.path) if text else ()
+            block.bytes_read = disk.raw.tell()
+            block.not_read = text.not_read(source.path) if text else ()
             yield block
         if digests and disk.sha256.hexdigest() != digests[index]:
             raise ValueError(f"{source.path}: changed while it was read; try again")

@@ -108,7 +108,8 @@ def _write_arrays(folder, sources, digests, encoder, progress):
             report.add(of_block)
             report.add_keys(f"{key} (of the file)" for key in block.not_read)
             if progress:
-                progress(sum(sizes[: block.file]) + block.done, sum(sizes), report.conversations)
+                done = sum(sizes[: block.file]) + block.bytes_read
+                progress(done, sum(sizes), report.conversations)
     return report, sums
 
 

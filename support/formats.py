@@ -114,7 +114,7 @@ def parse_conversation(line, classes, class_field="class", file_class=None):
         not_read.append("class")
     roles = [message.role for message in messages]
     for key in ANSWERS:
-        if roles[-1:] == ["user"] and not says_nothing(line.get(key)):
+        if roles[-1:] == ["user"] and not is_empty(line.get(key)):
             raise BadLine(f"ends with the user's turn, and {key!r} beside the list is not read")
     if "assistant" not in roles:
         raise BadLine("no assistant turn")
@@ -129,7 +129,7 @@ def parse_messages(line, obeyed=()):
     parts, keys = _parts(line)
     not_read = _check_keys(line, LINE_KEYS, "", (*keys, *obeyed))
     for key in LISTS:  # such as a text, when another key has the list
-        if key in line and key not in keys and not says_nothing(line[key]):
+        if key in line and key not in keys and not is_empty(line[key]):
             not_read.append(key)
     factor, numbered = _factor(line), []
     final = keys == ["items"]
@@ -163,7 +163,7 @@ def _kind(value):
     return names.get(type(value), f"{type(value).__name__} {value!r:.40}")
 
 
-def says_nothing(value):
+def is_empty(value):
     return value is None or value in ("", [], {}) or value != value  # NaN, as pandas writes it
 
 
@@ -184,9 +184,9 @@ def _parts(line):
             "'chosen' and 'rejected' are preferences, which C-RLFT does not take: make each a "
             "conversation of a class of its own"
         )
-    questions = [key for key in QUESTIONS if not says_nothing(line.get(key))]
-    contexts = [key for key in CONTEXTS if not says_nothing(line.get(key))]
-    answers = [key for key in ANSWERS if not says_nothing(line.get(key))]
+    questions = [key for key in QUESTIONS if not is_empty(line.get(key))]
+    contexts = [key for key in CONTEXTS if not is_empty(line.get(key))]
+    answers = [key for key in ANSWERS if not is_empty(line.get(key))]
     if not questions and not (contexts and answers):
         for key in LISTS:
             if key in line and line[key] != []:
@@ -216,7 +216,7 @@ def _turns(role, value):
 def _system(line, not_read):
     if line.keys().isdisjoint(SYSTEMS):
         return None
-    found = {key: line[key] for key in SYSTEMS if not says_nothing(line.get(key))}
+    found = {key: line[key] for key in SYSTEMS if not is_empty(line.get(key))}
     if len(found) > 1:
         raise BadLine("both 'system' and 'system_prompt': keep one of them")
     for key, value in found.items():
@@ -316,7 +316,7 @@ def _check_keys(given, obeyed, prefix, more=()):
     if given.keys() <= obeyed:  # nearly always
         return not_read
     for key, value in given.items():
-        if key in obeyed or key in more or says_nothing(value):
+        if key in obeyed or key in more or is_empty(value):
             continue
         name = key.strip().lower()
         if name in NEEDED and value not in ("[]", "{}", "null"):
@@ -334,7 +334,7 @@ def _check_keys(given, obeyed, prefix, more=()):
 
 def check_file_key(path, key, value):
     """[key] beside a file's list of conversations; ValueError if each of them should have it."""
-    if key in {*LINE_KEYS, "data"} and not says_nothing(value):
+    if key in {*LINE_KEYS, "data"} and not is_empty(value):
         hint = "put it into each of them, or give the class of all as CLASS=FILE"
         raise ValueError(f"{path}: {key!r} beside the list of conversations is not read: {hint}")
     try:
