@@ -32,7 +32,6 @@ import torch  # noqa: E402
 import data  # noqa: E402
 import model  # noqa: E402
 from loss import BETA, DEFAULT_CLASSES, class_weights, weighted_cross_entropy  # noqa: E402
-from support.files import exported  # noqa: E402
 from support.report import visible  # noqa: E402
 
 SUMS = ROOT / "examples" / "sums"
@@ -56,7 +55,8 @@ def main():
 
 def load(folder):
     """(Llama, Tokenizer, a name for the page); random weights if the folder has none."""
-    folder = exported(folder)
+    folder, inner = Path(folder), Path(folder) / "model"
+    folder = inner if inner.is_dir() else folder  # of a run
     tokenizer = data.Tokenizer(folder)
     if model.has_weights(folder):
         llama, name = model.load(folder), str(folder)
