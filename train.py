@@ -345,6 +345,8 @@ def build(plan, ranks, with_weights=True):
     if plan.compile:
         # What costs no matrix product is made again in backward rather than kept: norms, SiLU.
         torch._functorch.config.activation_memory_budget = 0.9
+        # This pass gains nothing here, and has given wrong gradients (pytorch#193061).
+        torch._inductor.config.triton.mix_order_reduction = False
         for block in llama.model.layers:
             block.compile(fullgraph=plan.flash, dynamic=False)
     policy = MixedPrecisionPolicy(
@@ -353,8 +355,9 @@ def build(plan, ranks, with_weights=True):
         cast_forward_inputs=False,  # the rotary table stays float32
     )
     shape, names = (config.replicas, ranks.world // config.replicas), ("replicate", "shard")
+    if config.replicas == 1:  # a dimension of one rank would be a process group for each rank
+        shape, names = shape[1:], names[1:]
     mesh = dist.init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
-    mesh = mesh if config.replicas > 1 else mesh["shard"]
     for block in llama.model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(llama, mesh=mesh, mp_policy=policy)
