@@ -1,10 +1,9 @@
 """Runs compiled kernels without a GPU: PTX interpreted in NumPy, a warp of 32 lanes at a time.
 
-Modelled: the instructions of kernels/cross_entropy.py and of Inductor's kernels for a small block,
-and no others, integers exactly and floats with their rounding to float32, fp16 and bf16; lanes that
-part and meet again;
-warps that run in a random order, each alone up to its next barrier; memory that is the given
-tensors' storages and nothing else.
+Modelled: the instructions that Triton makes of kernels/cross_entropy.py and of Inductor's kernels
+for a block, and no others, integers exactly and floats with their rounding to float32, fp16 and
+bf16; lanes that part and meet again; warps that run in a random order, each alone up to its next
+barrier; memory that is the given tensors' storages and nothing else.
 
 Refused, as a Fault that names the instruction and its source: an instruction or modifier that is
 not in the tables below; an access outside memory or off its alignment; warps or lanes that wait at
