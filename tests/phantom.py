@@ -275,6 +275,7 @@ def run(scenario, folder):
     from support import checkpoint, report
 
     torch._dynamo.reset()
+    torch._inductor.config.triton.mix_order_reduction = True
     settings = {"world": 1, "rank": 0, "replicas": 1, "compile": None, "recompute": 0} | scenario
     network = json.loads((folder / "config.json").read_text()) | settings.get("network", {})
     here = folder / f"run-{len(os.listdir(folder))}"
@@ -399,6 +400,7 @@ def run(scenario, folder):
                 torch._dynamo.reset()
                 assert train.train(plan_until(5), ranks, out)
     found["launches"] = len(launches.grids)
+    found["mix_order_reduction"] = torch._inductor.config.triton.mix_order_reduction
     found["files"] = sorted(str(path.relative_to(out)) for path in out.rglob("*.safetensors"))
     return found
 

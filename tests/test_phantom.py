@@ -99,6 +99,11 @@ def test_all_blocks_and_steps_share_one_graph(seen):
     assert seen["frames"] == ([0] * len(expected) if seen.get("compile") is False else expected)
 
 
+def test_blocks_are_compiled_without_the_pass_that_gave_wrong_gradients(seen):
+    """pytorch#193061"""
+    assert seen["mix_order_reduction"] is (seen.get("compile") is False)
+
+
 def test_no_process_group_is_made_but_those_of_replicas(seen):
     """Two groups of four ranks: each rank's own of four, and one with its like in the other."""
     assert {*seen["groups"]} == ({2, 4} if seen.get("replicas") else set())
