@@ -295,8 +295,9 @@ class PackedAttention:
 
     def attend_varlen(self, q, k, v):
         # (left, right): how many tokens a token sees on either side of itself.
-        left = -1 if self.sliding_window is None else self.sliding_window - 1
         head_dim, longest, offsets = q.shape[-1], self.max_seqlen or len(q), self.cu_seqlens
+        # -1 is all of them, and faster than a window which no conversation is longer than.
+        left = -1 if longest <= (self.sliding_window or longest) else self.sliding_window - 1
         options = {"window_size": (left, 0), "scale": head_dim**-0.5} | GQA
         if lacking := -head_dim % 8:  # FlashAttention takes multiples of 8; zeros add nothing
             q, k, v = (F.pad(x, (0, lacking)) for x in (q, k, v))

@@ -287,6 +287,8 @@ def build(plan, ranks, with_weights=True):
     if plan.compile:
         # Recompute cheap operations (norms, SiLU) in backward instead of storing them.
         torch._functorch.config.activation_memory_budget = 0.9
+        # This pass gains nothing here, and has given wrong gradients (pytorch#193061).
+        torch._inductor.config.triton.mix_order_reduction = False
         for block in llama.model.layers:
             block.compile(fullgraph=plan.flash, dynamic=False)
     policy = MixedPrecisionPolicy(

@@ -12,6 +12,8 @@ Each provider is a process of its own; rounds take turns on a CPU, and on a GPU,
 two of them, follow each other. Tokens are the conversations' own: no padding counts.
 TFLOP/s as report.training_flops counts, without recomputation; MFU is their share of the peak that
 report.py lists. The parts are shares of one profiled step: time on the GPU there, else on the CPU.
+Beside this project's speed and peak stand what was expected of them: an estimate (`estimated`) and
+the plan's memory. Alone on a GPU, its random weights are drawn there, which takes a second.
 """
 
 import argparse
@@ -151,6 +153,8 @@ class ThisProject:
         self.plan = synthetic_plan(args, self.ranks, folder)
         torch.use_deterministic_algorithms(not self.ranks.cuda)
         torch.utils.deterministic.fill_uninitialized_memory = False
+        if self.ranks.cuda and args.providers == ["this project"]:
+            model.random_parameters = drawn_on_the_device
         self.llama, self.optimizer = train.build(self.plan, self.ranks)
         self.loader = ThreadPoolExecutor(1)
 
@@ -170,6 +174,17 @@ class ThisProject:
             train.clip_and_update(self.optimizer, sums, plan.lr, plan.config.clip)
             self.loss = sums.to_host().loss  # where the trainer waits for the GPU
         return seconds_since(began), waited
+
+
+@torch.no_grad()
+def drawn_on_the_device(llama, seed):
+    """In the place of model.random_parameters, which draws them one by one on the CPU."""
+    for name, parameter in llama.named_parameters():
+        local = model.local_tensor(parameter)
+        if name.endswith("norm.weight"):
+            local.fill_(1.0)
+        else:
+            local.normal_(0, llama.config.initializer_range)
 
 
 class Loop:
@@ -381,9 +396,11 @@ def serve(pipe, name, args):
             start = WARMUP + number * args.steps
             pipe.send(figures(provider, range(start, start + args.steps)))
         peak = report.peak_memory(SimpleNamespace(cuda=torch.cuda.is_available()))
+        planned = sum(provider.plan.memory.values())
         last = WARMUP + args.rounds * args.steps
         parts = profiled(provider, range(last, last + 1))
-        pipe.send({"peak": peak, "parts": parts, "first loss": first_loss})
+        results = {"peak": peak, "planned": planned, "parts": parts, "first loss": first_loss}
+        pipe.send(results)
 
 
 def figures(provider, steps):
@@ -400,7 +417,35 @@ def figures(provider, steps):
         "supervised/s": supervised / seconds,
         "TFLOP/s": flops / seconds / 1e12,
         "tokens/CPU s": lengths.sum() / processor,
+        "estimate": lengths.sum() / estimated(plan, lengths, len(steps)),
     }
+
+
+# Bytes a second that a copy reaches, read and written; of the products 70 % of the peak.
+COPIES = {"H200": 4.2e12, "H100": 2.95e12}
+
+
+def estimated(plan, lengths, steps):
+    """Seconds of steps of this project on one GPU, as expected before any ran; NaN on others."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    copies = next((COPIES[card] for card in COPIES if card in name), math.nan)
+    n, tokens, micro_batches = plan.network, lengths.sum(), steps * plan.config.accumulate
+    d, f, layers, parameters = (
+        n.hidden_size, n.intermediate_size, n.num_hidden_layers, n.parameter_count()
+    )  # fmt: skip
+    q, kv = n.num_attention_heads * n.head_dim, n.num_key_value_heads * n.head_dim
+    head, again = n.vocab_size * d, plan.recompute / layers
+    products = 2 * (parameters - 2 * head) * tokens * (3 + again) + 6 * head * SUPERVISED * tokens
+    attention = 2 * layers * q * (lengths**2).sum()  # of the forward; the backward's is 2.5 times
+    elementwise = layers * tokens * (2 * (30 * d + 9 * f + 4 * q + 4 * kv))  # as Inductor fuses it
+    fsdp = 36 * parameters * micro_batches  # casts, copies, sums of gradients
+    adamw = 36 * parameters * steps
+    return (
+        products / (0.7 * 989e12)
+        + attention * ((1 + again) / 330e12 + 2.5 / 240e12)
+        + (elementwise + fsdp + adamw) / copies
+        + 0.012 * steps  # of the host, between them
+    )
 
 
 PARTS = {  # the first that an operation or one it is called by belongs to
@@ -493,6 +538,11 @@ def row(name, found, ours, cuda):
     if cuda:
         peak = report.peak_flops(torch.cuda.get_device_name())
         cells["MFU"] = f"{median('TFLOP/s') * 1e12 / peak:.1%}" if peak else "peak not known"
+    if cuda and name == "this project":
+        cells["estimate of tokens/s"] = f"{median('estimate'):,.0f}"
+        cells["planned GiB"] = f"{found[-1]['planned'] / 2**30:.2f}"
+    elif cuda:
+        cells |= {"estimate of tokens/s": "", "planned GiB": ""}
     cells["this project is faster by"] = faster("tokens/s")
     if not cuda:  # unlike the clock's, the same whatever else the machine does
         cells["by processor time"] = faster("tokens/CPU s")

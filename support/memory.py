@@ -44,7 +44,9 @@ def estimate(network, size, recompute):
         "parameters": 4 * parameters // shards,
         "gradients": 4 * parameters // shards,
         "AdamW": 8 * parameters // shards,
-        "gathered blocks": width * (matrices * embedding + 2 * per_block) + 4 * per_block,
+        # And a block's gradients on their way: in float32, gathered and as a rank keeps them.
+        "gathered blocks": width * (matrices * embedding + 2 * per_block)
+        + 4 * (per_block + per_block // shards),
         "activations": t * (stored + width * once),
         # FlashAttention 2's backward sums d_q in float32, padding each sequence by up to 128 rows.
         "attention": 4 * q * (t + 128 * size.sequences) if size.sequences else 0,

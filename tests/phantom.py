@@ -8,8 +8,8 @@ for it. So train.train runs whole, from the plan to the last export: what meets 
 another dtype, breaks a graph or compiles again is found, and every place where the host would wait
 for the GPU is counted. No numbers, no streams, no NCCL, no kernel's own checks.
 
-A scenario is {"world", "replicas", "network", "compile", "recompute", "fault"}, each optional; its
-result {"error"}, or what `run` has seen.
+A scenario is {"world", "rank", "replicas", "network", "compile", "recompute", "resumed", "fault"},
+each optional; its result {"error"}, or what `run` has seen. Rank 1 has device 1, of two.
 """
 
 import contextlib
@@ -32,17 +32,27 @@ DEVICE = r"""
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 using namespace c10;
 
+static thread_local DeviceIndex current = 0;
+
 struct Guard final : impl::DeviceGuardImplInterface {
-  static Device here() { return Device(DeviceType::CUDA, 0); }
+  static Device here() { return Device(DeviceType::CUDA, current); }
   DeviceType type() const override { return DeviceType::CUDA; }
-  Device exchangeDevice(Device) const override { return here(); }
+  Device exchangeDevice(Device device) const override {
+    auto before = here();
+    current = device.index();
+    return before;
+  }
   Device getDevice() const override { return here(); }
-  void setDevice(Device) const override {}
-  void uncheckedSetDevice(Device) const noexcept override {}
-  Stream getStream(Device) const override { return Stream(Stream::DEFAULT, here()); }
-  Stream getNewStream(Device, int) const override { return Stream(Stream::DEFAULT, here()); }
-  Stream exchangeStream(Stream) const override { return Stream(Stream::DEFAULT, here()); }
-  DeviceIndex deviceCount() const noexcept override { return 1; }
+  void setDevice(Device device) const override { current = device.index(); }
+  void uncheckedSetDevice(Device device) const noexcept override { current = device.index(); }
+  Stream getStream(Device device) const override { return Stream(Stream::DEFAULT, device); }
+  Stream getNewStream(Device device, int) const override {
+    return Stream(Stream::DEFAULT, device);
+  }
+  Stream exchangeStream(Stream stream) const override {
+    return Stream(Stream::DEFAULT, stream.device());
+  }
+  DeviceIndex deviceCount() const noexcept override { return 2; }
   void record(void** event, const Stream&, const DeviceIndex, const EventFlag) const override {
     *event = (void*)1;
   }
@@ -62,8 +72,8 @@ struct CUDAHooks final : at::CUDAHooksInterface {
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
-  DeviceIndex deviceCount() const override { return 1; }
-  DeviceIndex getCurrentDevice() const override { return 0; }
+  DeviceIndex deviceCount() const override { return 2; }
+  DeviceIndex getCurrentDevice() const override { return current; }
 };
 namespace at { REGISTER_CUDA_HOOKS(CUDAHooks); }
 """
@@ -99,9 +109,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 
 class Stream:
-    device, cuda_stream, priority = torch.device("cuda", 0), 0, 0
+    cuda_stream = priority = 0
 
-    def __init__(self, *_, **__): ...
+    def __init__(self, *_, **__):
+        self.device = torch.device("cuda", torch.cuda.current_device())
+
     def wait_stream(self, _): ...
     def wait_event(self, _): ...
     def record(self, *_): ...
@@ -116,13 +128,13 @@ class Stream:
 
 def stand_in_for_cuda():
     """torch.cuda's own functions, of which the build for a CPU has none."""
-    here, nothing = Stream(), lambda *_, **__: None
+    nothing, current = lambda *_, **__: None, [0]
     for name, function in {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
-        "device_count": lambda: 1,
-        "current_device": lambda: 0,
-        "set_device": nothing,
+        "device_count": lambda: 2,
+        "current_device": lambda: current[0],
+        "set_device": lambda device: current.__setitem__(0, torch.device(device).index or 0),
         "empty_cache": nothing,
         "max_memory_allocated": lambda *_: 0,
         "get_rng_state": lambda *_: torch.empty(16, dtype=torch.uint8, device="cpu"),
@@ -134,8 +146,8 @@ def stand_in_for_cuda():
         ),
         "Stream": Stream,
         "Event": Stream,
-        "current_stream": lambda *_: here,
-        "default_stream": lambda *_: here,
+        "current_stream": lambda *_: Stream(),
+        "default_stream": lambda *_: Stream(),
         "stream": lambda _: contextlib.nullcontext(),
         "device_of": lambda _: contextlib.nullcontext(),
         "synchronize": lambda *_: waits.append("cuda.synchronize"),
@@ -145,7 +157,7 @@ def stand_in_for_cuda():
 
 # -------------------------------------------------------------------------- what the host waits for
 
-waits = []  # what waited, since it was last emptied
+waits, reduces = [], []  # what waited and what was reduced over ranks, since they were last emptied
 WAIT = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal",
         "aten::repeat_interleave"}  # fmt: skip
 
@@ -161,6 +173,8 @@ class Device(FakeTensorMode):
             waits.append(name.removeprefix("aten::"))
             if name == "aten::_local_scalar_dense":
                 return 0
+        if name.startswith("_c10d_functional::") and "wait" not in name:
+            reduces.append(name)  # as DTensors do it; dist's own functions are patched in `run`
         out = super().__torch_dispatch__(function, types, args, kwargs)
         if name in ("aten::_to_copy", "aten::copy_"):
             devices = {out.device.type, tensors[-1].device.type}
@@ -212,17 +226,18 @@ class Loader:
         return done
 
 
-def phantom_ranks(world):
-    """Rank 0 of a run of `world`, of which no other is there."""
+def phantom_ranks(world, rank):
+    """One rank of a run of `world`, of which no other is there."""
     from support.ranks import Ranks
     from support.report import StatusLine
 
     if dist.is_initialized():
         dist.destroy_process_group()
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     ranks = Ranks.__new__(Ranks)
-    ranks.cuda, ranks.device = True, torch.device("cuda", 0)
-    ranks.rank, ranks.world, ranks.first, ranks.signalled = 0, world, True, None
+    ranks.cuda, ranks.device = True, torch.device("cuda", rank)
+    torch.cuda.set_device(ranks.device)
+    ranks.rank, ranks.world, ranks.first, ranks.signalled = rank, world, rank == 0, None
     ranks.line = StatusLine(open(os.devnull, "w"), seconds=1.0)
     ranks.gather = lambda value: [value] * world
     ranks.thread, ranks.listen = Loader, lambda: None
@@ -259,26 +274,32 @@ def run(scenario, folder):
     from support import checkpoint, report
 
     torch._dynamo.reset()
-    settings = {"world": 1, "replicas": 1, "compile": None, "recompute": 0} | scenario
+    torch._inductor.config.triton.mix_order_reduction = True
+    settings = {"world": 1, "rank": 0, "replicas": 1, "compile": None, "recompute": 0} | scenario
     network = json.loads((folder / "config.json").read_text()) | settings.get("network", {})
     here = folder / f"run-{len(os.listdir(folder))}"
     here.mkdir()
     model.write_json(here / "config.json", network)
     shutil.copy(folder / "tokenizer.model", here)
-    ranks, few, out = phantom_ranks(settings["world"]), folder / "few.jsonl", here / "out"
+    ranks = phantom_ranks(settings["world"], settings["rank"])
+    few, out = folder / "few.jsonl", here / "out"
     out.mkdir()
-    plan = plan_of(
-        flags(
-            few, out, model=here, eval_data=few, epochs=2, max_steps=3, accumulate=2,
-            batch_tokens=TOKENS, eval_every=2, save_every=1, replicas=settings["replicas"],
-            compile=settings["compile"], recompute=settings["recompute"],
-        ),
-        ranks, out,
-    )  # fmt: skip
-    planned = plan.memory["activations"]
-    found = {"frames": [], "waits": [], "all_reduces": [], "saved": [], "planned": planned}
+
+    def plan_until(step):
+        return plan_of(
+            flags(
+                few, out, model=here, eval_data=few, epochs=2, max_steps=step, accumulate=2,
+                batch_tokens=TOKENS, eval_every=2, save_every=1, replicas=settings["replicas"],
+                compile=settings["compile"], recompute=settings["recompute"],
+            ),
+            ranks, out,
+        )  # fmt: skip
+
+    plan = plan_until(3)
+    found = {"planned": plan.memory["activations"], "groups": []}
+    found |= {"frames": [], "waits": [], "all_reduces": [], "saved": []}
     launches = Launches(kernels.cross_entropy.cross_entropy_kernel)
-    frames, reduced = [], []
+    frames = []
 
     def backend(graph, inputs):
         frames.append(graph)
@@ -286,16 +307,23 @@ def run(scenario, folder):
         return torch._dynamo.lookup_backend("aot_eager_decomp_partition")(graph, inputs)
 
     compile_block, gradients, forward = model.Block.compile, train.forward_backward, train.forward
+    update = train.clip_and_update
 
     def watched_gradients(*arguments):
         waits.clear()
-        reduced.clear()
+        reduces.clear()
         sums = gradients(*arguments)
         assert not waits, f"in a micro-batch the host waits: {waits}"
         for name, parameter in arguments[2].named_parameters():
             grad = parameter.grad
-            assert (grad.dtype, grad.device.type) == (torch.float32, "cuda"), name
+            assert (grad.dtype, grad.device) == (torch.float32, ranks.device), name
         return sums
+
+    def watched_update(optimizer, *arguments):
+        update(optimizer, *arguments)
+        states = [x for state in optimizer.state.values() for x in state.values()]
+        devices = {str(model.local_tensor(x).device) for x in states}
+        assert devices == {str(ranks.device)}, f"the optimizer's state is on {devices}"
 
     def watched_forward(llama, plan, batch):
         storages = {}
@@ -315,7 +343,7 @@ def run(scenario, folder):
     class Log(report.Log):
         def step(self, *arguments):
             found["waits"].append([*waits])
-            found["all_reduces"].append(len(reduced))
+            found["all_reduces"].append(len(reduces))
             super().step(*arguments)
             found["frames"].append(len(frames))
 
@@ -330,11 +358,20 @@ def run(scenario, folder):
         with unset_fake_temporarily():
             return make_mesh(*arguments, **options)
 
+    def group(*arguments, **options):
+        found["groups"].append(len(options.get("ranks") or arguments[0]))
+        return new_group(*arguments, **options)
+
+    def read_rows(path, tensors, first_rows):
+        assert {model.local_tensor(tensor).device for tensor in tensors.values()} == {ranks.device}
+
     make_mesh, all_reduce, collate = dist.init_device_mesh, dist.all_reduce, data.collate
+    new_group = dist.device_mesh.new_group
     with pytest.MonkeyPatch.context() as patch:
         for owner, name, function in [
             (dist, "init_device_mesh", mesh),
-            (dist, "all_reduce", lambda t, **more: (reduced.append(t), all_reduce(t, **more))),
+            (dist.device_mesh, "new_group", group),
+            (dist, "all_reduce", lambda t, **more: (reduces.append(t), all_reduce(t, **more))),
             (model.Block, "compile", lambda b, **o: compile_block(b, backend=backend, **o)),
             (data, "collate", collated),
             (model, "random_parameters", lambda *_: None),
@@ -342,10 +379,13 @@ def run(scenario, folder):
             (model, "checksum", lambda _: 0),
             (checkpoint, "save_file", save_file),
             (checkpoint, "check_rows", lambda *_: None),  # of ranks that are not there
+            (checkpoint, "check_sums", lambda *_: None),
+            (model, "read_rows", read_rows),
             (kernels.cross_entropy, "cross_entropy_kernel", launches),
             (kernels.cross_entropy, "launch_shape", lambda *_: {}),
             (report, "Log", Log),
             (train, "forward_backward", watched_gradients),
+            (train, "clip_and_update", watched_update),
             (train, "forward", watched_forward),
         ]:
             patch.setattr(owner, name, function)
@@ -353,7 +393,13 @@ def run(scenario, folder):
             patch.setattr(*globals()[settings["fault"]](train))
         with Device(allow_non_fake_inputs=True):
             assert train.train(plan, ranks, out)
+            if settings.get("resumed"):
+                found |= {"frames": [], "waits": [], "all_reduces": [], "saved": []}
+                frames.clear()
+                torch._dynamo.reset()
+                assert train.train(plan_until(5), ranks, out)
     found["launches"] = len(launches.grids)
+    found["mix_order_reduction"] = torch._inductor.config.triton.mix_order_reduction
     found["files"] = sorted(str(path.relative_to(out)) for path in out.rglob("*.safetensors"))
     return found
 
@@ -405,6 +451,42 @@ def nothing_made_again(train):
         compile_block(block, **options)
 
     return train.model.Block, "compile", keeping
+
+
+def clip_over_dtensors(train):
+    def update(optimizer, sums, lr, clip):
+        parameters = optimizer.param_groups[0]["params"]
+        torch.nn.utils.clip_grad_norm_(parameters, clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return train, "clip_and_update", update
+
+
+def replicas_of_one(train):
+    make_mesh = dist.init_device_mesh
+
+    def mesh(device, shape, mesh_dim_names):
+        names = ("replicate", *mesh_dim_names)
+        return make_mesh(device, (1, *shape), mesh_dim_names=names)[mesh_dim_names[-1]]
+
+    return dist, "init_device_mesh", mesh
+
+
+def first_device(train):
+    of_batch = train.objective
+    return train, "objective", lambda b, n: of_batch(b._replace(weights=b.weights.to("cuda:0")), n)
+
+
+def moments_on_the_cpu(train):
+    load = train.Checkpoints.load
+
+    def loading(checkpoints, llama, optimizer):
+        load(checkpoints, llama, optimizer)
+        for state in optimizer.state.values():
+            state["exp_avg"] = torch.zeros_like(state["exp_avg"], device="cpu")
+
+    return train.Checkpoints, "load", loading
 
 
 def main():

@@ -1,9 +1,9 @@
 """Runs compiled kernels without a GPU: PTX interpreted in NumPy, a warp of 32 lanes at a time.
 
-Modelled: the instructions that Triton makes of kernels/cross_entropy.py, and no others, integers
-exactly and floats with their rounding to float32, fp16 and bf16; lanes that part and meet again;
-warps that run in a random order, each alone up to its next barrier; memory that is the given
-tensors' storages and nothing else.
+Modelled: the instructions that Triton makes of kernels/cross_entropy.py and of Inductor's kernels
+for a block, and no others, integers exactly and floats with their rounding to float32, fp16 and
+bf16; lanes that part and meet again; warps that run in a random order, each alone up to its next
+barrier; memory that is the given tensors' storages and nothing else.
 
 Refused, as a Fault that names the instruction and its source: an instruction or modifier that is
 not in the tables below; an access outside memory or off its alignment; warps or lanes that wait at
@@ -13,7 +13,7 @@ reads shared memory before it is written.
 
 A Race is refused too: two threads that touch a byte, one of them to write it, with no barrier
 between them, be they of one warp; or two programs that do so at all. The order in which the warps
-happened to run does not matter to it.
+happened to run does not matter to it. Only in shared memory several may store the same value.
 
 Not modelled: ptxas, and what the GPU itself runs; the errors of ex2.approx and div.full, which are
 rounded correctly here; fma rounds twice, by way of float64; caches and their hints; time.
@@ -136,11 +136,16 @@ class Kernel:
 
 def parsed(line, source):
     read = re.fullmatch(r"(?:@(!?)(%p\d+)\s+)?([a-z][\w.:]*)\s*(.*);", line)
-    if not read or not (read[3] in OPERATIONS or read[3] in OTHERS or ACCESS.fullmatch(read[3])):
+    if not read or not known(read[3]):
         raise Fault(f"unknown instruction: {line}  // {source}")
     operands = re.findall(r"\{.*?\}|\[.*?\]|[^\s,]+", read[4])
     opcode = "max3.f32" if read[3] == "max.f32" and len(operands) == 4 else read[3]
     return Instruction(read[2], read[1] != "!", opcode, operands, f"{line}  // {source}")
+
+
+def known(opcode):
+    tables = opcode in OPERATIONS or opcode in OTHERS
+    return tables or ACCESS.fullmatch(opcode) or MATRIX.fullmatch(opcode)
 
 
 class Warp:
@@ -176,6 +181,8 @@ class Warp:
             self.write(operands[0], kind, function(*values), lanes)
         elif access := ACCESS.fullmatch(opcode):
             self.access(access, operands, lanes)
+        elif matrix := MATRIX.fullmatch(opcode):
+            self.matrices(matrix, operands, lanes)
         elif opcode.startswith("bra"):
             self.next[lanes] = self.kernel.labels[operands[0]]
         elif opcode == "ret":
@@ -205,11 +212,10 @@ class Warp:
         if (len(registers), len(operands)) != (int(count or 1), 3 if opcode["hint"] else 2):
             raise Fault("unknown operands")
         memory, places = self.places(space, address, size * len(registers), lanes)
-        touches = [(memory.programs, np.full((lanes.sum(), 1), self.program))]
-        touches += [(memory.threads, self.threads[lanes, None])]
-        for touched, who in touches:
-            (touched.read if way == "ld" else touched.write)(places, who)
+        program, threads = np.full((lanes.sum(), 1), self.program), self.threads[lanes, None]
         if way == "ld":
+            memory.programs.read(places, program)
+            memory.threads.read(places, threads)
             found = memory.data[places].view(NUMPY[kind])  # (lanes, registers)
             for register, column in zip(registers, found.T):
                 value = np.zeros(LANES, NUMPY[kind])
@@ -217,7 +223,34 @@ class Warp:
                 self.write(register.strip(), kind, value, lanes)
         else:
             columns = [self.read(register.strip(), kind)[lanes] for register in registers]
-            memory.data[places] = np.stack(columns, axis=1).view(np.uint8)
+            data = np.stack(columns, axis=1).view(np.uint8)
+            if space == "shared":
+                new = ~stored_already(memory, places, data)
+                places, data, program, threads = places[new], data[new], program[new], threads[new]
+            memory.programs.write(places, program)
+            memory.threads.write(places, threads)
+            memory.data[places] = data
+
+    def matrices(self, opcode, operands, lanes):
+        """Loads or stores 8 x 8 matrices of 16 bits: lane i has two neighbours of row i // 4.
+
+        Lanes 8·m to 8·m + 7 give the addresses of matrix m's rows, register m holds it.
+        """
+        if not lanes.all():
+            raise Fault(f"of a warp only lanes {np.flatnonzero(lanes)}")
+        values, address = operands if opcode["way"] == "ld" else operands[::-1]
+        registers = [register.strip() for register in values.strip("{ }").split(",")]
+        rows = np.arange(LANES) < 8 * len(registers)
+        memory, places = self.places("shared", address, 16, rows)
+        for register, matrix in zip(registers, places.reshape(-1, 8, 8, 2)):
+            matrix = matrix.swapaxes(0, 1) if opcode["turned"] else matrix
+            bytes = matrix.reshape(LANES, 4)
+            if opcode["way"] == "ld":
+                memory.threads.read(bytes, self.threads[:, None])
+                self.write(register, "b32", memory.data[bytes].view(np.uint32)[:, 0], lanes)
+            else:
+                memory.threads.write(bytes, self.threads[:, None])
+                memory.data[bytes] = self.read(register, "b32")[:, None].view(np.uint8)
 
     def places(self, space, address, size, lanes):
         """The Memory these lanes access, and the indices (lanes, size) of the bytes there."""
@@ -268,6 +301,14 @@ class Warp:
         dtype = register_dtype(register)
         bits = np.frombuffer(self.rng.bytes(LANES * np.dtype(dtype).itemsize), np.uint8)
         return bits % 2 == 1 if dtype == "?" else bits.view(dtype)
+
+
+def stored_already(memory, places, data):
+    """Which lanes store what others did since a barrier: Triton's replicated layouts do that."""
+    same = (memory.threads.writer[places] != NOBODY) & (memory.data[places] == data)
+    both = np.concatenate([places[:, :1], data], axis=1)
+    _, first = np.unique(both, axis=0, return_index=True)
+    return same.all(axis=1) | ~np.isin(np.arange(len(places)), first)
 
 
 def register_dtype(name):
@@ -332,6 +373,25 @@ def maximum(first, *others):
     return first
 
 
+def fma_down(a, b, c):
+    """Rounded towards minus infinity."""
+    exact = a.astype(np.float64) * b + c
+    near = exact.astype(np.float32)
+    return np.where(near > exact, np.nextafter(near, np.float32(-np.inf)), near)
+
+
+def saturated(x):
+    """From 0 to 1; a NaN is 0."""
+    return np.clip(np.nan_to_num(x, nan=0), 0, 1)
+
+
+def extract(x, first, count):
+    """Bits of x, of which the last is the sign if x is signed."""
+    kind = f"{x.dtype.kind}8"
+    high = x.astype(kind) << (64 - first.astype(kind) - count.astype(kind))
+    return high >> (64 - count.astype(kind))
+
+
 def wide(a, b, c=0):
     return a.astype(f"{a.dtype.kind}8") * b + c
 
@@ -364,6 +424,9 @@ COMPARISONS |= {"gt": np.greater, "ge": np.greater_equal}
 REDUCTIONS = {"redux.sync.max.f32": np.fmax.reduce, "redux.sync.min.s32": np.min}
 POLICIES = {f"createpolicy.fractional.L2::evict_{which}.b64" for which in ("first", "last")}
 OTHERS = {"bra", "bra.uni", "ret", "bar.sync", "shfl.sync.bfly.b32", *REDUCTIONS, *POLICIES}
+MATRIX = re.compile(
+    r"(?P<way>ld|st)matrix\.sync\.aligned\.m8n8\.x[124](?P<turned>\.trans)?\.shared\.b16"
+)
 ACCESS = re.compile(
     r"(?P<way>ld|st)\.(?P<space>param|shared|global)"
     r"(?P<hint>\.L1::evict_(first|last)\.L2::cache_hint)?"
@@ -377,7 +440,13 @@ OPERATIONS = {  # opcode: (kinds of the sources, function, kind of the result)
     **{f"sub.rn.f32.{kind}": (f"{kind} f32", np.subtract, "f32") for kind in ("bf16", "f16")},
     **{f"fma.rn.{kind}": (f"{kind} {kind} {kind}", fma, kind) for kind in ("f32", "f32x2")},
     "fma.rn.ftz.f32": ("f32 f32 f32", flushed(fma), "f32"),
+    "fma.rm.ftz.f32": ("f32 f32 f32", flushed(fma_down), "f32"),
+    "ex2.approx.f32": ("f32", np.exp2, "f32"),
     "ex2.approx.ftz.f32": ("f32", flushed(np.exp2), "f32"),
+    "rsqrt.approx.ftz.f32": ("f32", flushed(lambda x: np.float32(1) / np.sqrt(x)), "f32"),
+    "neg.f32": ("f32", np.negative, "f32"),
+    "neg.s32": ("s32", np.negative, "s32"),
+    "cvt.ftz.sat.f32.f32": ("f32", flushed(saturated), "f32"),
     "div.full.f32": ("f32 f32", np.divide, "f32"),
     "max.f32": ("f32 f32", maximum, "f32"),
     "max3.f32": ("f32 f32 f32", maximum, "f32"),  # max.f32 of three, from sm_100 on
@@ -388,6 +457,9 @@ OPERATIONS = {  # opcode: (kinds of the sources, function, kind of the result)
     **{f"mad.wide.{kind}32": (f"{kind}32 {kind}32 {kind}64", wide, f"{kind}64") for kind in "su"},
     **{f"and.{kind}": (f"{kind} {kind}", np.bitwise_and, kind) for kind in ("b32", "b64", "pred")},
     **{f"or.{kind}": (f"{kind} {kind}", np.bitwise_or, kind) for kind in ("b32", "b64")},
+    "xor.b32": ("b32 b32", np.bitwise_xor, "b32"),
+    "mov.pred": ("pred", lambda x: x != 0, "pred"),
+    **{f"bfe.{kind}": (f"{kind} u32 u32", extract, kind) for kind in ("u32", "s32")},
     **{f"not.{kind}": (kind, np.bitwise_not, kind) for kind in ("b32", "pred")},
     **{f"shl.{kind}": (f"{kind} u32", shl, kind) for kind in ("b32", "b64")},
     **{f"shr.{kind}": (f"{kind} u32", shr, kind) for kind in ("u32", "s32", "s64")},

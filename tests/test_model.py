@@ -247,6 +247,20 @@ def test_varlen_attention_equals_rectangles(lengths, heads, window, head_dim):
         assert error <= 2 * allowed + epsilon
 
 
+@pytest.mark.parametrize("window, left", [(None, -1), (8, 7), (9, -1), (10, -1)])
+def test_a_window_that_holds_every_conversation_is_plain_causal_attention(
+    monkeypatch, window, left
+):
+    """FlashAttention's faster path; Mistral's window is as long as the longest conversation."""
+    windows = []
+    monkeypatch.setattr(
+        model, "varlen_attn", lambda q, *_, window_size, **__: windows.append(window_size) or q
+    )
+    q, k, v = random_heads(12, 2, 2, head_dim=8)
+    model.PackedAttention(torch.tensor([0, 9, 12]), 9, window).attend_varlen(q, k, v)
+    assert windows == [(left, 0)]
+
+
 def test_only_the_rows_asked_for_reach_the_head():
     llama, text = random_llama(), packed([9, 4])
     rows = torch.tensor([2, 7, 11])

@@ -25,6 +25,8 @@ SCENARIOS = {
     },
     "not compiled": {"compile": False},
     "heads of 20": {"network": {"head_dim": 20}},
+    "rank 1 of eight": {"world": 8, "rank": 1},
+    "resumed": {"resumed": True},
 }  # fmt: skip
 FAULTS = {
     "table_on_the_cpu": "on the same device",
@@ -32,6 +34,16 @@ FAULTS = {
     "longest_of_each_batch": "Recompile",
     "signal_asked_for_apart": None,
     "nothing_made_again": None,
+    "clip_over_dtensors": None,
+    "replicas_of_one": None,
+    "first_device": "on the same device",
+    "moments_on_the_cpu": "the optimizer's state is on",
+}
+IN = {  # the scenarios of those that one GPU in its first steps cannot show
+    "clip_over_dtensors": "eight, one block recomputed",
+    "replicas_of_one": "eight, one block recomputed",
+    "first_device": "rank 1 of eight",
+    "moments_on_the_cpu": "resumed",
 }
 pytestmark = [
     pytest.mark.skipif(not shutil.which("g++"), reason="the device is 40 lines of C++"),
@@ -50,7 +62,9 @@ def results(tmp_path_factory):
     expert = [line for line in lines if '"gpt4"' in line][:20]
     rest = [line for line in lines if '"gpt3.5"' in line][:60]
     (folder / "few.jsonl").write_text("".join(expert + rest))
-    scenarios = SCENARIOS | {fault: {"fault": fault} for fault in FAULTS}
+    scenarios = SCENARIOS | {
+        fault: SCENARIOS[IN.get(fault, "one GPU")] | {"fault": fault} for fault in FAULTS
+    }
     done = subprocess.run(
         [sys.executable, ROOT / "tests" / "phantom.py", library, folder],
         input=json.dumps([*scenarios.values()]), capture_output=True, text=True,
@@ -68,7 +82,7 @@ def seen(results, request):
 
 def test_a_run_saves_and_exports(seen):
     assert any(file.startswith("checkpoints/") for file in seen["files"])
-    assert any(file.startswith("epoch-") for file in seen["files"])
+    assert seen.get("rank") or any(file.startswith("epoch-") for file in seen["files"])
     assert seen["launches"] > 2 * len(seen["waits"])  # and of evaluations
 
 
@@ -80,9 +94,19 @@ def test_a_step_waits_once_and_reduces_once_beside_the_gradients(seen):
 
 
 def test_all_blocks_and_steps_share_one_graph(seen):
-    """And one without gradients, of the evaluation before the first step."""
-    expected = 0 if seen.get("compile") is False else 2
-    assert seen["frames"] == [expected] * len(seen["frames"])
+    """And one without gradients, of the first evaluation: before step 1, or after a resumed 4."""
+    expected = [1, 2] if seen.get("resumed") else [2] * len(seen["frames"])
+    assert seen["frames"] == ([0] * len(expected) if seen.get("compile") is False else expected)
+
+
+def test_blocks_are_compiled_without_the_pass_that_gave_wrong_gradients(seen):
+    """pytorch#193061"""
+    assert seen["mix_order_reduction"] is (seen.get("compile") is False)
+
+
+def test_no_process_group_is_made_but_those_of_replicas(seen):
+    """Two groups of four ranks: each rank's own of four, and one with its like in the other."""
+    assert {*seen["groups"]} == ({2, 4} if seen.get("replicas") else set())
 
 
 def test_blocks_keep_for_backward_what_the_plan_says(seen):
@@ -99,9 +123,13 @@ def test_a_planted_fault_is_found(results, fault):
     if FAULTS[fault]:
         assert FAULTS[fault] in found.get("error", "")
         return
-    sound = results["one GPU"]
+    sound = results[IN.get(fault, "one GPU")]
     assert "error" not in found
     if fault == "signal_asked_for_apart":
         assert found["waits"] != sound["waits"] and found["all_reduces"] != sound["all_reduces"]
+    elif fault == "clip_over_dtensors":
+        assert found["all_reduces"] != sound["all_reduces"]
+    elif fault == "replicas_of_one":
+        assert 1 in found["groups"] and not sound["groups"]
     else:
         assert found["saved"][0] > 1.2 * sound["saved"][0]

@@ -105,6 +105,17 @@ def test_no_gradient_of_a_step_lives_on_in_the_next(files, ranks, tmp_path, monk
     assert alive == [0, 0, 0] and storages
 
 
+@pytest.mark.parametrize("shards", [1, 8])
+def test_a_blocks_gradients_are_reduced_from_one_float32_copy_into_another(shards):
+    """The first has the whole block, the second a rank's rows: nearly nothing of many ranks."""
+    network = model.LlamaConfig(64, 96, 2, 4, 320, 2, 16)
+    block = (network.parameter_count() - 2 * 320 * 64 - 64) // 2
+    size = memory.Size(shards, 100, True, True, 3)
+    many = dataclasses.replace(size, shards=10**9)
+    of_each = [memory.estimate(network, s, 0)["gathered blocks"] for s in (size, many)]
+    assert of_each[0] - of_each[1] == pytest.approx(4 * block / shards, rel=0.01)
+
+
 @pytest.mark.parametrize("recompute", [0, 2, LAYERS])
 def test_a_step_peaks_where_the_plan_says(files, ranks, tmp_path, recompute):
     """The most that is alive beside the parameters in forward and backward, to within 20 %."""

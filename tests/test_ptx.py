@@ -213,7 +213,7 @@ def test_rows_beyond_2_to_the_31_elements(capability):
 
 UNTIL = "mov.u32 %r9000, %tid.x;\nsetp.lt.u32 %p9000, %r9000, {};\n@%p9000 bar.sync 0;"
 FAULTS = {  # a change of the PTX, and what the interpreter says to it
-    "an unknown modifier": (r"ex2\.approx\.ftz", "ex2.approx", "unknown instruction: ex2"),
+    "an unknown modifier": (r"ex2\.approx\.ftz", "ex2.approx.sat", "unknown instruction: ex2"),
     "an unknown access": (r"ld\.global\.b32", "ld.volatile.global.b32", "unknown instruction: ld"),
     "an unset register": (r"mov\.u32\s+%r\d+, %tid\.x;", "", "KeyError.*and.b32"),
     "a barrier for some warps": (r"bar\.sync\s+0;", UNTIL.format(32), "wait for each other"),
