@@ -102,8 +102,8 @@ class KeyValueCache:
         self.mask = seen[:, None, None]  # (B, 1, 1, S)
 
     def attend(self, keys, values, q, k, v):  # (T, H, E), (T, K, E), (T, K, E) -> (T, H, E)
-        where = self.prompt, self.positions
-        keys[where], values[where] = k, v
+        at = self.prompt, self.positions
+        keys[at], values[at] = k, v
         if self.packed:
             return self.packed(q, k, v)
         out = F.scaled_dot_product_attention(
@@ -230,7 +230,7 @@ def main(argv=None):
     add("--max-new-tokens", type=int, default=512, help="longest answer (default 512)")
     add("--seed", type=int, default=0, help="of the sampling")
     add("--batch", metavar="IN.jsonl", help="answer the last user turn of every conversation")
-    add("--to", metavar="OUT.jsonl", help="where --batch writes; resumes a file that was cut short")
+    add("--to", metavar="OUT.jsonl", help="output of --batch; resumes a file that was cut short")
     add("--drop-last-answer", action="store_true", help="--batch answers in the place of the last")
     in_browser = f"a page for this machine's browser, at this port (default {PORT})"
     add("--web", type=int, nargs="?", const=PORT, metavar="PORT", help=in_browser)

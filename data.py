@@ -287,7 +287,7 @@ class Order:
 class Batch(NamedTuple):
     """One micro-batch of one rank: whole conversations end to end, T tokens.
 
-    `rows` (N,) are the positions whose next token is learned: targets (N,) is that token,
+    `rows` (N,) are the positions whose next token is supervised: targets (N,) is that token,
     weights (N,) float32 its weight, classes (N,) the number of its conversation's class.
     """
 
