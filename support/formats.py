@@ -2,8 +2,7 @@
 
     a line's bytes -> parse_json -> parse_conversation -> Conversation
 
-Every key is used, refused by its name, or returned in `not_read` and counted. Anything wrong is a
-BadLine.
+Every key is used, refused, or returned in `not_read` and counted; a fault is a BadLine.
 """
 
 import collections
@@ -283,8 +282,7 @@ def _text(value, key, not_read):
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        surrogate = ascii(error.object[error.start])
-        raise BadLine(f"{key!r} has a lone surrogate {surrogate}") from None
+        raise BadLine(f"{key!r} has a lone surrogate {ascii(error.object[error.start])}") from None
     return value
 
 

@@ -1,10 +1,10 @@
 """chat.py --web: a page on which each class answers the same question in a column of its own.
 
     POST /ask {"conversations": [[question, answer, ..., question] of each column], "temperature"}
-    gives lines [column, piece of the answer, null]; a column's last has "" or what cut it short.
+    gives lines [column, piece of the answer, null]; a column's last has "" or the limit that cut it
 
-Bound to 127.0.0.1. By Host and Origin no page from elsewhere gets in, whatever its name resolves
-to, and by its policy this page loads and runs only what stands in it.
+Bound to 127.0.0.1. Host and Origin are checked (against DNS rebinding and requests of other pages);
+the policy allows only the page's own script and style.
 """
 
 import contextlib
@@ -89,7 +89,7 @@ class Handler(BaseHTTPRequestHandler):
         if not 0 <= temperature <= 100:
             raise ValueError("the temperature is from 0 to 100")
         for name, texts in zip(chat.names, asked["conversations"], strict=True):
-            "".join(texts).encode()  # raises where one is no text, or has a lone surrogate
+            "".join(texts).encode()  # raises if one is no text, or has a lone surrogate
             turns = list(map(Message, itertools.cycle(ROLES), texts))
             if not (turns := chat.fitting(turns, self.options["max_new_tokens"])):
                 raise ValueError(f"too long for the context of {chat.context:,} tokens")
@@ -97,7 +97,7 @@ class Handler(BaseHTTPRequestHandler):
         return prompts, temperature
 
     def about(self):
-        """What the page shows of the model."""
+        """The model, as the page shows it."""
         chat, columns = self.chat, []
         for name in chat.names:
             column = {role: chat.prefix(name, role) for role in ROLES}
