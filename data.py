@@ -310,7 +310,7 @@ def collate(dataset, conversations, class_weights, shape=None):
     weights = [dataset.weights_of(c, class_weights) for c in conversations]
     weights = np.concatenate(weights or [[]]).astype(np.float32)
     classes = np.repeat(rows["source_class"], lengths)
-    # Position t learns token t + 1. A conversation's first token has weight 0: none looks across.
+    # Position t predicts token t + 1. The first of a conversation has weight 0: none looks across.
     predicted = np.flatnonzero(weights)
     targets, weights, classes = tokens[predicted], weights[predicted], classes[predicted]
     if shape:

@@ -19,7 +19,6 @@ from support.files import read_metrics
 from support.flags import Parser
 
 STYLES = ("-", "--", ":", "-.")
-COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
 
 
 def read(run):
@@ -55,8 +54,8 @@ def draw(runs, path):
         for key in BY_RUN:
             y = smoothed([step[key] for step in steps])
             panels[key].plot(x, y, style, c="black", lw=1, label=name)
-        for of, colour in zip(steps[0]["classes"], itertools.cycle(COLOURS)):
-            label = f"{name} {of}" if len(runs) > 1 else of
+        for number, of in enumerate(steps[0]["classes"]):
+            colour, label = f"C{number}", f"{name} {of}" if len(runs) > 1 else of
             for key in BY_CLASS:
                 values = [step["classes"][of][key] for step in steps]
                 if any(values):  # else no conversation of this class was trained on

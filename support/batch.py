@@ -12,7 +12,7 @@ from support.containers import blocks, sources
 from support.formats import Message, keys_beside, parse_json, parse_messages
 
 BATCH = 16  # conversations answered at a time
-ANSWER = rb'(?:[^"\\]|\\.)*"}]}\n'  # the end of a line: a text in JSON, and what encloses it
+ANSWER = rb'(?:[^"\\]|\\.)*"}]}\n'  # the end of a line: the rest of a JSON text, and brackets
 
 
 def answer_file(chat, source, target, options, drop_last_answer=False):
@@ -41,12 +41,12 @@ def read_prompts(chat, path, drop_last_answer):
         try:
             if (line := parse_json(raw)) is None:
                 continue
-            (messages, _), hint = parse_messages(line), ""
-            if messages and messages[-1].role == "assistant":
-                messages = messages[:-1] if drop_last_answer else messages
-                hint = "; --drop-last-answer answers anew"
+            messages, _ = parse_messages(line)
+            if drop_last_answer and messages and messages[-1].role == "assistant":
+                messages.pop()
             if not messages or messages[-1].role != "user":
-                raise ValueError(f"the last message must be the user's{hint}")
+                hint = "or, with --drop-last-answer, an answer"
+                raise ValueError(f"the last message must be the user's {hint}")
             if (length := len(chat.prompt(messages))) > chat.context:
                 raise ValueError(f"has {length} tokens, the model's context is {chat.context}")
             prompt = keys_beside(line), messages

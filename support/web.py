@@ -20,7 +20,6 @@ from support.formats import Message
 PORT = 8000
 ROLES = "user", "assistant"
 LONGEST = 1 << 20  # bytes of a request
-PATIENCE = 1.0  # seconds that a question waits for an answer that is being stopped
 POLICY = (
     "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -35,8 +34,9 @@ def serve(chat, port, options):
 
 
 def server_of(chat, port, options):
-    given = {"chat": chat, "options": options, "seeds": itertools.count(options["seed"])}
-    handler = type("Handler", (Handler,), given | {"answering": threading.Lock()})
+    seeds, turn = itertools.count(options["seed"]), threading.Lock()  # one answer at a time
+    shared = {"chat": chat, "options": options, "seeds": seeds, "turn": turn}
+    handler = type("Handler", (Handler,), shared)
     try:
         return ThreadingHTTPServer(("127.0.0.1", port), handler)
     except (OSError, OverflowError) as error:
@@ -65,16 +65,11 @@ class Handler(BaseHTTPRequestHandler):
             prompts, temperature = self.question()
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             return self.send(400, f"not asked: {error}")
-        if not self.answering.acquire(timeout=PATIENCE):
-            return self.send(409, "busy: another answer is being written")
         options = self.options | {"temperature": temperature, "seed": next(self.seeds)}
-        try:
-            with contextlib.suppress(OSError):  # the browser has stopped listening
-                self.send(200, "", "application/x-ndjson")
-                for event in self.chat.streams(prompts, **options):
-                    self.wfile.write(json.dumps(event).encode() + b"\n")
-        finally:
-            self.answering.release()
+        with self.turn, contextlib.suppress(OSError):  # the browser has stopped listening
+            self.send(200, "", "application/x-ndjson")
+            for event in self.chat.streams(prompts, **options):
+                self.wfile.write(json.dumps(event).encode() + b"\n")
 
     def is_from_here(self):
         return (self.headers["Host"] or "").partition(":")[0] in ("127.0.0.1", "localhost")
