@@ -1,7 +1,7 @@
 """chat.py --batch: the conversations of a file, each with the model's answer at its end.
 
-Reads what train.py reads. Writes a line per conversation, in the order of the input: its other
-keys, and under "messages" its turns and the answer. A run that was cut short resumes.
+Reads the files that train.py reads. Writes a line per conversation, in the order of the input:
+its other keys, and under "messages" its turns and the answer. A run that was cut short resumes.
 """
 
 import json
@@ -45,8 +45,7 @@ def read_prompts(chat, path, drop_last_answer):
             if drop_last_answer and messages and messages[-1].role == "assistant":
                 messages.pop()
             if not messages or messages[-1].role != "user":
-                hint = "or, with --drop-last-answer, an answer"
-                raise ValueError(f"the last message must be the user's {hint}")
+                raise ValueError("the last message must be the user's (see --drop-last-answer)")
             if (length := len(chat.prompt(messages))) > chat.context:
                 raise ValueError(f"has {length} tokens, the model's context is {chat.context}")
             prompt = keys_beside(line), messages

@@ -162,7 +162,7 @@ def dropped(report):
 
 @dataclasses.dataclass
 class Report:
-    """Counts of what was read, cut and dropped, in files or in one block of them."""
+    """Counts of conversations, tokens and bad lines, of all files or of one block."""
 
     conversations: int = 0  # in the arrays
     cut: int = 0  # longer than the maximum length

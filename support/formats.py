@@ -46,7 +46,7 @@ LONGEST = 16 << 20  # bytes of a line, or of an item of an array
 
 
 class BadLine(ValueError):
-    """What is wrong with a line; `cause` is the same text for all lines with this fault."""
+    """The fault of a line; `cause` is the same text for all lines with this fault."""
 
     def __init__(self, text, cause=None):
         super().__init__(text)

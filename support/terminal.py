@@ -8,7 +8,7 @@ from support.formats import Message
 HELP = """\
 /class NAME    answer under the condition of this class
 /both [TEXT]   ask this, or the last question again, under each condition
-/new           forget what was said
+/new           forget the conversation
 /quit          end, as Ctrl-D does; Ctrl-C stops an answer
 A question that begins with a slash needs a space before it."""
 

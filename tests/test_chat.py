@@ -393,7 +393,7 @@ def test_a_last_answer_can_be_replaced(folder, run, tmp_path):
     assert answer_lines(run, folder, source, tmp_path / "b", "--drop-last-answer") == expected
     code, _, err = run(chat.main, folder, "--batch", source, "--to", tmp_path / "c")
     assert code == 1 and err.startswith(f"error: {source}:1: the last message must be the user's")
-    assert "or, with --drop-last-answer, an answer" in err
+    assert "(see --drop-last-answer)" in err
 
 
 @pytest.mark.parametrize(
