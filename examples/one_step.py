@@ -32,7 +32,7 @@ import torch  # noqa: E402
 import data  # noqa: E402
 import model  # noqa: E402
 from loss import BETA, DEFAULT_CLASSES, class_weights, weighted_cross_entropy  # noqa: E402
-from support.files import exported  # noqa: E402
+from support.files import model_folder  # noqa: E402
 from support.report import visible  # noqa: E402
 
 SUMS = ROOT / "examples" / "sums"
@@ -56,7 +56,7 @@ def main():
 
 def load(folder):
     """(Llama, Tokenizer, a name for the page); random weights if the folder has none."""
-    folder = exported(folder)
+    folder = model_folder(folder)
     tokenizer = data.Tokenizer(folder)
     if model.has_weights(folder):
         llama, name = model.load(folder), str(folder)

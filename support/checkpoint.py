@@ -95,13 +95,17 @@ class Checkpoints:
             sync(self.out / "metrics.jsonl")
         aside.rename(folder)
         sync(self.folder)
-        temporary = self.out / ".run.tmp"
-        model.write_json(temporary, {key: state[key] for key in ("recipe", "config")})
-        temporary.replace(self.out / "run.json")
+        self._mark()
         for _, path in self.committed()[: -self.plan.config.keep]:
             doomed = path.with_name(path.name + ".tmp")  # a kill here leaves no half folder
             path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
+
+    def _mark(self):
+        record = {"recipe": recipe(self.plan), "config": flags(self.plan.config)}
+        temporary = self.out / ".run.tmp"
+        model.write_json(temporary, record)
+        temporary.replace(self.out / "run.json")
 
     def finish(self):
         """Record that all is done that was due after the last step, with which evaluation data."""
@@ -132,6 +136,8 @@ class Checkpoints:
                     f"{self.out} has {free / 1e9:.1f} GB free, and the checkpoints and model need "
                     f"{needed / 1e9:.1f} GB: free some, or give another --out or a smaller --keep"
                 )
+        if step:
+            self._mark()  # a kill may have come between the checkpoint and its mark
         return step, finished and (self.out / "model").exists()
 
     def _resumable(self, step, folder):
