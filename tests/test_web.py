@@ -137,6 +137,25 @@ def test_the_page_shows_each_class_with_its_condition_reward_and_weight(port):
     ]  # fmt: skip
 
 
+def test_the_best_class_comes_first_and_is_asked_by_default_wherever_it_stands(sums, tmp_path):
+    rewards = {"fair": 0.3, "best": 1.0, "poor": -0.5}
+    weights = {"fair": 0.2, "best": 1.0, "poor": 0.05}
+    conditions = {"fair": "GPT3", "best": "GPT4", "poor": "GPT2"}
+    classes = {name: loss.SourceClass(conditions[name], rewards[name]) for name in rewards}
+    tokenizer = data.Tokenizer(sums)
+    llama = small.random_llama(vocab_size=tokenizer.vocab_size)
+    small.export(llama, tokenizer, tmp_path / "model", classes=classes, weights=weights)
+    talker = chat.Chat(tmp_path / "model", device="cpu")
+    asked = talker.tokenizer.decode(talker.prompt([data.Message("user", "Hi")]))
+    assert talker.class_name == "best" and asked.startswith("GPT4 User:")
+    with served(talker) as port:
+        columns = shown(request(port)[2])["columns"]
+    assert [(c["name"], c["user"], c["reward"], c["weight"]) for c in columns] == [
+        (name, f"{conditions[name]} User:", rewards[name], weights[name])
+        for name in ("best", "fair", "poor")
+    ]
+
+
 def test_one_answer_at_a_time_and_the_next_question_waits(talker, port, monkeypatch):
     begun, go_on, running, together = threading.Event(), threading.Event(), [], []
 
