@@ -12,7 +12,6 @@ heads, E head_dim, V vocabulary.
 """
 
 import functools
-import json
 import sys
 from pathlib import Path
 
@@ -25,7 +24,7 @@ import model
 from support.batch import answer_file
 from support.files import model_folder, read_export
 from support.flags import Parser
-from support.terminal import converse, readable
+from support.terminal import converse
 from support.web import PORT, serve
 
 
@@ -103,8 +102,8 @@ class KeyValueCache:
         self.mask = seen[:, None, None]  # (B, 1, 1, S)
 
     def attend(self, keys, values, q, k, v):  # (T, H, E), (T, K, E), (T, K, E) -> (T, H, E)
-        where = self.prompt, self.positions
-        keys[where], values[where] = k, v
+        at = self.prompt, self.positions
+        keys[at], values[at] = k, v
         if self.packed:
             return self.packed(q, k, v)
         out = F.scaled_dot_product_attention(
@@ -136,10 +135,6 @@ class Chat:
         self.context = self.llama.config.max_position_embeddings
         self.stop = {self.tokenizer.eot, self.tokenizer.eos, *ends_of(folder)}
 
-    @property
-    def condition(self):
-        return self.condition_of(self.class_name)
-
     def condition_of(self, name):
         return self.export.classes[name].condition if self.export.conditioned else ""
 
@@ -158,15 +153,13 @@ class Chat:
         The room is max_new_tokens, but at most a quarter of the context; the last message may take
         it. A model that was trained on single questions is given only the last one.
         """
-        messages = messages[-1:] if self.single else messages
         room = min(max_new_tokens, self.context // 4)
-
-        def length():
-            return max(len(self.prompt(messages, name)) for name in self.names)
-
-        while len(messages) > 1 and length() + room > self.context:
-            messages = messages[2:]
-        return messages if length() < self.context else []
+        for oldest in range(len(messages) - 1 if self.single else 0, len(messages), 2):
+            kept = messages[oldest:]
+            left = self.context - max(len(self.prompt(kept, name)) for name in self.names)
+            if left >= (room if len(kept) > 1 else 1):
+                return kept
+        return []
 
     def answers(self, conversations, **options):
         """(text, ended) for each list of messages; ended: by the model, not by a limit."""
@@ -222,36 +215,25 @@ def export_of(folder):
 def ends_of(folder):
     """Tokens at which generation_config.json ends an answer; none without that file."""
     path = Path(folder) / "generation_config.json"
-    try:
-        ends = json.loads(path.read_text(encoding="utf-8-sig"))["eos_token_id"]
-    except FileNotFoundError:
-        return []
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read: {error!r}") from None
+    ends = model.read_json(path).get("eos_token_id", []) if path.exists() else []
     return ends if isinstance(ends, list) else [ends]
 
 
 def main(argv=None):
-    parser = Parser(
-        prog="chat.py", description="Class-conditioned generation from an exported folder."
-    )
+    parser = Parser(prog="chat.py", description="Class-conditioned generation from an export.")
     add = parser.add_argument
     add("folder", metavar="DIR", help="a model exported by train.py, or the RUN that holds it")
     add("--prompt", metavar="TEXT", help="answer this and end")
-    add(
-        "--class", dest="source_class", metavar="NAME", help="condition (default: the expert class)"
-    )
+    add("--class", dest="source_class", metavar="NAME", help="(default: the expert class)")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass")
     add("--max-new-tokens", type=int, default=512, help="longest answer (default 512)")
     add("--seed", type=int, default=0, help="of the sampling")
     add("--batch", metavar="IN.jsonl", help="answer the last user turn of every conversation")
-    add("--to", metavar="OUT.jsonl", help="where --batch writes; resumes a file that was cut short")
+    add("--to", metavar="OUT.jsonl", help="output of --batch; resumes a file that was cut short")
     add("--drop-last-answer", action="store_true", help="--batch answers in the place of the last")
-    add(
-        "--web", type=int, nargs="?", const=PORT, metavar="PORT",
-        help=f"a page for this machine's browser, at this port (default {PORT})",
-    )  # fmt: skip
+    in_browser = f"a page for this machine's browser, at this port (default {PORT})"
+    add("--web", type=int, nargs="?", const=PORT, metavar="PORT", help=in_browser)
     args = parser.parse_args(argv)
     if not args.temperature >= 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
         parser.error("needs --temperature from 0, --top-p in (0, 1], --max-new-tokens from 1")
@@ -261,9 +243,8 @@ def main(argv=None):
         parser.error("--drop-last-answer is for --batch")
     if args.web is not None and (args.batch or args.prompt is not None or args.source_class):
         parser.error("--web asks under each class, and goes without --prompt, --batch, --class")
-    options = {
-        key: getattr(args, key) for key in ("temperature", "top_p", "max_new_tokens", "seed")
-    }
+    names = "temperature", "top_p", "max_new_tokens", "seed"
+    options = {name: getattr(args, name) for name in names}
     try:
         folder = model_folder(args.folder)
         if args.source_class and not export_of(folder).conditioned:
@@ -282,8 +263,8 @@ def answer(chat, args, options):
     elif args.batch:
         answer_file(chat, args.batch, args.to, options, args.drop_last_answer)
     elif args.prompt is not None:
-        prompt = data.Message("user", readable(args.prompt))
-        for piece in chat.stream([prompt], **options):
+        text = args.prompt.encode("utf-8", "replace").decode()  # "?" for bytes that are not UTF-8
+        for piece in chat.stream([data.Message("user", text)], **options):
             print(piece, end="", flush=True)
         print()
     else:

@@ -18,8 +18,7 @@ Beyond --max-length a conversation loses its end, and is dropped if no answer is
     a file -> its lines -> parse_conversation -> lay_out -> arrays -> pack -> collate -> Batch
     support/containers.py  support/formats.py    below  support/dataset.py        below
 
-`python data.py FILE --model DIR` checks files and shows them as they would be trained on
-(support/preview.py).
+`python data.py FILE --model DIR` checks files and shows their tokens (support/preview.py).
 """
 
 import dataclasses
@@ -80,18 +79,14 @@ def encode(conversation, tokenizer, classes):
     contents = map(tokenizer.encode, turn_texts(conversation.messages, tokenizer))
     condition = classes[conversation.source_class].condition
     parts, weights = lay_out(conversation.messages, contents, tokenizer, condition)
-    return flat(parts), [weight != 0 for weight, count in weights for _ in range(count)]
+    return [*itertools.chain(*parts)], [w != 0 for w, count in weights for _ in range(count)]
 
 
 def encode_prompt(messages, tokenizer, condition):
     """The tokens after which the model answers: all turns, then 'GPT4 Assistant:'."""
     contents = map(tokenizer.encode, turn_texts(messages, tokenizer))
     parts, _ = lay_out(messages, contents, tokenizer, condition)
-    return flat(parts) + tokenizer.prefix(condition, "assistant")
-
-
-def flat(parts):
-    return [token for part in parts for token in part]
+    return [*itertools.chain(*parts), *tokenizer.prefix(condition, "assistant")]
 
 
 # --------------------------------------------------------------------------- files to arrays
@@ -251,7 +246,7 @@ def choose_bins(lengths, bins, capacity, power):
 
 
 class Order:
-    """Which conversations make up a step: a function of (lengths, seed, epoch) alone."""
+    """Which conversations make up a step: only a function of (lengths, seed, epoch)."""
 
     def __init__(self, lengths, config, bins_per_step):
         of_epoch = functools.partial(
@@ -315,7 +310,7 @@ def collate(dataset, conversations, class_weights, shape=None):
     weights = [dataset.weights_of(c, class_weights) for c in conversations]
     weights = np.concatenate(weights or [[]]).astype(np.float32)
     classes = np.repeat(rows["source_class"], lengths)
-    # Position t learns token t + 1. A conversation's first token has weight 0: none looks across.
+    # Position t predicts token t + 1. The first of a conversation has weight 0: none looks across.
     predicted = np.flatnonzero(weights)
     targets, weights, classes = tokens[predicted], weights[predicted], classes[predicted]
     if shape:

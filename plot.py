@@ -19,19 +19,27 @@ from support.files import read_metrics
 from support.flags import Parser
 
 STYLES = ("-", "--", ":", "-.")
-COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
 
 
 def read(run):
     """(steps, evaluations) of a run's folder: the lines of its metrics.jsonl, each a dict."""
     path = Path(run) / "metrics.jsonl"
-    if not Path(run).is_dir():
-        raise ValueError(f"{run}: not found; RUN is the folder given to --out")
     lines = read_metrics(path)
     steps = [line for line in lines if "eval" not in line]
     if not steps:
-        raise ValueError(f"{path}: no step is logged yet")
+        raise ValueError(f"{path}: no step is logged there yet; RUN is the folder given to --out")
     return steps, [line for line in lines if "eval" in line]
+
+
+PANELS = {  # title, unit; the first three have a curve per class
+    "loss": ("loss by class (dots: held out)", "nats per supervised token, unweighted"),
+    "accuracy": ("accuracy by class (dots: held out)", "supervised tokens predicted right"),
+    "weight_share": ("weight by class", "share of a step's weight"),
+    "lr": ("learning rate", ""),
+    "grad_norm": ("gradient norm", "before clipping"),
+    "tokens_per_second": ("speed", "tokens per second, all ranks"),
+}
+BY_CLASS, BY_RUN = list(PANELS)[:3], list(PANELS)[3:]
 
 
 def draw(runs, path):
@@ -42,50 +50,30 @@ def draw(runs, path):
     figure = Figure((12, 6.5), layout="constrained")
     panels = dict(zip(PANELS, figure.subplots(2, 3).flat, strict=True))
     for (name, (steps, evaluations)), style in zip(runs, itertools.cycle(STYLES)):
-        for key in ("lr", "grad_norm", "tokens_per_second"):
-            curve(panels[key], steps, [step[key] for step in steps], style, "black", name)
-        for source_class, colour in zip(steps[0]["classes"], itertools.cycle(COLOURS)):
-            label = f"{name} {source_class}" if len(runs) > 1 else source_class
-            by_class(panels, steps, evaluations, source_class, style, colour, label)
-    for key, panel in panels.items():
-        title, unit = PANELS[key]
+        x = [step["step"] for step in steps]
+        for key in BY_RUN:
+            y = smoothed([step[key] for step in steps])
+            panels[key].plot(x, y, style, c="black", lw=1, label=name)
+        for number, of in enumerate(steps[0]["classes"]):
+            colour, label = f"C{number}", f"{name} {of}" if len(runs) > 1 else of
+            for key in BY_CLASS:
+                values = [step["classes"][of][key] for step in steps]
+                if any(values):  # else no conversation of this class was trained on
+                    panels[key].plot(x, smoothed(values), style, c=colour, lw=1, label=label)
+                points = [(e["step"], e["eval"][of][key]) for e in evaluations]
+                if points and key != "weight_share":
+                    points = np.array(points, dtype=np.float64)  # None becomes NaN: no dot
+                    panels[key].plot(*points.T, "o", c=colour, ms=4)
+    for (key, panel), (title, unit) in zip(panels.items(), PANELS.values(), strict=True):
         panel.set(title=title, xlabel="step", ylabel=unit)
         panel.grid(alpha=0.3)
+        if key == "loss" or (key == "lr" and len(runs) > 1):
+            panel.legend(fontsize=8)
     panels["loss"].set_yscale("log")
     panels["weight_share"].set_ylim(0, 1)
     for key in ("accuracy", "weight_share"):
         panels[key].yaxis.set_major_formatter(PercentFormatter(1))
-    panels["loss"].legend(fontsize=8)
-    if len(runs) > 1:
-        panels["lr"].legend(fontsize=8)
     figure.savefig(path, dpi=100)
-
-
-PANELS = {  # title, unit
-    "loss": ("loss by class (dots: held out)", "nats per supervised token, unweighted"),
-    "accuracy": ("accuracy by class (dots: held out)", "supervised tokens predicted right"),
-    "weight_share": ("weight by class", "share of a step's weight"),
-    "lr": ("learning rate", ""),
-    "grad_norm": ("gradient norm", "before clipping"),
-    "tokens_per_second": ("speed", "tokens per second, all ranks"),
-}
-
-
-def by_class(panels, steps, evaluations, source_class, style, colour, label):
-    """One class of one run, in the three panels that have curves per class."""
-    for key in ("loss", "accuracy", "weight_share"):
-        values = [step["classes"][source_class][key] for step in steps]
-        if any(values):  # else no conversation of this class was trained on
-            curve(panels[key], steps, values, style, colour, label)
-        held_out = [(e["step"], e["eval"][source_class][key]) for e in evaluations]
-        held_out = [point for point in held_out if point[1] is not None]
-        if held_out and key != "weight_share":
-            panels[key].plot(*zip(*held_out, strict=True), "o", color=colour, markersize=4)
-
-
-def curve(panel, steps, values, style, colour, label):
-    x = [step["step"] for step in steps]
-    panel.plot(x, smoothed(values), style, color=colour, linewidth=1, label=label)
 
 
 def smoothed(values):
@@ -108,9 +96,7 @@ def main(argv=None):
     try:
         draw([(run, read(run)) for run in args.runs], target)
     except ModuleNotFoundError as error:
-        if error.name.split(".")[0] != "matplotlib":
-            raise
-        sys.exit("plot.py needs matplotlib: pip install -r requirements-dev.txt")
+        sys.exit(f"error: {error}: pip install -r requirements-dev.txt")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"drawn: {target}")

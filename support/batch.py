@@ -1,16 +1,18 @@
 """chat.py --batch: the conversations of a file, each with the model's answer at its end.
 
-Reads what train.py reads. Writes a line per conversation, in the order of the input: its turns and
-the answer under "messages", beside its other keys. A run that was cut short resumes.
+Reads the files that train.py reads. Writes a line per conversation, in the order of the input:
+its other keys, and under "messages" its turns and the answer. A run that was cut short resumes.
 """
 
 import json
+import re
 import sys
 
 from support.containers import blocks, sources
 from support.formats import Message, keys_beside, parse_json, parse_messages
 
 BATCH = 16  # conversations answered at a time
+ANSWER = rb'(?:[^"\\]|\\.)*"}]}\n'  # the end of a line: the rest of a JSON text, and brackets
 
 
 def answer_file(chat, source, target, options, drop_last_answer=False):
@@ -19,12 +21,11 @@ def answer_file(chat, source, target, options, drop_last_answer=False):
     if others := sum(keys.get("class") not in (None, chat.class_name) for keys, _ in asked):
         say(f"note: answered as class {chat.class_name}; {others} of the lines have another class")
     with open(target, "ab+") as out:
-        done = continue_after(out, target, asked)
-        for start in range(done, len(asked), BATCH):
+        for start in range(continue_after(out, target, asked), len(asked), BATCH):
             batch = asked[start : start + BATCH]
             answers = chat.answers([messages for _, messages in batch], **options)
             for prompt, (text, ended) in zip(batch, answers, strict=True):
-                out.write(encoded(*prompt, text) + b"\n")
+                out.write(encoded(*prompt, text))
                 cut += not ended
             out.flush()
             say(f"{start + len(batch)}/{len(asked)} answered")
@@ -34,20 +35,19 @@ def answer_file(chat, source, target, options, drop_last_answer=False):
 
 def read_prompts(chat, path, drop_last_answer):
     """(other keys, messages) of each conversation; ValueError names the line that is bad."""
-    context, (source,) = chat.llama.config.max_position_embeddings, sources([path], {})
+    (source,) = sources([path], {})
     raws = (raw for block in blocks([source]) for raw in block.raw)
     for number, raw in enumerate(raws, start=1):
         try:
             if (line := parse_json(raw)) is None:
                 continue
-            (messages, _), hint = parse_messages(line), ""
-            if messages and messages[-1].role == "assistant":
-                messages = messages[:-1] if drop_last_answer else messages
-                hint = "; --drop-last-answer answers anew"
+            messages, _ = parse_messages(line)
+            if drop_last_answer and messages and messages[-1].role == "assistant":
+                messages.pop()
             if not messages or messages[-1].role != "user":
-                raise ValueError(f"the last message must be the user's{hint}")
-            if (length := len(chat.prompt(messages))) > context:
-                raise ValueError(f"has {length} tokens, the model's context is {context}")
+                raise ValueError("the last message must be the user's (see --drop-last-answer)")
+            if (length := len(chat.prompt(messages))) > chat.context:
+                raise ValueError(f"has {length} tokens, the model's context is {chat.context}")
             prompt = keys_beside(line), messages
             encoded(*prompt, "")  # a lone surrogate fails now
         except ValueError as error:
@@ -61,31 +61,29 @@ def continue_after(out, target, asked):
     The rest is removed; ValueError if `out` holds anything but answers to the first prompts.
     """
     out.seek(0)
-    *whole, torn = out.read().split(b"\n")
-    fits = len(whole) + bool(torn) <= len(asked) and all(map(is_answer, whole, asked))
-    if torn and fits:  # a line that was cut short
-        start = encoded(*asked[len(whole)], "").removesuffix(b'"}]}')
-        fits = torn.startswith(start) or start.startswith(torn)
-    if not fits:
+    written = out.read().splitlines(True)
+    if len(written) > len(asked) or not all(map(is_answer, written, asked)):
         raise ValueError(f"{target} exists, and does not hold the first answers to these lines")
+    whole = [line for line in written if line.endswith(b"\n")]
     done = len(whole) if len(whole) == len(asked) else len(whole) // BATCH * BATCH
-    out.truncate(sum(len(line) + 1 for line in whole[:done]))
+    out.truncate(sum(map(len, whole[:done])))
     if done:
         say(f"{done}/{len(asked)} were answered before")
     return done
 
 
-def is_answer(written, prompt):
-    try:
-        return written == encoded(*prompt, json.loads(written)["messages"][-1]["content"])
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return False
+def is_answer(line, prompt):
+    """Is a line, perhaps cut short, this prompt with some answer, as encoded() writes it?"""
+    start = encoded(*prompt, "").removesuffix(b'"}]}\n')
+    if line.endswith(b"\n"):
+        return line.startswith(start) and re.fullmatch(ANSWER, line[len(start) :])
+    return line.startswith(start) or start.startswith(line)
 
 
 def encoded(keys, messages, answer):
     messages = [*messages, Message("assistant", answer)]
     turns = [{"role": message.role, "content": message.content} for message in messages]
-    return json.dumps(keys | {"messages": turns}, ensure_ascii=False).encode()
+    return json.dumps(keys | {"messages": turns}, ensure_ascii=False).encode() + b"\n"
 
 
 def say(text):

@@ -10,14 +10,13 @@ import contextlib
 import dataclasses
 import gzip
 import hashlib
-import io
 import json
 import os
 import re
 import zlib
 from pathlib import Path
 
-from support.formats import LISTS, LONGEST, check_file_key
+from support.formats import LISTS, LONGEST, BadLine, check_file_keys
 
 BLOCK = 4 << 20  # bytes of text that are tokenized at a time
 
@@ -39,7 +38,7 @@ class Source:
 
 
 def sources(arguments, classes):
-    """A Source per 'FILE' or 'CLASS=FILE'; ValueError says what a file is and how to convert it."""
+    """A Source per 'FILE' or 'CLASS=FILE'; ValueError says what a file is, how to convert it."""
     found = []
     for argument in map(str, arguments):
         name, equals, path = argument.partition("=")
@@ -53,10 +52,10 @@ def sources(arguments, classes):
     return found
 
 
-# ----------------------------------------------------------------------------------- what a file is
+# --------------------------------------------------------------------------------- kinds of files
 
 PANDAS = "pandas.read_{}.to_json(OUT, orient='records', lines=True)"
-FOREIGN = {  # pattern of a file's first bytes: what it is, how to make JSON lines of it
+FOREIGN = {  # pattern of a file's first bytes: its kind, how to make JSON lines of it
     rb"PAR1": ("a parquet file", PANDAS.format("parquet(FILE)")),
     rb"ARROW1": ("an Arrow file", PANDAS.format("feather(FILE)")),
     rb"\xff{4}": ("an Arrow stream", "datasets.Dataset.from_file(FILE).to_json(OUT)"),
@@ -81,19 +80,18 @@ def _shape(path):
         head = file.read(LONGEST)
     found = [known for start, known in FOREIGN.items() if re.match(start, head, re.DOTALL)]
     found += [("a table", TABLES[end]) for end in map(str.lower, path.suffixes) if end in TABLES]
-    for what, how in found[:1]:
-        raise ValueError(f"{path}: is {what}, not JSON: {how}")
+    for kind, how in found[:1]:
+        raise ValueError(f"{path}: is {kind}, not JSON: {how}")
     return _Text(head).shape()
 
 
 @contextlib.contextmanager
 def opened(path):
-    """(the file's bytes, unpacked if it is gzipped; the _Hashed file on the disk)."""
+    """(the file's bytes, unpacked if it is gzipped; the file on the disk)."""
     try:
-        with open(path, "rb", buffering=0) as raw:
-            disk = _Hashed(raw)
-            file = io.BufferedReader(disk, 1 << 18)
-            yield (gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else file), disk
+        with open(path, "rb", buffering=1 << 18) as disk:
+            zipped = disk.peek(2)[:2] == b"\x1f\x8b"
+            yield (gzip.GzipFile(fileobj=disk) if zipped else disk), disk
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: is broken as a gzip file: {error}") from None
     except OSError as error:
@@ -101,21 +99,6 @@ def opened(path):
         if path.suffix not in (".json", ".jsonl", ".gz") and len(path.parts) == 2:
             hint = f"; from the Hugging Face hub: hf download {path} --repo-type dataset"
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}{hint}") from None
-
-
-class _Hashed(io.RawIOBase):
-    """A file that hashes the very bytes that are read from it."""
-
-    def __init__(self, raw):
-        self.raw, self.sha256 = raw, hashlib.sha256()
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        count = self.raw.readinto(buffer)
-        self.sha256.update(buffer[:count])
-        return count
 
 
 @dataclasses.dataclass
@@ -130,11 +113,8 @@ class Block:
     not_read: list = ()  # in the last block: keys of the file itself, not of its items
 
 
-def blocks(sources, digests=None):
-    """The sources in Blocks of about BLOCK bytes.
-
-    ValueError after the last Block of a file whose SHA-256 is not the one in `digests`.
-    """
+def blocks(sources):
+    """The sources in Blocks of about BLOCK bytes."""
     for index, source in enumerate(sources):
         with opened(source.path) as (file, disk):
             text = None if source.shape == "lines" else _Text(file.read())
@@ -143,14 +123,12 @@ def blocks(sources, digests=None):
                 block.raw.append(raw)
                 size += len(raw or b"")
                 if size >= BLOCK:
-                    block.bytes_read = disk.raw.tell()
+                    block.bytes_read = disk.tell()
                     yield block
                     block, size = Block(index, source, block.number + len(block.raw)), 0
-            block.bytes_read = disk.raw.tell()
+            block.bytes_read = disk.tell()
             block.not_read = text.not_read(source.path) if text else ()
             yield block
-        if digests and disk.sha256.hexdigest() != digests[index]:
-            raise ValueError(f"{source.path}: changed while it was read; try again")
 
 
 def lines(file):
@@ -168,12 +146,12 @@ SPACE, DECODER = re.compile(r"[ \t\r\n\ufeff]*"), json.JSONDecoder()
 
 
 class _Text:
-    """The text of a file, read JSON value by JSON value; ValueError where it is not JSON."""
+    """The text of a file, read JSON value by JSON value; ValueError if it is not JSON."""
 
     def __init__(self, raw):
         # Bytes that are not UTF-8 pass through: only the item that has them is refused.
         self.text, self.at = raw.decode("utf-8", "surrogateescape"), 0
-        self.beside = {}  # what an object has beside "data"
+        self.beside = {}  # the keys and values of an object beside "data"
 
     def peek(self):
         """The next character that is not white space; "" at the end."""
@@ -215,7 +193,7 @@ class _Text:
                 self.beside[key] = self.value()
                 if self.peek() != "}":
                     self.take(",")
-        except ValueError:  # parse_json then says what is wrong with the line
+        except ValueError:  # parse_json then names the fault of the line
             return "lines"
         several_lines = "\n" in self.text[start : self.at]
         self.at, self.beside = start, {}
@@ -242,10 +220,13 @@ class _Text:
                 one = "array" if shape == "array" else "object with 'data'"
                 raise ValueError(f"something follows the one {one} that a file may be")
         except ValueError as error:
-            what = str(error).split(": line")[0]
-            where = f"{path}: item {number or 1}, character {self.at:,}"
-            raise ValueError(f"{where}: broken JSON: {what}; the rest cannot be read") from None
+            place = f"{path}: item {number or 1}, character {self.at:,}"
+            fault = str(error).split(": line")[0]
+            raise ValueError(f"{place}: broken JSON: {fault}; the rest cannot be read") from None
 
     def not_read(self, path):
         """The keys beside "data"; ValueError for one that a conversation should have."""
-        return [key for pair in self.beside.items() for key in check_file_key(path, *pair)]
+        try:
+            return check_file_keys(self.beside)
+        except BadLine as error:
+            raise ValueError(f"{path}: beside the list of conversations: {error}") from None

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import gc
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -28,7 +29,7 @@ import numpy as np
 from support.containers import blocks
 from support.files import sync
 
-FORMAT = 3  # of the arrays, and of what is read into them: changes with either
+FORMAT = 3  # of the arrays, and of the reading of files: changes with either
 SHOWN_CAUSES, SHOWN_PLACES = 20, 5  # of bad lines
 NAMED_KEYS = 100  # different keys that are counted as not read
 MANY = 64 << 20  # bytes from which on several processes tokenize; below, starting them is slower
@@ -36,7 +37,7 @@ MANY = 64 << 20  # bytes from which on several processes tokenize; below, starti
 # The weight stored with a token. Above 0: a factor on the weight of its class. Below 0: FINAL times
 # a weight that replaces the class's, as OpenChat's "items" give it. 0: not supervised.
 FINAL = -1.0
-# A row per conversation: where its tokens start, how many, the number of its class, how many are
+# A row per conversation: its first token, how many, the number of its class, how many are
 # supervised, the sums of their factors and of their final weights, its file, its line or item.
 INDEX = np.dtype([
     ("start", "<i8"), ("length", "<i4"), ("source_class", "<i4"), ("supervised", "<i4"),
@@ -46,13 +47,13 @@ ARRAYS = {"tokens": np.dtype("<i4"), "weights": np.dtype("<f4"), "index": INDEX}
 
 
 class BadData(ValueError):
-    """Lines that cannot be trained on, by cause, with places and count, and what can be done."""
+    """Lines that cannot be trained on, by cause, with places and count, and a way out."""
 
     def __init__(self, report, good):
         lines = f"{report['bad']:,} bad line{'s' * (report['bad'] > 1)}:"
         hint = "Fix them, or pass --skip-bad to drop and count them."
         if not good:
-            hint = "No line is good. README.md has a table of what is read: On your own data."
+            hint = "No line is good. docs/DATA.md has a table of the shapes that are read."
         super().__init__("\n".join([lines, *problem_lines(report), hint]))
 
 
@@ -83,34 +84,35 @@ def encode_files(sources, encoder, settings, folder, *, skip_bad=False, progress
     if not _is_whole(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            report, sums = _write_arrays(folder, sources, digests, encoder, progress)
+            report = _write_arrays(folder, sources, encoder, progress)
+            for source, digest in zip(sources, digests, strict=True):
+                if source.sha256() != digest:
+                    raise ValueError(f"{source.path}: changed while it was read; try again")
             _refuse_bad(report, sources, skip_bad)
         except ValueError:
             shutil.rmtree(folder)
             raise
-        _commit(folder, vars(report), sums)
+        _commit(folder, vars(report))
     return Dataset(folder, sources)
 
 
-def _write_arrays(folder, sources, digests, encoder, progress):
-    """(Report, {array: CRC-32})."""
-    report, tokens, sums = Report(), 0, dict.fromkeys(ARRAYS, 0)
+def _write_arrays(folder, sources, encoder, progress):
+    """Returns the Report."""
+    report, tokens = Report(), 0
     sizes = [os.stat(source.path).st_size for source in sources]
     with contextlib.ExitStack() as stack:
         files = {n: stack.enter_context(open(folder / f"{n}.bin", "wb")) for n in ARRAYS}
-        for block, encoded in encode_blocks(blocks(sources, digests), encoder, sum(sizes)):
-            arrays, of_block = encoded
+        for block, (arrays, of_block) in encode_blocks(blocks(sources), encoder, sum(sizes)):
             arrays["index"]["start"] += tokens
             tokens += len(arrays["tokens"])
             for name, values in arrays.items():
-                files[name].write(raw := values.tobytes())
-                sums[name] = zlib.crc32(raw, sums[name])
+                files[name].write(values)
             report.add(of_block)
             report.add_keys(f"{key} (of the file)" for key in block.not_read)
             if progress:
                 done = sum(sizes[: block.file]) + block.bytes_read
                 progress(done, sum(sizes), report.conversations)
-    return report, sums
+    return report
 
 
 def _refuse_bad(report, sources, skip_bad):
@@ -123,10 +125,16 @@ def _refuse_bad(report, sources, skip_bad):
         raise ValueError("; ".join(reasons))
 
 
-def _commit(folder, report, sums):
+def _checksums(folder, report):
+    raw = {name: np.memmap(folder / f"{name}.bin", mode="r") for name in ARRAYS}
+    raw["report"] = json.dumps(report).encode()
+    return {name: zlib.crc32(values) for name, values in raw.items()}
+
+
+def _commit(folder, report):
     """Write done.json, once the arrays are on the disk."""
-    sums["report"] = zlib.crc32(json.dumps(report).encode())
-    (folder / "done.tmp").write_text(json.dumps({"report": report, "crc32": sums}))
+    done = {"report": report, "crc32": _checksums(folder, report)}
+    (folder / "done.tmp").write_text(json.dumps(done))
     for path in [*folder.iterdir(), folder]:
         sync(path)
     (folder / "done.tmp").rename(folder / "done.json")
@@ -135,13 +143,12 @@ def _commit(folder, report, sums):
 
 
 def _is_whole(folder):
-    """Are the arrays there, as they were written? If they were, but are damaged, prints so."""
+    """Are the arrays there, as they were written? If they are damaged, prints so."""
     if not (folder / "done.json").exists():
         return False
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         done = json.loads((folder / "done.json").read_bytes())
-        sums = {name: zlib.crc32(np.memmap(folder / f"{name}.bin", mode="r")) for name in ARRAYS}
-        if done["crc32"] == sums | {"report": zlib.crc32(json.dumps(done["report"]).encode())}:
+        if done["crc32"] == _checksums(folder, done["report"]):
             return True
     print(f"{folder}: damaged, so the data is tokenized again", file=sys.stderr)
     return False
@@ -149,17 +156,13 @@ def _is_whole(folder):
 
 def dropped(report):
     """Lines of text: conversations that were left out because nothing in them is supervised."""
-    out = []
-    if report["answer_cut"]:
-        out.append(f"{report['answer_cut']:,} have no answer within the maximum length")
-    if report["weightless"]:
-        out.append(f"{report['weightless']:,} have no answer with a weight above 0")
-    return out
+    reasons = {"answer_cut": "within the maximum length", "weightless": "with a weight above 0"}
+    return [f"{report[key]:,} have no answer {why}" for key, why in reasons.items() if report[key]]
 
 
 @dataclasses.dataclass
 class Report:
-    """What was counted while files, or one block of them, were encoded."""
+    """Counts of conversations, tokens and bad lines, of all files or of one block."""
 
     conversations: int = 0  # in the arrays
     cut: int = 0  # longer than the maximum length
@@ -171,7 +174,7 @@ class Report:
     bad: int = 0  # lines
     other_causes: int = 0  # bad lines that are not among `problems`
     problems: dict = dataclasses.field(default_factory=dict)  # by file and cause
-    not_read: dict = dataclasses.field(default_factory=dict)  # {key: how often}
+    not_read: dict = dataclasses.field(default_factory=collections.Counter)  # {key: how often}
 
     def refuse(self, source, number, error):
         """Count a bad line."""
@@ -202,32 +205,27 @@ class Report:
         for key, count in collections.Counter(keys).items():
             if key not in self.not_read and len(self.not_read) >= NAMED_KEYS:
                 key = f"keys beyond the first {NAMED_KEYS}"
-            self.not_read[key] = self.not_read.get(key, 0) + count
+            self.not_read[key] += count
 
 
 def encode_blocks(blocks, encoder, size):
     """(block, its encoding) in order; from MANY bytes on, in a process per core."""
     processes = process_count()
     if size < MANY or processes == 1:
-        yield from ((block, _encode(block, encoder)) for block in blocks)
+        yield from ((block, encoder(block)) for block in blocks)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
-    pool = ProcessPoolExecutor(processes, context, _start_process, [encoder])
     try:
-        waiting = collections.deque()
-        for block in blocks:
-            waiting.append((block, pool.submit(_encode, block)))
-            if len(waiting) > 2 * processes:
-                block, result = waiting.popleft()
+        with ProcessPoolExecutor(processes, context, _start_process, [encoder]) as pool:
+            submitted = ((block, pool.submit(_encode, block)) for block in blocks)
+            ahead = collections.deque(itertools.islice(submitted, 2 * processes))
+            while ahead:
+                block, result = ahead.popleft()
                 yield block, result.result()
-        for block, result in waiting:
-            yield block, result.result()
+                ahead.extend(itertools.islice(submitted, 1))
     except BrokenProcessPool:
-        raise OSError(
-            "a process that tokenized was killed, perhaps for lack of memory: run it again"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+        hint = "perhaps for lack of memory: run it again"
+        raise OSError(f"a process that tokenized was killed, {hint}") from None
 
 
 def process_count():
@@ -239,6 +237,7 @@ def process_count():
 def _start_process(encoder):
     global _encoder
     _encoder = encoder
+    gc.disable()  # its many objects form no cycles, and looking for some takes a sixth of the time
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -248,13 +247,8 @@ def _end_with_parent():
     os._exit(1)
 
 
-def _encode(block, encoder=None):
-    """Looking for cycles among its many objects, which have none, would take a sixth longer."""
-    gc.disable()
-    try:
-        return (encoder or _encoder)(block)
-    finally:
-        gc.enable()
+def _encode(block):
+    return _encoder(block)
 
 
 def arrays_of(conversations):
@@ -283,9 +277,8 @@ class Dataset:
     def __init__(self, folder, sources):
         self.folder, self.sources = Path(folder), sources
         self.report = json.loads((self.folder / "done.json").read_bytes())["report"]
-        arrays = {name: self.folder / f"{name}.bin" for name in ARRAYS}
         self.tokens, self.weights, self.index = (
-            np.memmap(path, dtype=ARRAYS[name], mode="r") for name, path in arrays.items()
+            np.memmap(self.folder / f"{name}.bin", dtype, "r") for name, dtype in ARRAYS.items()
         )
         self.lengths = np.ascontiguousarray(self.index["length"])
 
@@ -293,7 +286,7 @@ class Dataset:
         return len(self.index)
 
     def total_weight(self, conversations, class_weights):
-        """Σ w over the supervised tokens; class_weights (classes,), or None where every w is 1."""
+        """Σ w over the supervised tokens; class_weights (classes,), or None if every w is 1."""
         return float(self.weight_by_conversation(conversations, class_weights).sum())
 
     def weight_by_conversation(self, conversations, class_weights):
@@ -314,7 +307,7 @@ class Dataset:
         return max(1, int(ends.max() + 1) // 2)
 
     def span(self, conversation):
-        """Where a conversation's tokens and weights lie."""
+        """The slice of a conversation's tokens and weights."""
         row = self.index[conversation]
         return slice(row["start"], row["start"] + row["length"])
 

@@ -2,10 +2,10 @@
 
     a line's bytes -> parse_json -> parse_conversation -> Conversation
 
-Every key is used, refused by its name, or returned in `not_read` and counted. Anything wrong is a
-BadLine.
+Every key is used, refused, or returned in `not_read` and counted; a fault is a BadLine.
 """
 
+import collections
 import fnmatch
 import itertools
 import json
@@ -37,7 +37,7 @@ NEEDED = {
     "thinking", "thinking_blocks", "thought", "thoughts", "images", "image", "image_url", "videos",
     "video", "audios", "audio", "input_audio", "documents", "attachments", "history", "refusal",
 }  # fmt: skip
-SAYS_WHAT_IS_SUPERVISED = re.compile(
+SUPERVISION = re.compile(  # a key that has one of these seems to say what is supervised
     "(^|[^a-z])(weight|train|loss|mask|learn|superv|reward|advantage|importance)"
 )
 
@@ -46,7 +46,7 @@ LONGEST = 16 << 20  # bytes of a line, or of an item of an array
 
 
 class BadLine(ValueError):
-    """What is wrong with a line; `cause` is the same text for all lines with this fault."""
+    """The fault of a line; `cause` is the same text for all lines with this fault."""
 
     def __init__(self, text, cause=None):
         super().__init__(text)
@@ -92,8 +92,7 @@ def parse_json(raw):
 def _without_repeats(pairs):
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen = set()
-        repeated = next(name for name, _ in pairs if name in seen or seen.add(name))
+        (repeated, _), *_ = collections.Counter(name for name, _ in pairs).most_common(1)
         raise BadLine(f"{repeated!r:.40} is given twice in one object")
     return found
 
@@ -136,8 +135,10 @@ def parse_messages(line, obeyed=()):
     for number, (role, raw) in enumerate(parts, start=1):
         try:
             message, keys = _message(role, raw, final)
-            if factor != 1 and message and (message.final or message.role == "assistant"):
-                message = _times(message, factor)
+            if factor != 1 and message and message.final:
+                raise BadLine("its weight is final in 'items': remove the weight of the line")
+            if message and message.role == "assistant":
+                message = message._replace(weight=_checked_weight(message.weight * factor))
         except BadLine as error:
             raise BadLine(f"message {number}: {error}", error.cause) from None
         numbered += [(number, message)] if message else []
@@ -155,7 +156,7 @@ def parse_messages(line, obeyed=()):
 def keys_beside(line):
     """The line's keys and values beside its conversation."""
     _, keys = _parts(line)
-    return {key: value for key, value in line.items() if key not in {*keys, *SYSTEMS}}
+    return {key: line[key] for key in line if key not in {*keys, *SYSTEMS, "messages"}}
 
 
 def _kind(value):
@@ -167,14 +168,19 @@ def is_empty(value):
     return value is None or value in ("", [], {}) or value != value  # NaN, as pandas writes it
 
 
+def _one_of(keys):
+    """The keys, of which a line may have one."""
+    if len(keys) > 1:
+        raise BadLine(f"both {keys[0]!r} and {keys[1]!r}: keep the one that is meant")
+    return keys
+
+
 # ------------------------------------------------------------------------------- turns of a line
 
 
 def _parts(line):
     """([(role or None, a message or a text), ...], the keys that they come from)."""
-    lists = [key for key in LISTS if isinstance(line.get(key), list) and line[key]]
-    if len(lists) > 1:
-        raise BadLine(f"both {lists[0]!r} and {lists[1]!r}: keep the one that is meant")
+    lists = _one_of([key for key in LISTS if isinstance(line.get(key), list) and line[key]])
     if lists:
         texts = all(isinstance(raw, str) for raw in line[lists[0]])  # question, answer, question
         roles = itertools.cycle(("user", "assistant") if texts else (None,))
@@ -184,23 +190,20 @@ def _parts(line):
             "'chosen' and 'rejected' are preferences, which C-RLFT does not take: make each a "
             "conversation of a class of its own"
         )
-    questions = [key for key in QUESTIONS if not is_empty(line.get(key))]
-    contexts = [key for key in CONTEXTS if not is_empty(line.get(key))]
-    answers = [key for key in ANSWERS if not is_empty(line.get(key))]
+    questions, contexts, answers = (
+        _one_of([key for key in keys if not is_empty(line.get(key))])
+        for keys in (QUESTIONS, CONTEXTS, ANSWERS)
+    )
     if not questions and not (contexts and answers):
         for key in LISTS:
-            if key in line and line[key] != []:
-                raise BadLine(f"{key!r} must be a list, not {_kind(line[key])}")
             if key in line:
-                return [], [key]
+                kind = "an empty one" if line[key] == [] else _kind(line[key])
+                raise BadLine(f"{key!r} must be a list of messages, not {kind}")
         raise BadLine(
             "no conversation: 'messages', 'conversations', 'conversation' or 'items', or "
             "'instruction', 'prompt', 'question' or 'query' with 'output', 'completion' or "
             "'response'; the keys are " + (", ".join(map(ascii, line))[:200] or "none")
         )
-    for found in (questions, contexts, answers):
-        if len(found) > 1:
-            raise BadLine(f"both {found[0]!r} and {found[1]!r}: keep the one that is meant")
     question = [line[key] for key in questions + contexts]
     if len(question) > 1 and all(isinstance(text, str) for text in question):
         question = ["\n".join(question)]
@@ -214,16 +217,8 @@ def _turns(role, value):
 
 
 def _system(line, not_read):
-    if line.keys().isdisjoint(SYSTEMS):
-        return None
-    found = {key: line[key] for key in SYSTEMS if not is_empty(line.get(key))}
-    if len(found) > 1:
-        raise BadLine("both 'system' and 'system_prompt': keep one of them")
-    for key, value in found.items():
-        try:
-            text = _text(value, key, not_read)
-        except BadLine as error:
-            raise BadLine(f"{key!r}: {error}") from None
+    for key in _one_of([key for key in SYSTEMS if not is_empty(line.get(key))]):
+        text = _text(line[key], key, not_read)
         return Message("system", text) if text.strip() else None
 
 
@@ -247,7 +242,7 @@ def _message(role, raw, final):
     if not isinstance(raw, dict):
         raise BadLine(f"must be an object, not {_kind(raw)}")
     not_read = _check_keys(raw, MESSAGE_KEYS, "messages: ")
-    role, content = _one_of(raw, "role", "from"), _one_of(raw, "content", "value")
+    role, content = _key(raw, "role", "from"), _key(raw, "content", "value")
     name = raw[role].strip().lower() if isinstance(raw[role], str) else None
     if name not in ROLES:
         known = ", ".join(ROLES)
@@ -268,17 +263,14 @@ def _message(role, raw, final):
     return Message(role, text, weight), not_read
 
 
-def _one_of(raw, first, second):
+def _key(raw, first, second):
     """Whichever of two keys a message has; if it has both, they must agree."""
-    if second not in raw and first in raw:  # nearly always
-        return first
     found = [key for key in (first, second) if key in raw]
-    said = [key for key in found if raw[key] not in (None, "")] or found
     if not found:
         raise BadLine(f"no {first!r} (nor {second!r})")
-    if len(said) > 1 and raw[first] != raw[second]:
-        raise BadLine(f"both {first!r} and {second!r}: keep the one that is meant")
-    return said[0]
+    if len(found) > 1 and raw[first] != raw[second]:
+        found = _one_of([key for key in found if raw[key] not in (None, "")]) or found
+    return found[0]
 
 
 def _text(value, key, not_read):
@@ -290,7 +282,7 @@ def _text(value, key, not_read):
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise BadLine(f"lone surrogate {ascii(error.object[error.start])}") from None
+        raise BadLine(f"{key!r} has a lone surrogate {ascii(error.object[error.start])}") from None
     return value
 
 
@@ -299,8 +291,8 @@ def _part(part, key, not_read):
         return part
     kind = part.get("type", "text") if isinstance(part, dict) else None
     if not isinstance(kind, str) or kind not in TEXT_PARTS:
-        what = f"a part of type {kind!r:.40}" if kind else f"a part that is {_kind(part)}"
-        raise BadLine(f"{key!r} has {what}: only text is read")
+        odd = f"of type {kind!r:.40}" if kind else f"that is {_kind(part)}"
+        raise BadLine(f"{key!r} has a part {odd}: only text is read")
     not_read += _check_keys(part, {"type", "text"}, "messages: content: ")
     if not isinstance(part.get("text"), str):
         raise BadLine(f"{key!r} has a part without text")
@@ -313,8 +305,6 @@ def _part(part, key, not_read):
 def _check_keys(given, obeyed, prefix, more=()):
     """The keys that are not read, each after `prefix`; BadLine if one may not be ignored."""
     not_read = []
-    if given.keys() <= obeyed:  # nearly always
-        return not_read
     for key, value in given.items():
         if key in obeyed or key in more or is_empty(value):
             continue
@@ -323,7 +313,7 @@ def _check_keys(given, obeyed, prefix, more=()):
             raise BadLine(f"{key!r:.40} is not implemented, and the answer depends on it")
         if name in obeyed:
             raise BadLine(f"{key!r:.40} is not read: write {name!r}")
-        if SAYS_WHAT_IS_SUPERVISED.search(name):
+        if SUPERVISION.search(name):
             raise BadLine(
                 f"{key!r:.40} seems to say what is supervised, and is not read: remove it or "
                 "write 'weight' (a factor) or 'train', 'loss', 'masked' (true or false)"
@@ -332,21 +322,17 @@ def _check_keys(given, obeyed, prefix, more=()):
     return not_read
 
 
-def check_file_key(path, key, value):
-    """[key] beside a file's list of conversations; ValueError if each of them should have it."""
-    if key in {*LINE_KEYS, "data"} and not is_empty(value):
-        hint = "put it into each of them, or give the class of all as CLASS=FILE"
-        raise ValueError(f"{path}: {key!r} beside the list of conversations is not read: {hint}")
-    try:
-        return _check_keys({key: value}, set(), "")
-    except BadLine as error:
-        raise ValueError(f"{path}: beside the list of conversations: {error}") from None
+def check_file_keys(beside):
+    """The keys beside a file's list of conversations; BadLine if each of them should have one."""
+    for key in beside.keys() & {*LINE_KEYS, "data"}:
+        if not is_empty(beside[key]):
+            hint = "put it into each of them, or give the class of all as CLASS=FILE"
+            raise BadLine(f"{key!r} is not read: {hint}")
+    return _check_keys(beside, set(), "")
 
 
 def _factor(keys):
     """The product of the FACTORS of a line or a message; 1 if it has none."""
-    if keys.keys().isdisjoint(FACTORS):
-        return 1.0
     product = 1.0
     for key in FACTORS:
         value = keys.get(key)
@@ -370,12 +356,6 @@ def _checked_weight(value):
     )
 
 
-def _times(message, factor):
-    if message.final:
-        raise BadLine("its weight is final, as always in 'items': remove the line's own weight")
-    return message._replace(weight=_checked_weight(message.weight * factor))
-
-
 # ---------------------------------------------------------------------------------------- the class
 
 
@@ -383,10 +363,12 @@ def _source_class(line, classes, class_field, file_class):
     found = {}  # {who says so: class}
     if file_class is not None:
         found["--data"] = file_class
-    if line.get(class_field) is not None:
-        named = _named_class if class_field == "class" else _matching_class
+    if (value := line.get(class_field)) is not None:
         try:
-            found[class_field] = named(class_field, line[class_field], classes)
+            if class_field == "class":
+                found["class"] = _named_class("class", value, {name: name for name in classes})
+            else:
+                found[class_field] = _matching_class(class_field, value, classes)
         except BadLine as error:
             if file_class is None:
                 raise
@@ -395,7 +377,8 @@ def _source_class(line, classes, class_field, file_class):
     if found and class_field != "class" and line.get("class") in list(classes):
         found["class"] = line["class"]
     if line.get("condition") is not None:  # OpenChat's name of the class
-        found["condition"] = _class_of_condition(line["condition"], classes)
+        conditions = {source.condition: name for name, source in classes.items()}
+        found["condition"] = _named_class("condition", line["condition"], conditions)
     if not found:
         raise BadLine(
             f"no {class_field!r}: name it in each line, or for a whole file by CLASS=FILE in its "
@@ -406,13 +389,12 @@ def _source_class(line, classes, class_field, file_class):
     return next(iter(found.values()))
 
 
-def _named_class(key, value, classes):
-    known = ", ".join(classes)
-    if not isinstance(value, str):
-        raise BadLine(f"{key!r} must be one of {known}, not {_kind(value)}")
-    if value not in classes:
-        raise BadLine(f"class {value!r:.40} is not in the class table ({known})")
-    return value
+def _named_class(key, value, names):
+    """names[value]: `names` are {name or condition: class}."""
+    if isinstance(value, str) and value in names:
+        return names[value]
+    shown = f"{value!r:.40}" if isinstance(value, str) else _kind(value)
+    raise BadLine(f"{key} {shown} is not in the class table ({', '.join(names)})")
 
 
 def _matching_class(key, value, classes):
@@ -428,13 +410,6 @@ def _matching_class(key, value, classes):
     ]  # fmt: skip
     if len(fits) == 1:
         return fits[0]
-    what = f"fits the patterns of both {fits[0]} and {fits[1]}" if fits else "matches no class"
+    fault = f"fits the patterns of both {fits[0]} and {fits[1]}" if fits else "matches no class"
     hint = 'list the values of each class as its "match" in --classes'
-    raise BadLine(f"{key!r} {text!r:.40} {what} ({', '.join(classes)}): {hint}")
-
-
-def _class_of_condition(condition, classes):
-    for name, source in classes.items():
-        if source.condition == condition:
-            return name
-    raise BadLine(f"no class has the condition {condition!r:.40} ({', '.join(classes)})")
+    raise BadLine(f"{key!r} {text!r:.40} {fault} ({', '.join(classes)}): {hint}")

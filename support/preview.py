@@ -12,26 +12,22 @@ from loss import BETA, DEFAULT_CLASSES, class_weights, read_classes
 from model import LlamaConfig
 from support import report
 from support.flags import Parser
-from support.picture import draw_batch, first_of_all_classes, require_matplotlib
 from support.plan import length_limit
 from support.tokenizer import Tokenizer
 
 
 def main(argv=None):
-    parser = Parser(
-        prog="data.py", description="Check conversations and show what would be trained on."
-    )
+    parser = Parser(prog="data.py", description="Check conversations and show their tokens.")
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="conversations, or CLASS=FILE: all of one class")
     add("--model", required=True, metavar="DIR", help="folder with its tokenizer")
     add("--classes", metavar="C", help='JSON: {"gpt4": {"condition": "GPT4", "reward": 1.0}, ...}')
-    add("--class-field", default="class", metavar="KEY", help="what names a conversation's class")
+    add("--class-field", default="class", metavar="KEY", help="the field that names its class")
     add("--beta", type=float, default=BETA, help="w = exp((reward - best reward) / beta)")
     add("--max-length", type=int, help="tokens; longer ones are cut (default: as in train.py)")
     add("--batch-tokens", type=int, default=8192, help="tokens a bin, for the packing's figures")
     add("--ranks", type=int, default=1, help="bins a step: ranks x --accumulate in train.py")
     add("--show", type=int, default=4, metavar="N", help="conversations to show")
-    add("--draw", metavar="PNG", help="a picture of one bin as a batch: try --batch-tokens 128")
     add("--skip-bad", action="store_true", help="drop bad lines and count them")
     args = parser.parse_args(argv)
     try:
@@ -47,8 +43,6 @@ def main(argv=None):
 
 
 def run_preview(args):
-    if args.draw:
-        require_matplotlib()
     asked = 1 if args.max_length is None else args.max_length
     if not 1 <= asked <= args.batch_tokens or args.ranks < 1:
         raise ValueError("needs 1 <= --max-length <= --batch-tokens and --ranks of at least 1")
@@ -72,29 +66,17 @@ def run_preview(args):
             print(f"{args.model} has no config.json: the model's context is not known")
         steps = data.pack(found.lengths, args.batch_tokens, args.ranks, seed=0, epoch=0)
         fill = found.lengths.sum() / (len(steps) * args.ranks * args.batch_tokens)
-        shape = f"{args.ranks} x {args.batch_tokens:,} tokens"
-        print(
-            f"packing: {len(steps):,} steps of {shape}, {fill:.2%} full, "
-            f"conversations up to {max_length:,} tokens"
-        )
+        packed = f"{len(steps):,} steps of {args.ranks} x {args.batch_tokens:,} tokens"
+        print(f"packing: {packed}, {fill:.2%} full, conversations up to {max_length:,} tokens")
         print("\n".join(report.weight_by_step(found, steps, classes, weights)))
         print(f"\n{report.LEGEND}\n")
         for conversation in varied(found, args.show):
             print(*report.preview(found, conversation, tokenizer, classes, weights), sep="\n")
-        if args.draw:
-            bins = [b for step in steps for b in step]
-            conversations = first_of_all_classes(bins, found.index["source_class"])
-            batch = data.collate(found, conversations, weights)
-            of_class = found.index["source_class"][conversations].tolist()
-            draw_batch(args.draw, batch, of_class, classes, tokenizer)
-            print(f"drawn: {args.draw}")
 
 
 def varied(dataset, count):
     """Indices of the first conversations of each class in turn."""
-    by_class = [
-        np.flatnonzero(dataset.index["source_class"] == c)
-        for c in range(dataset.index["source_class"].max() + 1)
-    ]
+    source_class = dataset.index["source_class"]
+    by_class = [np.flatnonzero(source_class == c) for c in range(source_class.max() + 1)]
     turns = [of[i] for i in range(count) for of in by_class if i < len(of)]
     return turns[:count]

@@ -8,7 +8,7 @@ from support.formats import Message
 HELP = """\
 /class NAME    answer under the condition of this class
 /both [TEXT]   ask this, or the last question again, under each condition
-/new           forget what was said
+/new           forget the conversation
 /quit          end, as Ctrl-D does; Ctrl-C stops an answer
 A question that begins with a slash needs a space before it."""
 
@@ -19,20 +19,13 @@ def converse(chat, options):
         import readline
 
         readline.parse_and_bind("set enable-bracketed-paste on")
-    talk, warned = Talk(chat, options), False
-    print("\n".join(talk.banner()))
-    while True:
-        try:
-            text = readable(input("> "))
-        except EOFError:
-            return print()
-        except KeyboardInterrupt:
-            if warned:
-                return print()
-            print("\n[Ctrl-C once more ends]")
-            warned = True
-            continue
-        warned = False
+    talk, millions = Talk(chat, options), chat.llama.config.parameter_count() / 1e6
+    print(f"{chat.folder}: {millions:,.1f}M parameters, context {chat.context:,} tokens")
+    print(talk.condition())
+    if chat.single:
+        print("it was trained on single questions: each is asked afresh, without those before it")
+    print("/help lists the commands, Ctrl-D ends")
+    while (text := typed()) is not None:
         if text.strip() in ("/quit", "/exit", "quit", "exit"):
             return
         if text.startswith("/"):
@@ -41,26 +34,28 @@ def converse(chat, options):
             talk.ask(text.strip())
 
 
+def typed():
+    """A line, "?" for bytes that are not UTF-8; None at Ctrl-D or at Ctrl-C twice in a row."""
+    for notice in ("\n[Ctrl-C once more ends]", ""):
+        try:
+            return input("> ").encode("utf-8", "replace").decode()
+        except EOFError:
+            return print()
+        except KeyboardInterrupt:
+            print(notice)
+
+
 class Talk:
     def __init__(self, chat, options):
         self.chat, self.options = chat, options
         self.messages = []  # at its end a question and its answer
-
-    def banner(self):
-        chat = self.chat
-        millions = chat.llama.config.parameter_count() / 1e6
-        yield f"{chat.folder}: {millions:,.1f}M parameters, context {chat.context:,} tokens"
-        yield self.condition()
-        if chat.single:
-            yield "it learned from single questions: each is asked afresh, without those before it"
-        yield "/help lists the commands, Ctrl-D ends"
 
     def condition(self):
         chat = self.chat
         asked = f'asked as "{chat.prefix(chat.class_name, "user")} ..."'
         others = ", ".join(name for name in chat.names if name != chat.class_name)
         if not others:
-            return f"{asked}: it was trained without conditions, or on one class alone"
+            return f"{asked}: it was trained without conditions, or only on one class"
         return f"class {chat.class_name}, {asked}; others: {others}"
 
     def command(self, name, rest=""):
@@ -103,8 +98,3 @@ class Talk:
         except KeyboardInterrupt:
             print(" [stopped]")
         self.messages = [*messages, Message("assistant", answers[0])]
-
-
-def readable(text):
-    """Text of the terminal, with question marks for bytes that are not UTF-8."""
-    return text.encode("utf-8", "replace").decode("utf-8")

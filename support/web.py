@@ -1,10 +1,10 @@
 """chat.py --web: a page on which each class answers the same question in a column of its own.
 
     POST /ask {"conversations": [[question, answer, ..., question] of each column], "temperature"}
-    gives lines [column, piece of the answer, null]; a column's last has "" or what cut it short.
+    gives lines [column, piece of the answer, null]; a column's last has "" or the limit that cut it
 
-Bound to 127.0.0.1. By Host and Origin no page from elsewhere gets in, whatever its name resolves
-to, and by its policy this page loads and runs only what stands in it.
+Bound to 127.0.0.1. Host and Origin are checked (against DNS rebinding and requests of other pages);
+the policy allows only the page's own script and style.
 """
 
 import contextlib
@@ -20,7 +20,6 @@ from support.formats import Message
 PORT = 8000
 ROLES = "user", "assistant"
 LONGEST = 1 << 20  # bytes of a request
-PATIENCE = 1.0  # seconds that a question waits for an answer that is being stopped
 POLICY = (
     "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -35,8 +34,9 @@ def serve(chat, port, options):
 
 
 def server_of(chat, port, options):
-    given = {"chat": chat, "options": options, "seeds": itertools.count(options["seed"])}
-    handler = type("Handler", (Handler,), given | {"answering": threading.Lock()})
+    seeds, turn = itertools.count(options["seed"]), threading.Lock()  # one answer at a time
+    shared = {"chat": chat, "options": options, "seeds": seeds, "turn": turn}
+    handler = type("Handler", (Handler,), shared)
     try:
         return ThreadingHTTPServer(("127.0.0.1", port), handler)
     except (OSError, OverflowError) as error:
@@ -65,16 +65,11 @@ class Handler(BaseHTTPRequestHandler):
             prompts, temperature = self.question()
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             return self.send(400, f"not asked: {error}")
-        if not self.answering.acquire(timeout=PATIENCE):
-            return self.send(409, "busy: another answer is being written")
         options = self.options | {"temperature": temperature, "seed": next(self.seeds)}
-        try:
-            with contextlib.suppress(OSError):  # the browser has stopped listening
-                self.send(200, "", "application/x-ndjson")
-                for event in self.chat.streams(prompts, **options):
-                    self.wfile.write(json.dumps(event).encode() + b"\n")
-        finally:
-            self.answering.release()
+        with self.turn, contextlib.suppress(OSError):  # the browser has stopped listening
+            self.send(200, "", "application/x-ndjson")
+            for event in self.chat.streams(prompts, **options):
+                self.wfile.write(json.dumps(event).encode() + b"\n")
 
     def is_from_here(self):
         return (self.headers["Host"] or "").partition(":")[0] in ("127.0.0.1", "localhost")
@@ -89,7 +84,7 @@ class Handler(BaseHTTPRequestHandler):
         if not 0 <= temperature <= 100:
             raise ValueError("the temperature is from 0 to 100")
         for name, texts in zip(chat.names, asked["conversations"], strict=True):
-            "".join(texts).encode()  # raises where one is no text, or has a lone surrogate
+            "".join(texts).encode()  # raises if one is no text, or has a lone surrogate
             turns = list(map(Message, itertools.cycle(ROLES), texts))
             if not (turns := chat.fitting(turns, self.options["max_new_tokens"])):
                 raise ValueError(f"too long for the context of {chat.context:,} tokens")
@@ -97,7 +92,7 @@ class Handler(BaseHTTPRequestHandler):
         return prompts, temperature
 
     def about(self):
-        """What the page shows of the model."""
+        """The model, as the page shows it."""
         chat, columns = self.chat, []
         for name in chat.names:
             column = {role: chat.prefix(name, role) for role in ROLES}

@@ -47,7 +47,7 @@ class Page:
         answer = self.call("Runtime.evaluate", expression=script, returnByValue=True)
         return answer.get("result", {}).get("value")
 
-    def until(self, script, seconds=20):
+    def until(self, script, seconds=60):
         """Wait until an expression is true."""
         end = time.monotonic() + seconds
         while not self.run(script):

@@ -21,6 +21,7 @@ from small import write
 
 import chat
 import data
+import loss
 import model
 from support import report
 
@@ -184,8 +185,10 @@ def user(text):
 
 
 def test_the_expert_condition_is_the_default_and_class_names_another(folder, talker):
-    assert talker.condition == "GPT4"
-    assert chat.Chat(folder, "gpt3.5", device="cpu").condition == "GPT3"
+    other = chat.Chat(folder, "gpt3.5", device="cpu")
+    assert [of.prefix(of.class_name, "user") for of in (talker, other)] == [
+        "GPT4 User:", "GPT3 User:"
+    ]  # fmt: skip
     prompt = talker.prompt([user("Hi"), data.Message("assistant", "Ho"), user("Ha")])
     text = "GPT4 User: Hi<|end_of_turn|>GPT4 Assistant: Ho<|end_of_turn|>GPT4 User: Ha"
     shown = report.visible(prompt, talker.tokenizer)
@@ -296,8 +299,9 @@ def test_a_batch_that_was_cut_short_goes_on_to_what_it_would_have_been(
 ):
     """Sampled too, where an answer depends on its seed and on what is answered beside it."""
     texts = [f"Story {n} of a ball" for n in range(20)]
-    shapes = [asked, lambda text, id: {"id": id, "instruction": text, "output": "", "system": "Be"}]
-    lines = [shapes[n % 2](text, id=n) for n, text in enumerate(texts)]
+    shapes = [asked, lambda text, id: {"id": id, "instruction": text, "output": "", "system": "Be"},
+              lambda text, id: {"messages": None, "id": id, "conversation": [text]}]  # fmt: skip
+    lines = [shapes[n % 3](text, id=n) for n, text in enumerate(texts)]
     source = write(tmp_path / "in.jsonl", *lines)
     whole = answer_lines(run, folder, source, tmp_path / "whole", *SAMPLED)
     written = b"".join(whole[:kept]) + b"".join(whole[kept : kept + 1])[:torn]
@@ -352,6 +356,8 @@ def test_every_key_beside_a_conversation_is_kept_and_its_turns_come_as_messages(
         b'{"messages": [{"role": "user", "content": "Hi"}]}\n',
         b'{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "A"}], '
         b'"id": 1}\n',
+        b'{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "A"}, '
+        b'{"role": "user", "content": "More"}]}\n',
         2 * b'{"messages": [{"role": "user", "content": "Hi"}, '
         b'{"role": "assistant", "content": "A"}]}\n',
     ],
@@ -387,7 +393,7 @@ def test_a_last_answer_can_be_replaced(folder, run, tmp_path):
     assert answer_lines(run, folder, source, tmp_path / "b", "--drop-last-answer") == expected
     code, _, err = run(chat.main, folder, "--batch", source, "--to", tmp_path / "c")
     assert code == 1 and err.startswith(f"error: {source}:1: the last message must be the user's")
-    assert "; --drop-last-answer answers anew" in err
+    assert "(see --drop-last-answer)" in err
 
 
 @pytest.mark.parametrize(
@@ -397,17 +403,17 @@ def test_a_last_answer_can_be_replaced(folder, run, tmp_path):
         (b"\xff", "not UTF-8"),
         (b"[" * 100_000, "broken JSON: nested too deeply"),
         (b"[]", "a line must be a JSON object, not a list"),
-        ({"items": []}, "the last message must be the user's"),
+        ({"items": []}, "'items' must be a list of messages, not an empty one"),
         ({"item": []}, "no conversation: 'messages'"),
-        ({"messages": {}}, "'messages' must be a list, not an object"),
-        ({"messages": []}, "the last message must be the user's"),
+        ({"messages": {}}, "'messages' must be a list of messages, not an object"),
+        ({"messages": []}, "'messages' must be a list of messages, not an empty one"),
         (
             {"messages": [{"role": "system", "content": "Be"}]},
             "the last message must be the user's",
         ),
         (asked("Hi", "Ho"), "the last message must be the user's"),
         ({"messages": [{"role": "bot", "content": "Hi"}]}, "message 1: 'role' is 'bot'"),
-        (asked("Hi", "Ho", "\ud800"), "message 3: lone surrogate"),
+        (asked("Hi", "Ho", "\ud800"), "message 3: 'content' has a lone surrogate"),
         (asked(""), "empty user message"),
         (asked("ball " * 600), "tokens, the model's context is 512"),
         (b'"' + b"x" * (17 << 20) + b'"', "longer than 16 MiB"),
@@ -510,7 +516,7 @@ def test_an_unknown_command_is_not_asked(folder, run, asked_of_model):
 def test_a_model_of_single_questions_is_asked_each_afresh_and_says_so(stories, run, tmp_path):
     folder = export(stories, tmp_path / "single", most_answers=1)
     _, out, _ = run(chat.main, folder, "--max-new-tokens", "9", stdin="Hi\nA big ball\n")
-    assert "it learned from single questions: each is asked afresh" in out
+    assert "it was trained on single questions: each is asked afresh" in out
     talker = chat.Chat(folder, device="cpu")
     ((text, _),) = talker.answers([[user("A big ball")]], max_new_tokens=9)
     assert f"> {text}\n" in out and "forgotten" not in out
@@ -542,6 +548,35 @@ def test_the_oldest_turns_go_before_an_answer_has_no_room(most, room, talker):
     alone = [user("word " * 158)]  # takes the room itself, where it must
     assert 0 < 512 - len(talker.prompt(alone)) < room
     assert talker.fitting([*turns, *alone], most) == alone
+
+
+def test_kept_turns_have_room_under_every_condition(sums, tmp_path):
+    """/both and --web ask the same under each, and one condition may be far longer."""
+    tokenizer = data.Tokenizer(sums)
+    llama = random_llama(context=128, vocab_size=tokenizer.vocab_size)
+    classes = {"a": loss.SourceClass("A", 1.0), "b": loss.SourceClass("B " * 9 + "B", 0.0)}
+    folder = small.export(llama, tokenizer, tmp_path / "model", classes=classes)
+    talker = chat.Chat(folder, device="cpu")
+
+    def left(messages):
+        return [128 - len(talker.prompt(messages, name)) for name in classes]
+
+    turns, forgotten = [user("1 + 2"), data.Message("assistant", "3")], set()
+    for count in range(15):
+        asked = [*turns * count, user("1 + 2")]
+        kept = talker.fitting(asked, 8)
+        assert kept == asked[-len(kept) :] and left(kept)[0] > left(kept)[1] >= 8
+        assert kept == asked or left([*turns, *kept])[1] < 8
+        forgotten.add(len(asked) - len(kept))
+    assert {0, 2} < forgotten
+
+
+def test_a_question_needs_room_for_one_token_of_an_answer(talker, monkeypatch):
+    question = [user("Hi")]
+    length = max(len(talker.prompt(question, name)) for name in talker.names)
+    for context, kept in ((length + 1, question), (length, [])):
+        monkeypatch.setattr(talker, "context", context)
+        assert talker.fitting(question, 9) == kept
 
 
 def test_what_never_fits_is_not_sent_and_the_conversation_goes_on(folder, run, asked_of_model):

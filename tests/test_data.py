@@ -183,25 +183,28 @@ BAD = [
     (b"null", "a line must be a JSON object, not null"),
     (b"3.5", "a line must be a JSON object, not float 3.5"),
     ({"class": "gpt4"}, "no conversation: 'messages', 'conversations', 'conversation' or 'items'"),
-    ({"class": "gpt4", "messages": {"role": "user"}}, "'messages' must be a list, not an object"),
-    ({"class": "gpt4", "items": "Hi"}, "'items' must be a list, not text"),
-    ({"class": "gpt4", "conversations": None}, "'conversations' must be a list, not null"),
+    ({"class": "gpt4", "messages": {"role": "user"}},
+     "'messages' must be a list of messages, not an object"),
+    ({"class": "gpt4", "items": "Hi"}, "'items' must be a list of messages, not text"),
+    ({"class": "gpt4", "conversations": None},
+     "'conversations' must be a list of messages, not null"),
     ({"class": "gpt4", "messages": ["Hi"]}, "no assistant turn"),
     ({"class": "gpt4", "messages": ["Hi", {}]}, "message 1: must be an object, not text"),
     (line("Hi", "Ho", source_class="gpt5"),
      "class 'gpt5' is not in the class table (gpt4, gpt3.5)"),
-    (line("Hi", "Ho", source_class=4), "'class' must be one of gpt4, gpt3.5, not int 4"),
-    (line("Hi", "Ho", source_class=["gpt4"]), "'class' must be one of gpt4, gpt3.5, not a list"),
+    (line("Hi", "Ho", source_class=4), "class int 4 is not in the class table"),
+    (line("Hi", "Ho", source_class=["gpt4"]), "class a list is not in the class table"),
     ({"messages": HI}, "no 'class': name it in each line, or for a whole file by CLASS=FILE"),
     ({"items": HI}, "no 'class': name it in each line, or for a whole file by CLASS=FILE"),
-    ({"items": HI, "condition": "GPT9"}, "no class has the condition 'GPT9' (gpt4, gpt3.5)"),
-    ({"items": HI, "condition": ["GPT4"]}, "no class has the condition ['GPT4'] (gpt4, gpt3.5)"),
+    ({"items": HI, "condition": "GPT9"}, "condition 'GPT9' is not in the class table (GPT4, GPT3)"),
+    ({"items": HI, "condition": ["GPT4"]},
+     "condition a list is not in the class table (GPT4, GPT3)"),
     ({"class": "gpt4", "messages": turns("Hi", "Ho", roles=("user", "bot"))},
      "message 2: 'role' is 'bot', not one of system, developer, user, human"),
     ({"class": "gpt4", "messages": [{"content": "Hi"}]}, "message 1: no 'role' (nor 'from')"),
     ({"class": "gpt4", "messages": turns("Hi", roles=(["user"],))},
      "message 1: 'role' is ['user'], not one of"),
-    ({"class": "gpt4", "messages": []}, "no assistant turn"),
+    ({"class": "gpt4", "messages": []}, "'messages' must be a list of messages, not an empty one"),
     (line("Hi"), "no assistant turn"),
     (line("Hi", ""), "message 2: empty answer"),
     (line("Hi", " \n\t"), "message 2: empty answer"),
@@ -215,9 +218,10 @@ BAD = [
     ({"class": "gpt4", "messages": [*turns("A"), *HI]}, "messages 1 and 2 are two user turns in a"),
     ({"class": "gpt4", "messages": [*HI, *turns("S", roles=("system",))]},
      "a system message after the first message"),
-    ({"class": "gpt4", "items": HI, "system": 3}, "'system': 'system' must be text, not int 3"),
-    (line("Hi", "a\ud800b"), r"message 2: lone surrogate '\ud800'"),
-    (b'{"class": "\\ud800", "messages": []}', r"class '\ud800' is not in the class table"),
+    ({"class": "gpt4", "items": HI, "system": 3}, "'system' must be text, not int 3"),
+    (line("Hi", "a\ud800b"), r"message 2: 'content' has a lone surrogate '\ud800'"),
+    (b'{"class": "\\ud800", "messages": ["Hi", "Ho"]}',
+     r"class '\ud800' is not in the class table"),
     (line("Hi", "Ho", source_class="\udfff"), r"class '\udfff' is not in the class table"),
 ]  # fmt: skip
 BAD_WEIGHTS = [-1, -0.5, float("nan"), float("inf"), "1", True, [1], 10**400, 1e39, 1e-50]
@@ -530,14 +534,9 @@ def test_a_file_that_changes_while_it_is_read_is_not_filed_under_its_old_content
             file.truncate(len(after))
             file.write(after)
 
-    if change == "overwritten in front" and not zipped:  # what was read is what it was
-        expected = prepare(path).tokens.tolist()
-        shutil.rmtree(tmp_path / "tokens")
-        assert prepare(path, progress=write_once).tokens.tolist() == expected
-    else:
-        with pytest.raises(ValueError, match="a.jsonl: (changed while|is broken as a gzip file)"):
-            prepare(path, progress=write_once)
-        assert not [*(tmp_path / "tokens").iterdir()]
+    with pytest.raises(ValueError, match="a.jsonl: (changed while|is broken as a gzip file)"):
+        prepare(path, progress=write_once)
+    assert not [*(tmp_path / "tokens").iterdir()]
 
 
 DAMAGE = {

@@ -588,7 +588,7 @@ def test_keys_beside_the_list_of_a_file_are_refused_or_counted_as_a_lines_are(pr
 
     for key, value in [("weight", 0.1), ("system", "S"), ("train", False), ("class", "gpt4")]:
         for _ in with_keys(**{key: value}):
-            with pytest.raises(ValueError, match=f"'{key}' beside the list .* is not read"):
+            with pytest.raises(ValueError, match=f"beside the list .*: '{key}' is not read"):
                 prepare(path)
     for _ in with_keys(tools=[{"x": 1}]):
         with pytest.raises(ValueError, match="'tools' is not implemented"):
@@ -597,7 +597,7 @@ def test_keys_beside_the_list_of_a_file_are_refused_or_counted_as_a_lines_are(pr
         with pytest.raises(ValueError, match="'loss_scale' seems to say what is supervised"):
             prepare(path)
     path.write_text(f'{{"data": {json.dumps([ant])}, "data": {json.dumps([ant])}}}')
-    with pytest.raises(ValueError, match="'data' beside the list"):
+    with pytest.raises(ValueError, match="beside the list .*: 'data' is not read"):
         prepare(path)
     for _ in with_keys(version=1.5, weight=None):
         assert prepare(path).report["not_read"] == {"version (of the file)": 1}

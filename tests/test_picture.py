@@ -4,13 +4,16 @@ import sys
 
 import numpy as np
 import pytest
+from processes import ROOT
 
-from support import picture, preview
+sys.path.insert(0, str(ROOT / "examples"))
+
+import draw_batch  # noqa: E402
 
 
 @pytest.fixture
 def panels(monkeypatch, tmp_path):
-    """panels(*flags) are the four axes of the picture that data.py draws of some sums."""
+    """panels(*flags) are the four axes of the picture of some sums."""
     figure, figures = pytest.importorskip("matplotlib.figure").Figure, []
     save = figure.savefig
     monkeypatch.setattr(figure, "savefig", lambda f, *to, **how: figures.append(f) or save(f, *to))
@@ -18,7 +21,7 @@ def panels(monkeypatch, tmp_path):
     def panels(*flags):
         path = tmp_path / "batch.png"
         files = ["examples/sums/train.jsonl", "--model", "examples/sums", "--max-length", "64"]
-        preview.main([*files, "--show", "0", "--draw", str(path), *flags])
+        draw_batch.main([*files, "--out", str(path), *flags])
         assert path.read_bytes()[:4] == b"\x89PNG"
         return figures[-1].axes
 
@@ -37,18 +40,18 @@ def test_weights_stand_on_the_answers_and_rows_one_before(panels):
     packed, positions, weights, head = panels("--batch-tokens", "112")
     texts = [text.get_text() for text in packed.texts]
     starts = [at for at, text in enumerate(texts) if text == "<s>"]
-    learned, w, answering = {}, 0.0, False
+    supervised, w, answering = {}, 0.0, False
     for at, text in enumerate(texts):  # read as a person would, from the tokens written out
         if text == "GPT":
             w = {"4": 1.0, "3": 0.1}[texts[at + 1]]
         if text in ("GPT", "<s>"):
             answering = False
         if answering:
-            learned[at] = w
+            supervised[at] = w
         answering = answering or texts[at - 1 : at + 1] == ["Assistant", ":"]
-    assert set(learned.values()) == {1.0, 0.1} and len(starts) >= 3
-    assert bars(weights) == pytest.approx(learned)
-    assert sorted(bars(head)) == [at - 1 for at in sorted(learned)]
+    assert set(supervised.values()) == {1.0, 0.1} and len(starts) >= 3
+    assert bars(weights) == pytest.approx(supervised)
+    assert sorted(bars(head)) == [at - 1 for at in sorted(supervised)]
     ends = [*starts, len(texts)]
     counted = [at for a, b in zip(ends, ends[1:]) for at in range(b - a)]
     assert positions.lines[0].get_ydata().tolist() == counted
@@ -64,12 +67,13 @@ def test_a_long_batch_is_drawn_without_its_texts(panels):
 
 
 def test_the_bin_with_most_classes_is_shown():
-    chosen = picture.first_of_all_classes([[0, 1], [1, 2], [2, 3]], np.array([0, 0, 1, 1]))
+    chosen = draw_batch.first_of_all_classes([[0, 1], [1, 2], [2, 3]], np.array([0, 0, 1, 1]))
     assert chosen == [1, 2]
 
 
-def test_without_matplotlib_it_says_what_to_install_before_reading(monkeypatch):
+def test_without_matplotlib_it_says_what_to_install(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(picture.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="pip install -r requirements-dev.txt"):
-        preview.main(["no such file", "--model", "no folder", "--draw", "x.png"])
+    with pytest.raises(SystemExit, match="^error: .*pip install -r requirements-dev.txt"):
+        draw_batch.main(["examples/sums/eval.jsonl", "--model", "examples/sums"])

@@ -7,6 +7,7 @@ import re
 import socket
 import struct
 import threading
+import time
 
 import browser
 import pytest
@@ -136,27 +137,50 @@ def test_the_page_shows_each_class_with_its_condition_reward_and_weight(port):
     ]  # fmt: skip
 
 
-def test_one_answer_at_a_time(talker, port, monkeypatch):
-    begun, go_on = threading.Event(), threading.Event()
+def test_the_best_class_comes_first_and_is_asked_by_default_wherever_it_stands(sums, tmp_path):
+    rewards = {"fair": 0.3, "best": 1.0, "poor": -0.5}
+    weights = {"fair": 0.2, "best": 1.0, "poor": 0.05}
+    conditions = {"fair": "GPT3", "best": "GPT4", "poor": "GPT2"}
+    classes = {name: loss.SourceClass(conditions[name], rewards[name]) for name in rewards}
+    tokenizer = data.Tokenizer(sums)
+    llama = small.random_llama(vocab_size=tokenizer.vocab_size)
+    small.export(llama, tokenizer, tmp_path / "model", classes=classes, weights=weights)
+    talker = chat.Chat(tmp_path / "model", device="cpu")
+    asked = talker.tokenizer.decode(talker.prompt([data.Message("user", "Hi")]))
+    assert talker.class_name == "best" and asked.startswith("GPT4 User:")
+    with served(talker) as port:
+        columns = shown(request(port)[2])["columns"]
+    assert [(c["name"], c["user"], c["reward"], c["weight"]) for c in columns] == [
+        (name, f"{conditions[name]} User:", rewards[name], weights[name])
+        for name in ("best", "fair", "poor")
+    ]
+
+
+def test_one_answer_at_a_time_and_the_next_question_waits(talker, port, monkeypatch):
+    begun, go_on, running, together = threading.Event(), threading.Event(), [], []
 
     def streams(prompts, **options):
+        running.append(1)
+        together.append(len(running))
         yield 0, "a", None
         begun.set()
         assert go_on.wait(20)
         yield 0, "b", ""
         yield 1, "c", ""
+        running.pop()
 
-    monkeypatch.setattr(web, "PATIENCE", 0.05)
     monkeypatch.setattr(talker, "streams", streams)
     found = []
-    first = threading.Thread(target=lambda: found.append(answers(port, HI)))
-    first.start()
-    assert begun.wait(20)
-    assert request(port, "POST", "/ask", HI)[0] == 409
+    threads = [threading.Thread(target=lambda: found.append(answers(port, HI))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        assert begun.wait(20)
+    time.sleep(0.2)  # the second would have begun by now
     assert request(port)[0] == 200  # the page itself is there
     go_on.set()
-    first.join()
-    assert found == [(["ab", "c"], ["", ""])] == [answers(port, HI)]
+    for thread in threads:
+        thread.join()
+    assert found == [(["ab", "c"], ["", ""])] * 2 and together == [1, 1]
 
 
 def test_an_answer_ends_with_its_listener(talker, port, monkeypatch):
