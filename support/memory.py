@@ -3,13 +3,12 @@
 Tested against what small networks really hold on a CPU (tests/test_plan.py).
 """
 
-import dataclasses
+from typing import NamedTuple
 
 import torch
 
 
-@dataclasses.dataclass(frozen=True)
-class Size:
+class Size(NamedTuple):
     """What the estimate of a run depends on, apart from its network."""
 
     shards: int  # ranks that share one copy of the parameters
@@ -21,6 +20,7 @@ class Size:
 
 def estimate(network, size, recompute):
     """{part: bytes per rank}, with the activations of `recompute` blocks recomputed in backward."""
+    recompute = min(recompute, network.num_hidden_layers)
     parameters, shards, t = network.parameter_count(), size.shards, size.tokens
     width = 2 if size.bf16 else 4
     d, f = network.hidden_size, network.intermediate_size
@@ -60,14 +60,11 @@ def of_a_rank(planned_gib):
 
 
 def blocks_to_recompute(network, size, available):
-    """The fewest blocks with which the estimate stays within 90 % of the available bytes."""
-    layers = network.num_hidden_layers
-    if not available:
-        return 0
-    for recompute in range(layers):
-        if sum(estimate(network, size, recompute).values()) <= 0.9 * available:
+    """The fewest blocks, or all, with which the estimate is within 90 % of the available bytes."""
+    for recompute in range(network.num_hidden_layers):
+        if not available or total(network, size, recompute) <= 0.9 * available:
             return recompute
-    return layers
+    return network.num_hidden_layers
 
 
 def sizes_that_fit(network, size, available):
@@ -77,9 +74,11 @@ def sizes_that_fit(network, size, available):
     """
     for halvings in range(5):
         for doublings in range(11):
-            tokens, shards = size.tokens >> halvings, size.shards << doublings
-            other = dataclasses.replace(size, tokens=tokens, shards=shards)
-            recompute = blocks_to_recompute(network, other, available)
-            if sum(estimate(network, other, recompute).values()) <= available:
+            other = size._replace(tokens=size.tokens >> halvings, shards=size.shards << doublings)
+            if total(network, other, network.num_hidden_layers) <= available:
                 yield other
                 break
+
+
+def total(network, size, recompute):
+    return sum(estimate(network, size, recompute).values())

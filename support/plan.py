@@ -132,29 +132,17 @@ def make_plan(config, ranks, out):
         recompute = memory.blocks_to_recompute(network, size, available)
     recompute = min(recompute, network.num_hidden_layers)
     return Plan(
-        config=config,
-        world=world,
-        classes=classes,
+        config=config, world=world, classes=classes, tokenizer=tokenizer, network=network,
         class_weights=weights if config.reward else None,
-        tokenizer=tokenizer,
-        network=network,
-        dataset=dataset,
-        eval_dataset=eval_dataset,
-        order=order,
-        bf16=bf16,
-        compile=compile,
-        flash=flash,
-        max_length=max_length,
+        dataset=dataset, eval_dataset=eval_dataset, order=order,
+        bf16=bf16, compile=compile, flash=flash, max_length=max_length,
         lr=auto_lr(network, tokenizer, supervised) if config.lr == "auto" else float(config.lr),
         shape=(config.batch_tokens, offsets, max_length) if compile else None,
         base=identity_of_weights(config, ranks) if pretrained else None,
-        new_rows=new_rows,
-        untrained=untrained,
-        recompute=recompute,
-        size=size,
-        memory=memory.estimate(network, size, recompute),
+        new_rows=new_rows, untrained=untrained,
+        recompute=recompute, size=size, memory=memory.estimate(network, size, recompute),
         available=available,
-    )
+    )  # fmt: skip
 
 
 def network_to_train(folder, tokenizer):

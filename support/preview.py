@@ -1,5 +1,6 @@
 """`python data.py FILE --model DIR`: check conversations, and show them as the model reads them."""
 
+import itertools
 import os
 import sys
 import tempfile
@@ -78,9 +79,9 @@ def run_preview(args):
             f"conversations up to {max_length:,} tokens"
         )
         print("\n".join(report.weight_by_step(found, steps, classes, weights)))
-        print(f"\n{report.LEGEND}\n")
+        print(f"\n{LEGEND}\n")
         for conversation in varied(found, args.show):
-            print(*report.preview(found, conversation, tokenizer, classes, weights), sep="\n")
+            print(*preview(found, conversation, tokenizer, classes, weights), sep="\n")
         if args.draw:
             bins = [b for step in steps for b in step]
             conversations = first_of_all_classes(bins, found.index["source_class"])
@@ -88,6 +89,23 @@ def run_preview(args):
             of_class = found.index["source_class"][conversations].tolist()
             draw_batch(args.draw, batch, of_class, classes, tokenizer)
             print(f"drawn: {args.draw}")
+
+
+LEGEND = r"""supervised: ⟦between these⟧, with its weight w
+a special token's name that is spelled in a text is shown as <\s>"""
+
+
+def preview(dataset, conversation, tokenizer, classes, class_weights):
+    """Lines of text: one conversation as the model reads it, with the weights of its tokens."""
+    weights = dataset.weights_of(conversation, class_weights)
+    name = list(classes)[dataset.index["source_class"][conversation]]
+    text, tokens = "", dataset.tokens[dataset.span(conversation)].tolist()
+    bounds = [0, *(np.flatnonzero(np.diff(weights)) + 1).tolist(), len(tokens)]
+    for low, high in itertools.pairwise(bounds):
+        run = report.visible(tokens[low:high], tokenizer)
+        text += f"⟦{run}⟧w={weights[low]:.3g} " if weights[low] else run
+    where = dataset.where(conversation)
+    return [f"{where}  class {name}, {len(weights)} tokens", text.rstrip("\n"), ""]
 
 
 def varied(dataset, count):
