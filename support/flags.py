@@ -62,16 +62,16 @@ class Parser(argparse.ArgumentParser):
 
     def values(self, arguments):
         """{field: value} of the flags given; those of the command line win over an @FILE's."""
-        files = [argument for argument in arguments if argument.startswith("@")]
-        others = [argument for argument in arguments if not argument.startswith("@")]
-        from_files = [flag for file in files for flag in self._flags_in(file)]
+        from_files, others = [], []
+        for argument in arguments:
+            if not argument.startswith("@"):
+                others.append(argument)
+                continue
+            try:
+                from_files += shlex.split(Path(argument[1:]).read_text("utf-8-sig"), comments=True)
+            except (OSError, ValueError) as error:  # ValueError: an open quote, or not text
+                self.error(f"{argument}: {error}")
         return vars(self.parse_args(from_files)) | vars(self.parse_args(others))
-
-    def _flags_in(self, file):
-        try:
-            return shlex.split(Path(file[1:]).read_text("utf-8-sig"), comments=True)
-        except (OSError, ValueError) as error:  # ValueError: an open quote, or not text
-            self.error(f"{file}: {error}")
 
 
 def flag_of(name):

@@ -68,16 +68,13 @@ def blocks_to_recompute(network, size, available):
 
 
 def sizes_that_fit(network, size, available):
-    """Sizes that fit: with the tokens of `size`, half of them, to a 16th, the fewest shards each.
-
-    Shards are doubled, to at most 1024 times as many.
-    """
-    for halvings in range(5):
-        for doublings in range(11):
-            other = size._replace(tokens=size.tokens >> halvings, shards=size.shards << doublings)
-            if total(network, other, network.num_hidden_layers) <= available:
-                yield other
-                break
+    """Sizes that fit, the most tokens first: down to a 16th, on up to 1024 times as many shards."""
+    sizes = [
+        size._replace(tokens=size.tokens >> halvings, shards=size.shards << doublings)
+        for halvings in range(5)
+        for doublings in range(11)
+    ]
+    return [s for s in sizes if total(network, s, network.num_hidden_layers) <= available]
 
 
 def total(network, size, recompute):

@@ -91,7 +91,12 @@ def make_plan(config, ranks, out):
     weights = np.array(list(class_weights(classes, config.beta).values()))
 
     tokenizer = Tokenizer(config.model)
-    network, new_rows = network_to_train(config.model, tokenizer)
+    read = model.LlamaConfig.from_folder(config.model)
+    tokenizer.check_vocabulary(read.vocab_size)
+    rows = max(read.vocab_size, tokenizer.vocab_size)
+    tokens = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eot}
+    network = dataclasses.replace(read, vocab_size=rows, **tokens)
+    new_rows = rows - read.vocab_size
     pretrained = has_weights(config)
     if pretrained:
         model.check_weights(config.model, network, new_rows)
@@ -143,16 +148,6 @@ def make_plan(config, ranks, out):
         recompute=recompute, size=size, memory=memory.estimate(network, size, recompute),
         available=available,
     )  # fmt: skip
-
-
-def network_to_train(folder, tokenizer):
-    """(LlamaConfig, rows that its vocabulary gains over the checkpoint's)."""
-    config = model.LlamaConfig.from_folder(folder)
-    tokenizer.check_vocabulary(config.vocab_size)
-    rows = max(config.vocab_size, tokenizer.vocab_size)
-    tokens = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eot}
-    network = dataclasses.replace(config, vocab_size=rows, **tokens)
-    return network, rows - config.vocab_size
 
 
 def has_weights(config):

@@ -191,8 +191,8 @@ def _needed(plan):
 def what_would_fit(plan):
     """The error of a plan that does not fit: with how many ranks or tokens it would."""
     config, size, ways = plan.config, plan.size, []
-    found = [*memory.sizes_that_fit(plan.network, size, plan.available)]
-    if found:  # more ranks, or fewer tokens and as few ranks as then are enough
+    found = memory.sizes_that_fit(plan.network, size, plan.available)
+    if found:  # the most tokens, or the fewest ranks
         found = dict.fromkeys([found[0], min(found, key=lambda other: other.shards)])
     for other in found:
         changes = ["no --recompute"] * (config.recompute is not None)
