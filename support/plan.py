@@ -97,7 +97,10 @@ def make_plan(config, ranks, out):
     tokens = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eot}
     network = dataclasses.replace(read, vocab_size=rows, **tokens)
     new_rows = rows - read.vocab_size
-    pretrained = has_weights(config)
+    pretrained = not config.random_weights and model.has_weights(config.model)
+    if not (pretrained or config.random_weights or config.dry_run):  # which needs none
+        hint = "" if config.evaluate else "; --random-weights begins with random ones"
+        raise ValueError(f"{config.model}: no *.safetensors there{hint}")
     if pretrained:
         model.check_weights(config.model, network, new_rows)
     new = pretrained and not read_export(Path(config.model))  # an export has all its rows
@@ -128,7 +131,12 @@ def make_plan(config, ranks, out):
     share = dataset.total_weight(slice(None), None) / int(dataset.lengths.sum())
     supervised = config.batch_tokens * world * config.accumulate * share  # tokens per step
 
-    offsets = most_offsets(order, eval_dataset, world, config, max_length)
+    fullest = order.fullest
+    if eval_dataset:
+        steps = data.pack(eval_dataset.lengths, config.batch_tokens, world, 0, 0)
+        fullest = max(fullest, *(len(b) for step in steps for b in step))
+    # The cu_seqlens of every batch, for the fullest bin and data.collate's padding.
+    offsets = fullest + math.ceil(config.batch_tokens / max_length) + 1
     sequences = offsets - 1 if flash else 0
     size = memory.Size(world // config.replicas, config.batch_tokens, bf16, compile, sequences)
     available = memory.of_a_rank(config.plan_memory)
@@ -150,17 +158,6 @@ def make_plan(config, ranks, out):
     )  # fmt: skip
 
 
-def has_weights(config):
-    """Does the run begin with the folder's weights? ValueError if there are none to begin with."""
-    if config.random_weights:
-        return False
-    found = model.has_weights(config.model)
-    if not found and not config.dry_run:  # which needs none
-        hint = "" if config.evaluate else "; --random-weights begins with random ones"
-        raise ValueError(f"{config.model}: no *.safetensors there{hint}")
-    return found
-
-
 def identity_of_weights(config, ranks):
     """Their fingerprint; ValueError if the machines of a run have different weights."""
     first_of_machine = int(os.environ.get("LOCAL_RANK", 0)) == 0 and not config.dry_run
@@ -178,15 +175,6 @@ def length_limit(max_length, batch_tokens, context):
     if max_length and context and max_length > context:
         raise ValueError(f"--max-length must be within the model's {context}")
     return max_length or min(4096, batch_tokens, context or 4096)
-
-
-def most_offsets(order, eval_dataset, world, config, longest):
-    """The cu_seqlens that every batch has: for the fullest bin, and data.collate's padding."""
-    tokens, fullest = config.batch_tokens, order.fullest
-    if eval_dataset:
-        steps = data.pack(eval_dataset.lengths, tokens, world, 0, 0)
-        fullest = max(fullest, *(len(b) for step in steps for b in step))
-    return fullest + math.ceil(tokens / longest) + 1
 
 
 def auto_lr(network, tokenizer, supervised_tokens):

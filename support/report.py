@@ -130,7 +130,11 @@ def schedule(plan):
     first_epoch = order.pack(0)[: order.total]
     out += weight_by_step(plan.dataset, first_epoch, plan.classes, plan.class_weights)
     if order.total <= FEW_STEPS and order.total != config.max_steps:
-        out.append(f"warning: few steps, {order.total}; {more_steps(plan)}")
+        times = 1 << (FEW_STEPS // order.total).bit_length()  # as many are enough
+        tokens, longest = config.batch_tokens // times, plan.dataset.lengths.max()
+        whole = tokens >= (config.max_length or longest)  # no conversation would be cut
+        flag = f"--batch-tokens {tokens}" if whole else f"--epochs {times * config.epochs}"
+        out.append(f"warning: few steps, {order.total}; {flag} makes some {times * order.total}")
     if config.random_weights and config.lr == "auto":
         out.append("warning: OpenChat's learning rate is for pretrained weights; try --lr 3e-3")
     rule = " (OpenChat's rule)" if config.lr == "auto" else ""
@@ -143,45 +147,35 @@ def schedule(plan):
     ])  # fmt: skip
 
 
-FEW_STEPS = 100  # that train little
-
-
-def more_steps(plan):
-    """The flag that makes more than FEW_STEPS; a batch holds the longest conversation whole."""
-    config, steps, tokens = plan.config, plan.order.total, plan.config.batch_tokens
-    longest = config.max_length or plan.dataset.lengths.max()
-    while steps <= FEW_STEPS and tokens // 2 >= longest:
-        steps, tokens = 2 * steps, tokens // 2
-    if tokens < config.batch_tokens:
-        return f"--batch-tokens {tokens} makes some {steps}"
-    times = FEW_STEPS // steps + 1
-    return f"--epochs {times * config.epochs} makes some {times * steps}"
+FEW_STEPS = 100  # train little
 
 
 def resources(plan):
-    """Text about the memory and disk that the run needs, and its time if a GPU is planned for."""
-    config, parameters, indent = plan.config, plan.network.parameter_count(), "\n" + " " * 11
-    out = Path(config.out).absolute()
+    """Text about the memory and disk that a run needs, and its time if a GPU is planned for."""
+    config, order, parameters = plan.config, plan.order, plan.network.parameter_count()
     parts = [f"{name} {size / 2**30:.2f}" for name, size in plan.memory.items()]
     fits = f", {'fits' if plan.fits else 'DOES NOT FIT'} {plan.available / 2**30:.1f}"
-    exports = sum(map(plan.exports, range(1, plan.order.total + 1)))
+    exports = sum(map(plan.exports, range(1, order.total + 1)))
+    out = Path(config.out).absolute()
     disk = next(path for path in (out, *out.parents) if path.exists())
-    text = (
+    lines = [
         f"memory     about {_needed(plan)}{fits if plan.available else ''}; "
-        f"{plan.recompute} of {plan.network.num_hidden_layers} blocks recomputed"
-        f"{indent}{', '.join(parts[:5])},{indent}{', '.join(parts[5:])}\n"
-        f"disk       {config.keep + 1} checkpoints of {12 * parameters / 1e9:.3g} GB, {exports} "
-        f"exports of {(2 if plan.bf16 else 4) * parameters / 1e9:.3g} GB"
-        f"{indent}{shutil.disk_usage(disk).free / 1e9:,.0f} GB free in {disk}\n"
-    )
-    if plan.available:  # a GPU is planned for
-        lengths, order = plan.dataset.lengths.astype(float), plan.order
+        f"{plan.recompute} of {plan.network.num_hidden_layers} blocks recomputed",
+        f"           {', '.join(parts[:5])},",
+        f"           {', '.join(parts[5:])}",
+        f"disk       checkpoints {config.keep + 1} x {12 * parameters / 1e9:.3g} GB, "
+        f"exports {exports} x {(2 if plan.bf16 else 4) * parameters / 1e9:.3g} GB",
+        f"           {shutil.disk_usage(disk).free / 1e9:,.0f} GB free in {disk}",
+    ]
+    if plan.available:
+        lengths = plan.dataset.lengths.astype(float)
         epochs = len(order.ends) * order.total / order.ends[-1]  # --max-steps may end the last
         flops = epochs * training_flops(plan.network, lengths.sum(), (lengths**2).sum())
         hours = flops / (plan.world * 0.4 * PEAK_FLOPS["H100"]) / 3600
-        text += f"time       about {hours:,.2f} h on {plan.world} x H100 at 40 % of their peak, "
-        text += f"an assumption{indent}no GPU has confirmed these estimates yet\n"
-    return text
+        assumed = f"on {plan.world} x H100 at 40 % of their peak, an assumption"
+        lines += [f"time       about {hours:,.2f} h {assumed}"]
+        lines += ["           no GPU has confirmed these estimates yet"]
+    return "\n".join([*lines, ""])
 
 
 def _needed(plan):
@@ -258,24 +252,24 @@ def weight_by_step(dataset, steps, classes, class_weights):
     """
     if class_weights is None or len(set(class_weights)) == 1:  # all tokens count alike
         return []
-    number, weight = dataset.index["source_class"], []  # (S, C)
-    for conversations in map(np.concatenate, steps):
-        of_each = dataset.weight_by_conversation(conversations, class_weights)
-        weight.append(np.bincount(number[conversations], of_each, len(classes)))
-    weight = np.stack(weight)
-    names, found = list(classes), np.flatnonzero(weight.any(0))
-    if len(found) < 2:
+    number, names = dataset.index["source_class"], np.array([*classes])
+    weight = np.array([
+        np.bincount(number[c], dataset.weight_by_conversation(c, class_weights), len(classes))
+        for c in map(np.concatenate, steps)
+    ])  # fmt: skip  # (S, C)
+    found = weight.any(0)
+    if found.sum() < 2:
         return ["only one class: weights act relative to other classes, so they do nothing here"]
     supervised = weight[weight.any(1)]
     shares = (supervised / supervised.sum(1, keepdims=True)).mean(0)
-    shares = ", ".join(f"{names[c]} {shares[c]:.1%}" for c in found)
+    shares = ", ".join(f"{n} {s:.1%}" for n, s in zip(names[found], shares[found], strict=True))
     out = [f"share of a step's weight, mean of epoch 1: {shares}"]
-    best = [c for c in found if class_weights[c] == 1]
+    best = found & (class_weights == 1)
     without = int((~weight[:, best].any(1)).sum())
-    if best and without:
+    if best.any() and without:
         out.append(
             f"{without:,} of its {len(steps):,} steps ({without / len(steps):.1%}) hold no "
-            f"{' or '.join(names[c] for c in best)} token: the other classes count in full there,\n"
+            f"{' or '.join(names[best])} token: the other classes count in full there,\n"
             "whatever their w; raise --accumulate or --batch-tokens"
         )
     return out

@@ -198,7 +198,7 @@ def test_the_plan_says_what_a_run_needs_of_disk_and_time(seven_billion):
     """Against counts by hand: 12 bytes a parameter saved, 2 exported; 6 operations a weight."""
     plan = seven_billion(plan_ranks=2, plan_memory=80, keep=4, epochs=200, export_every=10)
     text, parameters = report.resources(plan), plan.network.parameter_count()
-    disk = re.search(r"disk +5 checkpoints of ([\d.]+) GB, 20 exports of ([\d.]+) GB\n", text)
+    disk = re.search(r"disk +checkpoints 5 x ([\d.]+) GB, exports 20 x ([\d.]+) GB\n", text)
     assert float(disk[1]) == pytest.approx(12e-9 * parameters, rel=0.01)
     assert float(disk[2]) == pytest.approx(2e-9 * parameters, rel=0.01)
     seconds = 6 * int(plan.dataset.lengths.sum()) * 200 * parameters / (2 * 0.4 * 989e12)
