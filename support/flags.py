@@ -12,14 +12,14 @@ from pathlib import Path
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that says in one line what is wrong, and exits with code 2."""
+    """An ArgumentParser whose errors are one line, with exit code 2."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
 
     def parse_args(self, arguments=None):
         arguments = sys.argv[1:] if arguments is None else arguments
-        before_texts = [*arguments, "--"].index("--")  # what follows "--" are texts
+        before_texts = [*arguments, "--"].index("--")  # after "--" come texts
         known = self._option_string_actions
         # A wrong flag is an error before a missing one: it may be that one, misspelt.
         for flag in (argument.split("=")[0] for argument in arguments[:before_texts]):

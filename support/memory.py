@@ -1,6 +1,6 @@
 """An estimate of the memory that a rank's GPU needs at the peak of a step, before one is rented.
 
-Tested against what small networks really hold on a CPU (tests/test_plan.py).
+Tested against the memory of small networks on a CPU (tests/test_plan.py).
 """
 
 from typing import NamedTuple
@@ -9,7 +9,7 @@ import torch
 
 
 class Size(NamedTuple):
-    """What the estimate of a run depends on, apart from its network."""
+    """The numbers that the estimate depends on, apart from the network."""
 
     shards: int  # ranks that share one copy of the parameters
     tokens: int  # of a micro-batch
@@ -30,15 +30,15 @@ def estimate(network, size, recompute):
     kv = network.num_key_value_heads * (network.head_dim + lacking)
     cut = network.num_attention_heads * network.head_dim if lacking else 0
     # Saved for backward, per token: the inputs of block and attention, q, k, v, the attention's
-    # output, and the MLP's two products; if not compiled, also what a compiled block recomputes
-    # from these: the outputs of both norms, the MLP's SiLU and product, and their intermediates.
+    # output, and the MLP's two products; if not compiled, also all that a compiled block makes
+    # again from these: the outputs of both norms, the MLP's SiLU and product, their intermediates.
     block = width * (2 * d + 2 * q + cut + 2 * kv + 2 * f + (0 if size.compiled else 4 * d + 2 * f))
     matrices = 1 if network.tie_word_embeddings else 2  # embedding and head
     embedding = network.vocab_size * d
     per_block = (parameters - matrices * embedding) // network.num_hidden_layers
     # Backward reaches the recomputed blocks last: the others' memory is free again by then.
     stored = max(network.num_hidden_layers - recompute, 1) * block + recompute * width * d
-    # For one block at a time: gradients, 3 f for its MLP, and what a compiled block recomputes.
+    # For one block at a time: gradients, 3 f for its MLP, and all that a compiled block makes again.
     once = 6 * d + 3 * f + (2 * d + f if size.compiled else 0)
     return {
         "parameters": 4 * parameters // shards,

@@ -168,7 +168,7 @@ def identity_of_weights(config, ranks):
 
 
 def length_limit(max_length, batch_tokens, context):
-    """The tokens at which a conversation is cut: --max-length, by default 4096 or what fits.
+    """The tokens at which a conversation is cut: --max-length, by default 4096 or less.
 
     `context` is the model's max_position_embeddings, None if it is not known.
     """

@@ -1,4 +1,4 @@
-"""What a run prints: its header, the data as the model reads it, progress; and metrics.jsonl."""
+"""The text that a run prints: its plan, its data, its progress; and metrics.jsonl."""
 
 import collections
 import contextlib
@@ -126,7 +126,7 @@ def schedule(plan):
     """Text about the weights in a step, the number of steps, and the optimizer."""
     config, order, out, expert = plan.config, plan.order, [], expert_class(plan.classes)
     if list(plan.classes).index(expert) not in plan.dataset.index["source_class"]:
-        out.append(f"warning: no conversation of the expert class {expert}, as which chat.py asks")
+        out.append(f"warning: no conversation of the expert class {expert}, which chat.py asks for")
     first_epoch = order.pack(0)[: order.total]
     out += weight_by_step(plan.dataset, first_epoch, plan.classes, plan.class_weights)
     if order.total <= FEW_STEPS and order.total != config.max_steps:
@@ -147,7 +147,7 @@ def schedule(plan):
     ])  # fmt: skip
 
 
-FEW_STEPS = 100  # train little
+FEW_STEPS = 100  # as few train hardly anything
 
 
 def resources(plan):
