@@ -38,7 +38,7 @@ def estimate(network, size, recompute):
     per_block = (parameters - matrices * embedding) // network.num_hidden_layers
     # Backward reaches the recomputed blocks last: the others' memory is free again by then.
     stored = max(network.num_hidden_layers - recompute, 1) * block + recompute * width * d
-    # For one block at a time: gradients, 3 f for its MLP, and all that a compiled block makes again.
+    # For one block at a time: gradients, 3 f for its MLP, and all that a compiled one makes again.
     once = 6 * d + 3 * f + (2 * d + f if size.compiled else 0)
     return {
         "parameters": 4 * parameters // shards,
