@@ -8,8 +8,8 @@ becomes, in the class-conditioned template of OpenChat v3.2 (arXiv 2309.11235, s
     tokens   <s> GPT4 User: Hello <|end_of_turn|> GPT4 Assistant: Hi <|end_of_turn|>
     weights   0   0    0      0          0         0       0      w        w
 
-where w is the weight of the conversation's class, times the "weight" of the line and of the
-message if they have one: only what an assistant says, its end of turn included, is supervised.
+w is the weight of the conversation's class, times the "weight" of the line and of the message if
+they have one. Only the assistant's text is supervised, its end of turn included.
 With Llama 3's tokens (OpenChat 3.6) a turn is <|start_header_id|> GPT4 User <|end_header_id|> and
 two newlines, Hello, <|eot_id|>; support/tokenizer.py has both templates.
 Every text is tokenized on its own with special tokens off, so that no content can forge a turn.
@@ -18,7 +18,7 @@ Beyond --max-length a conversation loses its end, and is dropped if no answer is
     a file -> its lines -> parse_conversation -> lay_out -> arrays -> pack -> collate -> Batch
     support/containers.py  support/formats.py    below  support/dataset.py        below
 
-`python data.py FILE --model DIR` checks files and shows what would be trained on
+`python data.py FILE --model DIR` checks files and shows them as they would be trained on
 (support/preview.py).
 """
 
@@ -287,7 +287,7 @@ class Order:
 class Batch(NamedTuple):
     """One micro-batch of one rank: whole conversations end to end, T tokens.
 
-    `rows` (N,) are the positions whose next token is learned: targets (N,) is that token,
+    `rows` (N,) are the positions whose next token is supervised: targets (N,) is that token,
     weights (N,) float32 its weight, classes (N,) the number of its conversation's class.
     """
 

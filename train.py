@@ -13,8 +13,8 @@ The whole method, and where each part is:
     other classes: --classes; a reward per conversation or turn: a "weight" in the data
     the head and the loss without the logits, rows padded if V = 32002: kernels/
 
-Read down: flags, main, the loop, the sharded network, one step, evaluation, the schedule. What a
-run needs and the method does not is in support/; what is decided before the first step is a Plan.
+Read down: flags, main, the loop, the sharded network, one step, evaluation, the schedule. support/
+has everything that a run needs but the method does not; a Plan is all that is decided beforehand.
 Shapes: T tokens of a micro-batch, N supervised rows, C classes, D hidden, V vocabulary.
 """
 
@@ -56,12 +56,12 @@ EXAMPLE = ROOT / "examples" / "sums"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    # --- what
+    # --- the run
     model: str = ""  # folder: config.json, *.safetensors, tokenizer.model (or tokenizer.json)
     random_weights: bool = False  # begin with random weights instead of the folder's
     data: list = ()  # training conversations; CLASS=FILE: all of them are of that class
     eval_data: list = ()  # held-out conversations, in files as those of --data
-    class_field: str = "class"  # what names a conversation's class, such as model, source, label
+    class_field: str = "class"  # the key with a conversation's class, such as model, source, label
     classes: str = ""  # JSON {class: {"condition", "reward"}}; without it gpt4 1.0, gpt3.5 0.0
     beta: float = BETA  # w = exp((reward - best reward) / beta); 1/ln 10 gives 1.0 and 0.1
     condition: bool = True  # put the class into the prompt (off: the paper's "w/o condition")
@@ -74,7 +74,7 @@ class Config:
     # --- a step: ranks x accumulate micro-batches of batch-tokens each
     batch_tokens: int = 8192  # tokens of a micro-batch on one rank
     accumulate: int = 1  # micro-batches a step on each rank
-    max_length: int = None  # tokens of a conversation, longer are cut (default: 4096, or what fits)
+    max_length: int = None  # tokens of a conversation, longer are cut (default: 4096 or less)
     # --- optimizer
     lr: str = "auto"  # peak learning rate; auto: OpenChat's rule from the batch size
     min_lr_ratio: float = 0.1  # the cosine ends at this share of the peak
@@ -217,8 +217,8 @@ def train(plan, ranks, out):
             loss, grad_norm, signals, table = sums.to_host()
             seconds = time.perf_counter() - began
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
-                where = f"step {step}: loss {loss}, gradient norm {grad_norm}"
-                raise ValueError(where + not_finite(plan, ranks, step, bins, of_batches))
+                problem = f"step {step}: loss {loss}, gradient norm {grad_norm}"
+                raise ValueError(problem + not_finite(plan, ranks, step, bins, of_batches))
             log.step(step, bins, loss, lr, grad_norm, table, seconds)
 
             # Once in a while: save, evaluate, export.
@@ -228,7 +228,7 @@ def train(plan, ranks, out):
             stopped = stopped or not evaluate_and_export(plan, ranks, llama, log, out, step)
     if stopped:
         checkpoints.save(llama, optimizer, done)
-        ranks.say(f"stopped after step {done}, as asked; the same command goes on from here")
+        ranks.say(f"stopped after step {done}, as asked; the same command resumes from here")
         return False
     checkpoints.finish()
     ranks.say(f"done: the model is {out / 'model'}, the metrics {out / 'metrics.jsonl'}")
@@ -248,6 +248,8 @@ def evaluate_and_export(plan, ranks, llama, log, out, step):
         if table is None:
             return False
         log.evaluation(step, table)
+        if step == 0:
+            require_finite(table)
     if export_now:
         if ranks.asked_to_stop():  # exporting is slow, and can be redone from the checkpoint
             return False
@@ -291,10 +293,10 @@ def build(plan, ranks, with_weights=True):
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # the rotary table stays float32
     )
-    groups = (config.replicas, ranks.world // config.replicas)
-    names = ("replicate", "shard")
+    groups, names = (config.replicas, ranks.world // config.replicas), ("replicate", "shard")
+    if config.replicas == 1:  # one dimension: a second would make a communicator per rank
+        groups, names = groups[1:], names[1:]
     mesh = dist.init_device_mesh(ranks.device.type, groups, mesh_dim_names=names)
-    mesh = mesh if config.replicas > 1 else mesh["shard"]
     for block in llama.model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(llama, mesh=mesh, mp_policy=policy)
@@ -398,7 +400,7 @@ def forward_backward(plan, ranks, llama, batches, total_weight):
         table = table + of_classes
     of_batches = torch.stack(of_batches)
     shards = [model.local_tensor(p.grad) for p in llama.parameters()]
-    norm = torch.nn.utils.get_total_norm(shards).double()  # of what this rank holds
+    norm = torch.nn.utils.get_total_norm(shards).double()  # of this rank's rows
     signal = torch.full_like(norm, ranks.signalled is not None)
     sums = torch.cat([torch.stack([of_batches.sum(), norm**2, signal]), table.flatten()])
     sums = ranks.sum(sums)  # the step's only all-reduce of ours
@@ -432,9 +434,8 @@ def not_finite(plan, ranks, step, bins, of_batches):
     conversations = [c for b in bad or range(len(bins)) for c in bins[b]]
     where = "\n  ".join(plan.dataset.where(c) for c in conversations[:20])
     more = f"\n  ... and {len(conversations) - 20} more" if len(conversations) > 20 else ""
-    advice = "The weights were not changed, nor the last checkpoint. Try a lower --lr, or look"
-    if step == 1 and plan.base:
-        advice = f"{BASE_IS_BROKEN}. Look"
+    unchanged = "The weights were not changed, nor the last checkpoint. Try a lower --lr, or look"
+    advice = f"{BASE_IS_BROKEN}. Look" if step == 1 and plan.base else unchanged
     return f". {advice} at the conversations of this batch:\n  {where}{more}"
 
 

@@ -26,7 +26,8 @@ SMALL = ["--batch-tokens", "256", "--epochs", "2", "--precision", "fp32"]
 
 def program(arguments):
     name, *arguments = arguments
-    importlib.import_module(name.removesuffix(".py")).main(arguments)
+    module = "support.preview" if name == "data.py" else name.removesuffix(".py")
+    importlib.import_module(module).main(arguments)
 
 
 def typed(words, places, columns, home):
