@@ -113,7 +113,6 @@ def parse_arguments(arguments):
         usage=USAGE,
         description="C-RLFT: class-conditioned, reward-weighted fine-tuning of a Llama.",
         epilog="@FILE reads flags from a file; those of the command line win.",
-        fromfile_prefix_chars="@",
         argument_default=argparse.SUPPRESS,  # Config has the defaults
     )
     metavars = {"model": "DIR", "out": "RUN", "classes": "FILE", "class_field": "KEY"}
@@ -175,7 +174,7 @@ def run(config, ranks):
         if config.evaluate:
             return evaluate_alone(plan, ranks)
         ranks.say(report.schedule(plan))
-        ranks.say(report.memory_of_a_rank(plan))
+        ranks.say(report.resources(plan))
         if not plan.fits:
             raise ValueError(report.what_would_fit(plan))
         return not config.dry_run and train(plan, ranks, out)

@@ -8,38 +8,31 @@ import math
 import re
 import shlex
 import sys
+from pathlib import Path
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that says in one line what is wrong, and exits with code 2."""
+    """An ArgumentParser whose errors are one line, with exit code 2."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
-        self.convert_arg_line_to_args = lambda line: shlex.split(
-            line.removeprefix("\ufeff"), comments=True
-        )
 
     def parse_args(self, arguments=None):
         arguments = sys.argv[1:] if arguments is None else arguments
-        before_texts = [*arguments, "--"].index("--")  # what follows "--" are texts
-        flags = [a for a in arguments[:before_texts] if a.startswith("--") and " " not in a]
-        self.refuse_unknown(flags)  # before a missing one: it may be misspelt
-        try:
-            found, left = self.parse_known_args(arguments)
-        except ValueError as error:  # in an @FILE: an open quote, or not text
-            self.error(f"{' '.join(a for a in arguments if a.startswith('@'))}: {error}")
-        self.refuse_unknown(left)
+        before_texts = [*arguments, "--"].index("--")  # after "--" come texts
+        known = self._option_string_actions
+        # A wrong flag is an error before a missing one: it may be that one, misspelt.
+        for flag in (argument.split("=")[0] for argument in arguments[:before_texts]):
+            if flag.startswith("--") and " " not in flag and flag not in known:
+                near = difflib.get_close_matches(flag, known, 1, cutoff=0.7)
+                hint = f"did you mean {near[0]}? " if near else ""
+                if re.search(r"lora|[48]-?bit|quant", flag):
+                    hint = "full fine-tuning only; "
+                self.error(f"{flag} is not a flag of {self.prog}; {hint}--help lists all")
+        found, left = self.parse_known_args(arguments)
         if left:
             self.error(f"{left[0]} belongs to no flag of {self.prog}; --help lists all")
         return found
-
-    def refuse_unknown(self, arguments):
-        known = self._option_string_actions
-        for flag in [argument.split("=")[0] for argument in arguments]:
-            if flag.startswith("-") and flag not in known:
-                near = difflib.get_close_matches(flag, known, n=1, cutoff=0.7)
-                hint = f"did you mean {near[0]}? " if near else ""
-                self.error(f"{flag} is not a flag of {self.prog}; {hint}--help lists all")
 
     def error(self, message):
         self.exit(2, f"error: {message}\n")
@@ -69,46 +62,49 @@ class Parser(argparse.ArgumentParser):
 
     def values(self, arguments):
         """{field: value} of the flags given; those of the command line win over an @FILE's."""
-        files = [argument for argument in arguments if argument.startswith("@")]
-        others = [argument for argument in arguments if not argument.startswith("@")]
-        return vars(self.parse_args(files)) | vars(self.parse_args(others))
+        from_files, others = [], []
+        for argument in arguments:
+            if not argument.startswith("@"):
+                others.append(argument)
+                continue
+            try:
+                from_files += shlex.split(Path(argument[1:]).read_text("utf-8-sig"), comments=True)
+            except (OSError, ValueError) as error:  # ValueError: an open quote, or not text
+                self.error(f"{argument}: {error}")
+        return vars(self.parse_args(from_files)) | vars(self.parse_args(others))
 
 
 def flag_of(name):
     return "--" + name.replace("_", "-")
 
 
-LEAST = {
-    "epochs": 1, "batch_tokens": 2, "accumulate": 1, "keep": 1, "replicas": 1,
-    "max_steps": 0, "eval_every": 0, "save_every": 0, "export_every": 0, "seed": 0,
-    "recompute": 0, "plan_ranks": 0, "plan_memory": 0,
-}  # fmt: skip
-
-
 def check_ranges(config):
     """ValueError for the first flag of train.Config whose value makes no sense."""
+    rules = [
+        ("used with --dry-run", lambda x: config.dry_run or not x, "plan_ranks plan_memory"),
+        ("used without --dry-run", lambda x: not (x and config.dry_run), "evaluate"),
+        ("at least 0", lambda x: x >= 0,
+         "max_steps eval_every save_every export_every recompute plan_ranks plan_memory"),
+        ("at least 1", lambda x: x >= 1, "epochs accumulate keep replicas"),
+        ("at least 2", lambda x: x >= 2, "batch_tokens"),
+        ("above 0", lambda x: x > 0, "beta adam_eps clip"),
+        ("from 0 to 1", lambda x: 0 <= x <= 1, "min_lr_ratio warmup_ratio weight_decay"),
+        ("at least 0 and below 1", lambda x: 0 <= x < 1, "adam_beta1 adam_beta2"),
+        ("from 0 to 2^32 - 1", lambda x: 0 <= x < 2**32, "seed"),
+        (f"from 2 to --batch-tokens {config.batch_tokens}",
+         lambda x: 2 <= x <= config.batch_tokens, "max_length"),
+        ("bf16 or fp32", lambda x: x in ("bf16", "fp32"), "precision"),
+        ("auto or a number above 0", is_rate, "lr"),
+    ]  # fmt: skip
+    for words, holds, names in rules:
+        for name in names.split():
+            value = getattr(config, name)
+            if value is not None and not holds(value):
+                raise ValueError(f"{flag_of(name)} must be {words}")
 
-    def require(holds, name, what):
-        if not holds:
-            raise ValueError(f"{flag_of(name)} must be {what}")
 
-    for name in ("plan_ranks", "plan_memory"):
-        require(config.dry_run or not getattr(config, name), name, "used with --dry-run")
-    require(not (config.evaluate and config.dry_run), "evaluate", "used without --dry-run")
-    for name, least in LEAST.items():
-        require((getattr(config, name) or 0) >= least, name, f"at least {least}")
-    for name in ("beta", "adam_eps", "clip"):
-        require(getattr(config, name) > 0, name, "above 0")
-    for name in ("min_lr_ratio", "warmup_ratio", "adam_beta1", "adam_beta2", "weight_decay"):
-        require(0 <= getattr(config, name) <= 1, name, "from 0 to 1")
-    for name in ("adam_beta1", "adam_beta2"):
-        require(getattr(config, name) < 1, name, "below 1")
-    require(config.seed < 2**32, "seed", "below 2^32")
-    longest = config.max_length is None or 2 <= config.max_length <= config.batch_tokens
-    require(longest, "max_length", f"from 2 to --batch-tokens {config.batch_tokens}")
-    require(config.precision in (None, "bf16", "fp32"), "precision", "bf16 or fp32")
+def is_rate(text):
     try:
-        rate = config.lr == "auto" or 0 < float(config.lr) < math.inf
+        return text == "auto" or 0 < float(text) < math.inf
     except ValueError:
-        rate = False
-    require(rate, "lr", "auto or a number above 0")
+        return False

@@ -1,16 +1,15 @@
 """An estimate of the memory that a rank's GPU needs at the peak of a step, before one is rented.
 
-Tested against what small networks really hold on a CPU (tests/test_plan.py).
+Tested against the memory of small networks on a CPU (tests/test_plan.py).
 """
 
-import dataclasses
+from typing import NamedTuple
 
 import torch
 
 
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """What the estimate of a run depends on, apart from its network."""
+class Size(NamedTuple):
+    """The numbers that the estimate depends on, apart from the network."""
 
     shards: int  # ranks that share one copy of the parameters
     tokens: int  # of a micro-batch
@@ -21,6 +20,7 @@ class Size:
 
 def estimate(network, size, recompute):
     """{part: bytes per rank}, with the activations of `recompute` blocks recomputed in backward."""
+    recompute = min(recompute, network.num_hidden_layers)
     parameters, shards, t = network.parameter_count(), size.shards, size.tokens
     width = 2 if size.bf16 else 4
     d, f = network.hidden_size, network.intermediate_size
@@ -30,15 +30,15 @@ def estimate(network, size, recompute):
     kv = network.num_key_value_heads * (network.head_dim + lacking)
     cut = network.num_attention_heads * network.head_dim if lacking else 0
     # Saved for backward, per token: the inputs of block and attention, q, k, v, the attention's
-    # output, and the MLP's two products; if not compiled, also what a compiled block recomputes
-    # from these: the outputs of both norms, the MLP's SiLU and product, and their intermediates.
+    # output, and the MLP's two products; if not compiled, also all that a compiled block makes
+    # again from these: the outputs of both norms, the MLP's SiLU and product, their intermediates.
     block = width * (2 * d + 2 * q + cut + 2 * kv + 2 * f + (0 if size.compiled else 4 * d + 2 * f))
     matrices = 1 if network.tie_word_embeddings else 2  # embedding and head
     embedding = network.vocab_size * d
     per_block = (parameters - matrices * embedding) // network.num_hidden_layers
     # Backward reaches the recomputed blocks last: the others' memory is free again by then.
     stored = max(network.num_hidden_layers - recompute, 1) * block + recompute * width * d
-    # For one block at a time: gradients, 3 f for its MLP, and what a compiled block recomputes.
+    # For one block at a time: gradients, 3 f for its MLP, and all that a compiled one makes again.
     once = 6 * d + 3 * f + (2 * d + f if size.compiled else 0)
     return {
         "parameters": 4 * parameters // shards,
@@ -62,26 +62,22 @@ def of_a_rank(planned_gib):
 
 
 def blocks_to_recompute(network, size, available):
-    """The fewest blocks with which the estimate stays within 90 % of the available bytes."""
-    layers = network.num_hidden_layers
-    if not available:
-        return 0
-    for recompute in range(layers):
-        if sum(estimate(network, size, recompute).values()) <= 0.9 * available:
+    """The fewest blocks, or all, with which the estimate is within 90 % of the available bytes."""
+    for recompute in range(network.num_hidden_layers):
+        if not available or total(network, size, recompute) <= 0.9 * available:
             return recompute
-    return layers
+    return network.num_hidden_layers
 
 
 def sizes_that_fit(network, size, available):
-    """Sizes that fit: with the tokens of `size`, half of them, to a 16th, the fewest shards each.
+    """Sizes that fit, the most tokens first: down to a 16th, on up to 1024 times as many shards."""
+    sizes = [
+        size._replace(tokens=size.tokens >> halvings, shards=size.shards << doublings)
+        for halvings in range(5)
+        for doublings in range(11)
+    ]
+    return [s for s in sizes if total(network, s, network.num_hidden_layers) <= available]
 
-    Shards are doubled, to at most 1024 times as many.
-    """
-    for halvings in range(5):
-        for doublings in range(11):
-            tokens, shards = size.tokens >> halvings, size.shards << doublings
-            other = dataclasses.replace(size, tokens=tokens, shards=shards)
-            recompute = blocks_to_recompute(network, other, available)
-            if sum(estimate(network, other, recompute).values()) <= available:
-                yield other
-                break
+
+def total(network, size, recompute):
+    return sum(estimate(network, size, recompute).values())

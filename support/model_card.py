@@ -1,4 +1,4 @@
-"""README.md of an exported model: what it is, and how to ask it under each condition."""
+"""README.md of an exported model: how it was made, how to ask it under each condition."""
 
 import json
 import re
@@ -39,7 +39,7 @@ a request to vLLM, or by chat.py (transformers: `apply_chat_template(..., condit
     python chat.py DIR{f" --class {shlex.quote(name)}" if conditioned else ""}
 
 transformers, vLLM and llama.cpp read {code(template.end)} in a text as the special token itself:
-whoever may type it can forge a turn. Remove it from what users type.
+whoever may type it can forge a turn. Remove it from their text.
 """
 
 

@@ -91,8 +91,16 @@ def make_plan(config, ranks, out):
     weights = np.array(list(class_weights(classes, config.beta).values()))
 
     tokenizer = Tokenizer(config.model)
-    network, new_rows = network_to_train(config.model, tokenizer)
-    pretrained = has_weights(config)
+    read = model.LlamaConfig.from_folder(config.model)
+    tokenizer.check_vocabulary(read.vocab_size)
+    rows = max(read.vocab_size, tokenizer.vocab_size)
+    tokens = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eot}
+    network = dataclasses.replace(read, vocab_size=rows, **tokens)
+    new_rows = rows - read.vocab_size
+    pretrained = not config.random_weights and model.has_weights(config.model)
+    if not (pretrained or config.random_weights or config.dry_run):  # which needs none
+        hint = "" if config.evaluate else "; --random-weights begins with random ones"
+        raise ValueError(f"{config.model}: no *.safetensors there{hint}")
     if pretrained:
         model.check_weights(config.model, network, new_rows)
     new = pretrained and not read_export(Path(config.model))  # an export has all its rows
@@ -123,7 +131,12 @@ def make_plan(config, ranks, out):
     share = dataset.total_weight(slice(None), None) / int(dataset.lengths.sum())
     supervised = config.batch_tokens * world * config.accumulate * share  # tokens per step
 
-    offsets = most_offsets(order, eval_dataset, world, config, max_length)
+    fullest = order.fullest
+    if eval_dataset:
+        steps = data.pack(eval_dataset.lengths, config.batch_tokens, world, 0, 0)
+        fullest = max(fullest, *(len(b) for step in steps for b in step))
+    # The cu_seqlens of every batch, for the fullest bin and data.collate's padding.
+    offsets = fullest + math.ceil(config.batch_tokens / max_length) + 1
     sequences = offsets - 1 if flash else 0
     size = memory.Size(world // config.replicas, config.batch_tokens, bf16, compile, sequences)
     available = memory.of_a_rank(config.plan_memory)
@@ -132,50 +145,17 @@ def make_plan(config, ranks, out):
         recompute = memory.blocks_to_recompute(network, size, available)
     recompute = min(recompute, network.num_hidden_layers)
     return Plan(
-        config=config,
-        world=world,
-        classes=classes,
+        config=config, world=world, classes=classes, tokenizer=tokenizer, network=network,
         class_weights=weights if config.reward else None,
-        tokenizer=tokenizer,
-        network=network,
-        dataset=dataset,
-        eval_dataset=eval_dataset,
-        order=order,
-        bf16=bf16,
-        compile=compile,
-        flash=flash,
-        max_length=max_length,
+        dataset=dataset, eval_dataset=eval_dataset, order=order,
+        bf16=bf16, compile=compile, flash=flash, max_length=max_length,
         lr=auto_lr(network, tokenizer, supervised) if config.lr == "auto" else float(config.lr),
         shape=(config.batch_tokens, offsets, max_length) if compile else None,
         base=identity_of_weights(config, ranks) if pretrained else None,
-        new_rows=new_rows,
-        untrained=untrained,
-        recompute=recompute,
-        size=size,
-        memory=memory.estimate(network, size, recompute),
+        new_rows=new_rows, untrained=untrained,
+        recompute=recompute, size=size, memory=memory.estimate(network, size, recompute),
         available=available,
-    )
-
-
-def network_to_train(folder, tokenizer):
-    """(LlamaConfig, rows that its vocabulary gains over the checkpoint's)."""
-    config = model.LlamaConfig.from_folder(folder)
-    tokenizer.check_vocabulary(config.vocab_size)
-    rows = max(config.vocab_size, tokenizer.vocab_size)
-    tokens = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eot}
-    network = dataclasses.replace(config, vocab_size=rows, **tokens)
-    return network, rows - config.vocab_size
-
-
-def has_weights(config):
-    """Does the run begin with the folder's weights? ValueError if there are none to begin with."""
-    if config.random_weights:
-        return False
-    found = model.has_weights(config.model)
-    if not found and not config.dry_run:  # which needs none
-        hint = "" if config.evaluate else "; --random-weights begins with random ones"
-        raise ValueError(f"{config.model}: no *.safetensors there{hint}")
-    return found
+    )  # fmt: skip
 
 
 def identity_of_weights(config, ranks):
@@ -188,22 +168,13 @@ def identity_of_weights(config, ranks):
 
 
 def length_limit(max_length, batch_tokens, context):
-    """The tokens at which a conversation is cut: --max-length, by default 4096 or what fits.
+    """The tokens at which a conversation is cut: --max-length, by default 4096 or less.
 
     `context` is the model's max_position_embeddings, None if it is not known.
     """
     if max_length and context and max_length > context:
         raise ValueError(f"--max-length must be within the model's {context}")
     return max_length or min(4096, batch_tokens, context or 4096)
-
-
-def most_offsets(order, eval_dataset, world, config, longest):
-    """The cu_seqlens that every batch has: for the fullest bin, and data.collate's padding."""
-    tokens, fullest = config.batch_tokens, order.fullest
-    if eval_dataset:
-        steps = data.pack(eval_dataset.lengths, tokens, world, 0, 0)
-        fullest = max(fullest, *(len(b) for step in steps for b in step))
-    return fullest + math.ceil(tokens / longest) + 1
 
 
 def auto_lr(network, tokenizer, supervised_tokens):

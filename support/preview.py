@@ -1,5 +1,6 @@
 """`python data.py FILE --model DIR`: check conversations, and show them as the model reads them."""
 
+import itertools
 import os
 import sys
 import tempfile
@@ -69,9 +70,27 @@ def run_preview(args):
         packed = f"{len(steps):,} steps of {args.ranks} x {args.batch_tokens:,} tokens"
         print(f"packing: {packed}, {fill:.2%} full, conversations up to {max_length:,} tokens")
         print("\n".join(report.weight_by_step(found, steps, classes, weights)))
-        print(f"\n{report.LEGEND}\n")
+        print(f"\n{LEGEND}\n")
         for conversation in varied(found, args.show):
-            print(*report.preview(found, conversation, tokenizer, classes, weights), sep="\n")
+            print(*preview(found, conversation, tokenizer, classes, weights), sep="
+")
+
+
+LEGEND = r"""supervised: ⟦between these⟧, with its weight w
+a special token's name that is spelled in a text is shown as <\s>"""
+
+
+def preview(dataset, conversation, tokenizer, classes, class_weights):
+    """Lines of text: one conversation as the model reads it, with the weights of its tokens."""
+    weights = dataset.weights_of(conversation, class_weights)
+    name = list(classes)[dataset.index["source_class"][conversation]]
+    text, tokens = "", dataset.tokens[dataset.span(conversation)].tolist()
+    bounds = [0, *(np.flatnonzero(np.diff(weights)) + 1).tolist(), len(tokens)]
+    for low, high in itertools.pairwise(bounds):
+        run = report.visible(tokens[low:high], tokenizer)
+        text += f"⟦{run}⟧w={weights[low]:.3g} " if weights[low] else run
+    where = dataset.where(conversation)
+    return [f"{where}  class {name}, {len(weights)} tokens", text.rstrip("\n"), ""]
 
 
 def varied(dataset, count):

@@ -1,12 +1,15 @@
-"""What a run prints: its header, the data as the model reads it, progress; and metrics.jsonl."""
+"""The text that a run prints: its plan, its data, its progress; and metrics.jsonl."""
 
 import collections
 import contextlib
+import itertools
 import json
 import os
+import resource
 import shutil
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -89,12 +92,12 @@ def clock(seconds):
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
-# -------------------------------------------------------------------------------------- the header
+# ---------------------------------------------------------------------------------------- the plan
 
 
 def header(plan):
     """Text about the model and the data."""
-    config, network = plan.config, plan.network
+    config, network, tokenizer = plan.config, plan.network, plan.tokenizer
     start = "pretrained weights" if plan.base else "random weights"
     if not (plan.base or config.random_weights):  # a dry run, which needs none
         start = "no safetensors there: training needs them, or --random-weights"
@@ -107,63 +110,72 @@ def header(plan):
         f"model      {network.model_type}, {network.parameter_count():,} parameters, "
         f"{network.num_hidden_layers} blocks of {network.hidden_size}, {compute}",
     ]
-    if plan.tokenizer.eot_is_new:
-        name = plan.tokenizer.names[plan.tokenizer.eot]
-        out.append(f"           {name} added as token {plan.tokenizer.eot}")
+    if tokenizer.eot_is_new:
+        out.append(f"           {tokenizer.names[tokenizer.eot]} added as token {tokenizer.eot}")
     if plan.untrained:
-        names = ", ".join(plan.tokenizer.names[token] for token in plan.untrained)
+        names = ", ".join(tokenizer.names[token] for token in plan.untrained)
         out.append(f"           untrained tokens, set to the mean of the others: {names}")
-    if plan.tokenizer.warning:
-        out.append(plan.tokenizer.warning)
-    held_out = plan.eval_dataset and not config.evaluate
-    if held_out and plan.eval_dataset.folder == plan.dataset.folder:
+    if tokenizer.warning:
+        out.append(tokenizer.warning)
+    if plan.eval_name == plan.dataset.folder.name and not config.evaluate:
         out.append("warning: --eval-data is --data; it should be other, held-out data")
     return "\n".join([*out, "", *summary(plan.dataset, plan.classes, plan.class_weights), ""])
 
 
-FEW_STEPS = 20  # that train hardly anything
-
-
-def counted(count, noun):
-    plural = "es" if noun.endswith("batch") else "s"
-    return f"{count:,} {noun}{'' if count == 1 else plural}"
-
-
 def schedule(plan):
     """Text about the weights in a step, the number of steps, and the optimizer."""
-    config, order, out = plan.config, plan.order, []
-    found, names = np.unique(plan.dataset.index["source_class"]), list(plan.classes)
-    if (expert := expert_class(plan.classes)) not in [names[i] for i in found]:
-        out.append(f"warning: no conversation of the expert class {expert}, as which chat.py asks")
+    config, order, out, expert = plan.config, plan.order, [], expert_class(plan.classes)
+    if list(plan.classes).index(expert) not in plan.dataset.index["source_class"]:
+        out.append(f"warning: no conversation of the expert class {expert}, which chat.py asks for")
     first_epoch = order.pack(0)[: order.total]
     out += weight_by_step(plan.dataset, first_epoch, plan.classes, plan.class_weights)
-    if order.total < FEW_STEPS:
-        steps = counted(order.total, "step")
-        out.append(f"warning: only {steps}; a smaller --batch-tokens or more --epochs give more")
+    if order.total <= FEW_STEPS and order.total != config.max_steps:
+        times = 1 << (FEW_STEPS // order.total).bit_length()  # as many are enough
+        tokens, longest = config.batch_tokens // times, plan.dataset.lengths.max()
+        whole = tokens >= (config.max_length or longest)  # no conversation would be cut
+        flag = f"--batch-tokens {tokens}" if whole else f"--epochs {times * config.epochs}"
+        out.append(f"warning: few steps, {order.total}; {flag} makes some {times * order.total}")
     if config.random_weights and config.lr == "auto":
         out.append("warning: OpenChat's learning rate is for pretrained weights; try --lr 3e-3")
-    ranks, per_rank = counted(plan.world, "rank"), counted(config.accumulate, "micro-batch")
     rule = " (OpenChat's rule)" if config.lr == "auto" else ""
+    step = f"ranks {plan.world} x accumulate {config.accumulate} x tokens {config.batch_tokens:,}"
     return "\n".join([
         *out,
-        f"schedule   {counted(order.total, 'step')} in {counted(len(order.ends), 'epoch')}, "
-        f"{ranks} x {per_rank} x {config.batch_tokens:,} tokens per step",
+        f"schedule   steps {order.total:,}, epochs {len(order.ends)}; per step {step}",
         f"           conversations up to {plan.max_length:,} tokens",
         f"optimizer  AdamW, peak learning rate {plan.lr:.3g}{rule}",
     ])  # fmt: skip
 
 
-def memory_of_a_rank(plan):
+FEW_STEPS = 100  # as few train hardly anything
+
+
+def resources(plan):
+    """Text about the memory and disk that a run needs, and its time if a GPU is planned for."""
+    config, order, parameters = plan.config, plan.order, plan.network.parameter_count()
     parts = [f"{name} {size / 2**30:.2f}" for name, size in plan.memory.items()]
-    fits = ""
+    fits = f", {'fits' if plan.fits else 'DOES NOT FIT'} {plan.available / 2**30:.1f}"
+    exports = sum(map(plan.exports, range(1, order.total + 1)))
+    out = Path(config.out).absolute()
+    disk = next(path for path in (out, *out.parents) if path.exists())
+    lines = [
+        f"memory     about {_needed(plan)}{fits if plan.available else ''}; "
+        f"{plan.recompute} of {plan.network.num_hidden_layers} blocks recomputed",
+        f"           {', '.join(parts[:5])},",
+        f"           {', '.join(parts[5:])}",
+        f"disk       checkpoints {config.keep + 1} x {12 * parameters / 1e9:.3g} GB, "
+        f"exports {exports} x {(2 if plan.bf16 else 4) * parameters / 1e9:.3g} GB",
+        f"           {shutil.disk_usage(disk).free / 1e9:,.0f} GB free in {disk}",
+    ]
     if plan.available:
-        fits = f", {'fits' if plan.fits else 'DOES NOT FIT'} {plan.available / 2**30:.1f}"
-    recomputed = f"{plan.recompute} of {plan.network.num_hidden_layers} blocks recomputed"
-    indent = "\n" + " " * 11
-    return (
-        f"memory     about {_needed(plan)}{fits}; {recomputed}"
-        f"{indent}{', '.join(parts[:5])},{indent}{', '.join(parts[5:])}\n"
-    )
+        lengths = plan.dataset.lengths.astype(float)
+        epochs = len(order.ends) * order.total / order.ends[-1]  # --max-steps may end the last
+        flops = epochs * training_flops(plan.network, lengths.sum(), (lengths**2).sum())
+        hours = flops / (plan.world * 0.4 * PEAK_FLOPS["H100"]) / 3600
+        assumed = f"on {plan.world} x H100 at 40 % of their peak, an assumption"
+        lines += [f"time       about {hours:,.2f} h {assumed}"]
+        lines += ["           no GPU has confirmed these estimates yet"]
+    return "\n".join([*lines, ""])
 
 
 def _needed(plan):
@@ -173,8 +185,8 @@ def _needed(plan):
 def what_would_fit(plan):
     """The error of a plan that does not fit: with how many ranks or tokens it would."""
     config, size, ways = plan.config, plan.size, []
-    found = [*memory.sizes_that_fit(plan.network, size, plan.available)]
-    if found:  # more ranks, or fewer tokens and as few ranks as then are enough
+    found = memory.sizes_that_fit(plan.network, size, plan.available)
+    if found:  # the most tokens, or the fewest ranks
         found = dict.fromkeys([found[0], min(found, key=lambda other: other.shards)])
     for other in found:
         changes = ["no --recompute"] * (config.recompute is not None)
@@ -197,51 +209,40 @@ def summary(dataset, classes, class_weights):
     """Lines of text: per class its conversations, supervised tokens, and share of the weight."""
     index, report = dataset.index, dataset.report
     total = dataset.total_weight(slice(None), class_weights) or 1.0
-    rows = [("class", "condition", "conversations", "tokens", "supervised", "mean w", "w mass")]
+    out = ["class          condition      conversations       tokens   supervised   mean w  w mass"]
     for number, (name, source) in enumerate(classes.items()):
         of = np.flatnonzero(index["source_class"] == number)
         weight, supervised = dataset.total_weight(of, class_weights), dataset.total_weight(of, None)
-        mass, mean = weight / total, weight / supervised if supervised else 0.0
-        tokens = int(index["length"][of].sum())
-        counts = f"{len(of):,}", f"{tokens:,}", f"{supervised:,.0f}"
-        rows.append((name, source.condition, *counts, f"{mean:.4g}", f"{mass:.1%}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    out = [
-        "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(pairs))
-        for pairs in (zip(row, widths, strict=True) for row in rows)
-    ]
+        mean = weight / supervised if supervised else 0.0
+        out.append(
+            f"{name:14} {source.condition:14} {len(of):13,} {int(index['length'][of].sum()):12,} "
+            f"{supervised:12,.0f} {mean:8.4g} {weight / total:7.1%}"
+        )
     lengths = dataset.lengths
     quantiles = ", ".join(f"{q}% {np.percentile(lengths, q):.0f}" for q in (50, 90, 99))
     out.append(
         f"tokens per conversation: mean {lengths.mean():.1f}, {quantiles}, longest {lengths.max()}"
     )
-    if report["cut"]:
-        out.append(
-            f"cut at the maximum length: {report['cut']:,} conversations, "
-            f"{report['tokens_cut']:,} tokens lost"
-        )
-    if report.get("unknown"):
-        out.append(
-            f"warning: {counted(report['unknown'], 'token')} of <unk>: characters missing in the "
-            "tokenizer, all the same to the model"
-        )
-    if report.get("lost_bytes"):
-        out.append(
-            f"warning: {counted(report['lost_bytes'], 'byte')} of characters that the tokenizer "
-            "lacks, which give no token: the model never sees them"
-        )
     out += [f"dropped: {text}" for text in dropped(report)]
-    if report["bad"]:
-        out.append(f"dropped as bad (--skip-bad): {report['bad']:,} lines")
-        out += ["  " + text for text in problem_lines(report)]
-    if report["not_read"]:
-        keys = sorted(report["not_read"].items(), key=lambda item: -item[1])
-        shown = [f"{_printable(key)} ({count:,})" for key, count in keys[:12]]
+    out += [text.format(**report) for key, text in COUNTED.items() if report[key]]
+    out += ["  " + text for text in problem_lines(report)]
+    if keys := collections.Counter(report["not_read"]):
+        shown = [f"{repr(key)[1:-1]} ({count:,})" for key, count in keys.most_common(12)]
         shown += [f"and {len(keys) - 12} other keys"] * (len(keys) > 12)
         out.append(f"not read: {', '.join(shown)}")
     paths = collections.Counter(source.path.resolve() for source in dataset.sources)
     out += [f"given {n} times: {path}" for path, n in paths.items() if n > 1]
     return out
+
+
+COUNTED = {  # of dataset.report, each printed unless it is 0
+    "cut": "cut at the maximum length: {cut:,} conversations, {tokens_cut:,} tokens lost",
+    "unknown": "warning: {unknown:,} tokens of <unk>: characters missing in the tokenizer, all the "
+    "same to the model",
+    "lost_bytes": "warning: {lost_bytes:,} bytes of characters that the tokenizer lacks, which "
+    "give no token: the model never sees them",
+    "bad": "dropped as bad (--skip-bad): {bad:,} lines",
+}
 
 
 def weight_by_step(dataset, steps, classes, class_weights):
@@ -251,70 +252,46 @@ def weight_by_step(dataset, steps, classes, class_weights):
     """
     if class_weights is None or len(set(class_weights)) == 1:  # all tokens count alike
         return []
-    conversations = np.concatenate([b for bins in steps for b in bins])
-    step = np.repeat(np.arange(len(steps)), [sum(map(len, bins)) for bins in steps])
-    cell = step * len(classes) + dataset.index["source_class"][conversations]
-    weight = dataset.weight_by_conversation(conversations, class_weights)
-    weight = np.bincount(cell, weight, len(steps) * len(classes)).reshape(len(steps), -1)  # (S, C)
-    names, found = list(classes), np.flatnonzero(weight.any(0))
-    if len(found) < 2:
+    number, names = dataset.index["source_class"], np.array([*classes])
+    weight = np.array([
+        np.bincount(number[c], dataset.weight_by_conversation(c, class_weights), len(classes))
+        for c in map(np.concatenate, steps)
+    ])  # fmt: skip  # (S, C)
+    found = weight.any(0)
+    if found.sum() < 2:
         return ["only one class: weights act relative to other classes, so they do nothing here"]
     supervised = weight[weight.any(1)]
     shares = (supervised / supervised.sum(1, keepdims=True)).mean(0)
-    shares = ", ".join(f"{names[c]} {shares[c]:.1%}" for c in found)
+    shares = ", ".join(f"{n} {s:.1%}" for n, s in zip(names[found], shares[found], strict=True))
     out = [f"share of a step's weight, mean of epoch 1: {shares}"]
-    best = [c for c in found if class_weights[c] == 1]
+    best = found & (class_weights == 1)
     without = int((~weight[:, best].any(1)).sum())
-    if best and without:
+    if best.any() and without:
         out.append(
             f"{without:,} of its {len(steps):,} steps ({without / len(steps):.1%}) hold no "
-            f"{' or '.join(names[c] for c in best)} token: the other classes count in full there,\n"
+            f"{' or '.join(names[best])} token: the other classes count in full there,\n"
             "whatever their w; raise --accumulate or --batch-tokens"
         )
     return out
 
 
-LEGEND = r"""supervised: ⟦between these⟧, with its weight w
-a special token's name that is spelled in a text is shown as <\s>"""
-
-
-def preview(dataset, conversation, tokenizer, classes, class_weights):
-    """Lines of text: one conversation as the model reads it, with the weights of its tokens."""
-    weights = dataset.weights_of(conversation, class_weights)
-    name = list(classes)[dataset.index["source_class"][conversation]]
-    text, tokens = "", dataset.tokens[dataset.span(conversation)].tolist()
-    bounds = [0, *(np.flatnonzero(np.diff(weights)) + 1).tolist(), len(tokens)]
-    for low, high in zip(bounds, bounds[1:], strict=False):
-        run = visible(tokens[low:high], tokenizer)
-        text += f"⟦{run}⟧w={weights[low]:.3g} " if weights[low] else run
-    where = dataset.where(conversation)
-    return [f"{where}  class {name}, {len(weights)} tokens", text.rstrip("\n"), ""]
-
-
 def visible(tokens, tokenizer):
     """Text of ids with the special tokens written out, one turn per line."""
-    names, text, plain = tokenizer.names, "", []
-    for token in [*tokens, None]:
-        if token is not None and token not in names:
-            plain.append(token)
-            continue
-        if plain:
-            text, plain = text + harmless(tokenizer.spell(plain), names), []
-        if token is not None:
-            text += names[token] + "\n" * (token == tokenizer.eot)
+    names, text = tokenizer.names, ""
+    for special, run in itertools.groupby(tokens, lambda token: token in names):
+        if special:
+            text += "".join(names[token] + "\n" * (token == tokenizer.eot) for token in run)
+        else:
+            text += harmless(tokenizer.spell([*run]), names)
     return text
 
 
 def harmless(text, names):
     """A text without anything that looks like a special token, a mark or an escape sequence."""
-    text = _printable(text, besides="\n\t")
     for name in names.values():
         text = text.replace(name, name[0] + "\\" + name[1:])  # <\s>
-    return text.replace("⟦", "\ufffd").replace("⟧", "\ufffd")
-
-
-def _printable(text, besides=""):
-    return "".join(c if c in besides or c.isprintable() else "\ufffd" for c in text)
+    hidden = {"⟦", "⟧"}.union(c for c in text if not c.isprintable()) - {"\n", "\t"}
+    return text.translate(dict.fromkeys(map(ord, hidden), "\ufffd"))
 
 
 # ----------------------------------------------------------------------------------------- the log
@@ -410,17 +387,16 @@ def by_class(plan, table):
 
     table {row of train.TABLE: (C,) sums}.
     """
-    sums = [dict(zip(table, column, strict=True)) for column in zip(*table.values(), strict=True)]
-    all_weight = sum(of["weight"] for of in sums) or 1.0
-    return {
-        name: {
-            "tokens": int(of["tokens"]),
-            "loss": of["loss"] / of["tokens"] if of["tokens"] else None,
-            "accuracy": of["correct"] / of["tokens"] if of["tokens"] else None,
-            "weight_share": of["weight"] / all_weight,
+    found, all_weight = {}, sum(table["weight"]) or 1.0
+    for number, name in enumerate(plan.classes):
+        tokens, loss, correct, weight = (float(sums[number]) for sums in table.values())
+        found[name] = {
+            "tokens": int(tokens),
+            "loss": loss / tokens if tokens else None,
+            "accuracy": correct / tokens if tokens else None,
+            "weight_share": weight / all_weight,
         }
-        for name, of in zip(plan.classes, sums, strict=True)
-    }
+    return found
 
 
 def evaluation(plan, table):
@@ -456,7 +432,5 @@ def training_flops(network, tokens, sum_of_squares):
 def peak_memory(ranks):
     if ranks.cuda:
         return torch.cuda.max_memory_allocated()
-    import resource  # not on Windows
-
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

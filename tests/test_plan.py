@@ -172,6 +172,53 @@ def test_the_plan_of_a_real_run_fits_its_gpus(name, llama2, sums, tmp_path):
     assert state < float(planned) < float(available) == gib
 
 
+def test_recomputing_more_blocks_than_there_are_is_recomputing_all(files, ranks, tmp_path):
+    more, all_blocks = (
+        plan_of(files, ranks, tmp_path, recompute=blocks) for blocks in (LAYERS + 3, LAYERS)
+    )
+    assert (more.memory, more.recompute) == (all_blocks.memory, LAYERS)
+    found = memory.estimate(NETWORK, more.size, LAYERS + 3)
+    assert found == memory.estimate(NETWORK, more.size, LAYERS)
+
+
+RUNNING = (processes.ROOT / "docs" / "RUNNING.md").read_text()
+NETWORKS = {  # as published, with OpenChat's end of turn if the vocabulary lacks it; ranks, GiB
+    "llama-2-13b": (model.LlamaConfig(5120, 13824, 40, 40, 32001, 40, 128), 8, 79),
+    "Mistral-7B": (model.LlamaConfig(4096, 14336, 32, 32, 32001, 8, 128, "mistral"), 1, 139),
+    "Llama-3.1-8B": (model.LlamaConfig(4096, 14336, 32, 32, 128256, 8, 128), 8, 79),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_memory_in_the_documents_is_what_the_estimate_gives(name):
+    """For a batch of 80 conversations, on which the attention's part depends."""
+    (network, shards, gib), text = NETWORKS[name], " ".join(RUNNING.split())
+    size = memory.Size(shards, 8192, True, True, 80)
+    blocks = memory.blocks_to_recompute(network, size, gib << 30)
+    found = {part: of / 2**30 for part, of in memory.estimate(network, size, blocks).items()}
+    total = float(re.search(rf"{name}.*?([\d.]+) GiB", text)[1])
+    assert total == pytest.approx(sum(found.values()), abs=0.03)
+    if blocks:
+        assert re.search(rf"{name}[^()]*\({blocks} of {network.num_hidden_layers} blocks", text)
+    if name in text.split("```")[1]:  # with its parts
+        for part in found.keys() - {"attention"}:
+            assert f"{part} {found[part]:.2f}" in text
+
+
+def test_the_plan_says_what_a_run_needs_of_disk_and_time(seven_billion):
+    """Against counts by hand: 12 bytes a parameter saved, 2 exported; 6 operations a weight."""
+    plan = seven_billion(plan_ranks=2, plan_memory=80, keep=4, epochs=200, export_every=10)
+    text, parameters = report.resources(plan), plan.network.parameter_count()
+    disk = re.search(r"disk +checkpoints 5 x ([\d.]+) GB, exports 20 x ([\d.]+) GB\n", text)
+    assert float(disk[1]) == pytest.approx(12e-9 * parameters, rel=0.01)
+    assert float(disk[2]) == pytest.approx(2e-9 * parameters, rel=0.01)
+    seconds = 6 * int(plan.dataset.lengths.sum()) * 200 * parameters / (2 * 0.4 * 989e12)
+    hours = re.search(r"time +about ([\d.]+) h on 2 x H100 at 40 % of their peak, an assump", text)
+    assert float(hours[1]) == pytest.approx(seconds / 3600, rel=0.05)
+    assert "no GPU has confirmed these estimates" in text
+    assert "time" not in report.resources(seven_billion())  # on a CPU
+
+
 @pytest.fixture
 def seven_billion(files, ranks, tmp_path):
     """seven_billion(**flags) is the plan of Mistral-7B, with the vocabulary of the sums."""

@@ -200,6 +200,37 @@ def test_on_a_cpu_every_step_uses_deterministic_algorithms(plan, ranks, tmp_path
 # ---------------------------------------------------------------------------------- the network
 
 
+@pytest.mark.parametrize(
+    "condition, reward, mode",
+    [(True, True, "C-RLFT: "), (False, True, "C-RLFT without condition: "),
+     (True, False, "C-RLFT without reward: "), (False, False, "plain SFT: ")],
+)  # fmt: skip
+def test_the_header_names_the_ablation(plan, condition, reward, mode):
+    assert report.header(plan(condition=condition, reward=reward)).startswith(mode)
+
+
+def test_the_share_of_the_weight_is_of_weights_and_not_of_tokens(plan):
+    table = [10.0, 30.0], [1.0, 2.0], [5.0, 0.0], [10.0, 3.0]
+    of = report.by_class(plan(), dict(zip(train.TABLE, table, strict=True)))
+    assert of["gpt4"] == {"tokens": 10, "loss": 0.1, "accuracy": 0.5, "weight_share": 10 / 13}
+    assert of["gpt3.5"]["weight_share"] == 3 / 13
+
+
+@pytest.mark.parametrize(
+    "name, peak",
+    [("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12), ("NVIDIA H100 80GB HBM3", 989e12),
+     ("NVIDIA H200", 989e12), ("NVIDIA H200 NVL", 835e12), ("NVIDIA A100-SXM4-80GB", 312e12),
+     ("NVIDIA B200", 2250e12), ("Tesla T4", None)],
+)  # fmt: skip
+def test_the_peak_of_a_gpu_is_that_of_its_own_model(name, peak):
+    assert report.peak_flops(name) == peak
+
+
+def test_the_memory_that_is_logged_is_in_bytes(ranks):
+    held = torch.ones(50_000_000)  # 200 MB
+    assert held.nbytes < report.peak_memory(ranks) < 2**40
+
+
 def test_the_seed_decides_random_weights_and_the_order_of_the_data(plan, ranks):
     of_seed_5 = plan(seed=5)
     llama, _ = train.build(of_seed_5, ranks)
@@ -390,28 +421,41 @@ def test_data_without_an_expert_or_held_out_twice_is_said(few, tmp_path):
     assert "warning: --eval-data is --data" in shown
 
 
-def test_a_run_that_would_learn_hardly_anything_is_said(few, tmp_path):
-    few_steps, rate = (
-        "warning: only 2 steps;",
-        "warning: OpenChat's learning rate is for pretrained",
-    )
-    settings = {"dry_run": True, "batch_tokens": 2048, "lr": "auto"}
-    shown = succeeds(flags(few, tmp_path / "out", **settings))
-    assert few_steps in shown and rate in shown
-    more = {"epochs": 20, "lr": 1e-3, "accumulate": 2}
-    shown = succeeds(flags(few, tmp_path / "out", **settings | more))
-    assert "warning" not in shown
-    assert "20 steps in 20 epochs, 1 rank x 2 micro-batches x 2,048 tokens per step" in shown
+def test_a_learning_rate_for_pretrained_weights_is_said_with_random_ones(plan):
+    rate = "warning: OpenChat's learning rate is for pretrained"
+    assert rate in report.schedule(plan(lr="auto")) and rate not in report.schedule(plan())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"batch_tokens": 2048}, {"batch_tokens": 1000, "max_length": None}, {"epochs": 1},
+     {"accumulate": 2, "epochs": 3, "batch_tokens": 64, "max_length": 64}],
+)  # fmt: skip
+def test_few_steps_are_said_with_the_flag_that_makes_some_more(plan, settings):
+    of_run = plan(**settings)
+    few = re.search(r"warning: few steps, (\d+); --(\S+) (\d+) makes some (\d+)",
+                    report.schedule(of_run))  # fmt: skip
+    assert int(few[1]) == of_run.order.total <= 100
+    more = plan(**settings | {few[2].replace("-", "_"): int(few[3])})
+    assert more.dataset.report == of_run.dataset.report  # nothing is cut for it
+    assert 0.8 * int(few[4]) < more.order.total < 1.5 * int(few[4])
+    assert more.order.total > min(100, 1.9 * of_run.order.total)
+
+
+def test_many_steps_or_as_many_as_asked_for_are_not_few(plan):
+    many = report.schedule(plan(epochs=20, max_steps=101))
+    assert "warning" not in many and "steps 101, epochs 17; " in many
+    assert "warning" not in report.schedule(plan(max_steps=3))
 
 
 def test_a_dry_run_prints_the_plan_last_and_writes_nothing(few, tmp_path):
     settings = {"dry_run": True, "plan_ranks": 8, "plan_memory": 80}
     shown = succeeds(flags(few, tmp_path / "out", **settings))
-    assert "8 ranks x 1 micro-batch x 256 tokens" in shown
+    assert "per step ranks 8 x accumulate 1 x tokens 256" in shown
     assert re.search(r"memory .* fits 80.0", shown)
     last = shown[shown.index("\nmemory ") :]
     assert "⟦" not in shown and "\n\n" not in last.rstrip()  # no conversations, nothing after it
-    assert not (tmp_path / "out").exists()
+    assert f" GB free in {tmp_path}\n" in last and not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------------------------ the flags
@@ -456,6 +500,8 @@ def test_a_file_of_flags_that_cannot_be_read_is_named(content, run, tmp_path):
         ("--max-seq-length", "--max-length"),
         ("--no-rewards", "--no-reward"),
         ("--temp", None),
+        ("--lora-r=8", "lora"),
+        ("--load-in-8bit", "lora"),
         ("--zzz", None),
     ],
 )
@@ -466,6 +512,7 @@ def test_the_nearest_right_flag_is_named(wrong, meant, run, tmp_path):
         code, _, shown = run(train.parse_arguments, *arguments)
         assert code == 2 and shown.count("\n") == 1
         hint = f"; did you mean {meant}?" if meant else ";"
+        hint = "; full fine-tuning only;" if meant == "lora" else hint
         name = wrong.split("=")[0]
         assert shown == f"error: {name} is not a flag of train.py{hint} --help lists all\n"
 
