@@ -72,8 +72,7 @@ def run_preview(args):
         print("\n".join(report.weight_by_step(found, steps, classes, weights)))
         print(f"\n{LEGEND}\n")
         for conversation in varied(found, args.show):
-            print(*preview(found, conversation, tokenizer, classes, weights), sep="
-")
+            print(*preview(found, conversation, tokenizer, classes, weights), sep="\n")
 
 
 LEGEND = r"""supervised: ⟦between these⟧, with its weight w
