@@ -29,6 +29,7 @@ CONFIG = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
+    "initializer_range": 0.04,  # with 0.02 some seeds learn to add only at the end, or after it
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
