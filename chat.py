@@ -15,6 +15,7 @@ import functools
 import json
 import sys
 from pathlib import Path
+from types import NoneType
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ import data
 import loss
 import model
 from support.batch import answer_file
-from support.files import model_folder, read_export
+from support.files import model_folder, of_type, read_export, reading
 from support.flags import Parser
 from support.terminal import converse, readable
 from support.web import PORT, serve
@@ -214,7 +215,7 @@ def export_of(folder):
     """The Export in a folder; ValueError if it has none."""
     if export := read_export(folder):
         return export
-    if (Path(folder) / "run.json").exists():
+    if (Path(folder) / "metrics.jsonl").exists():
         raise ValueError(f"{folder}: this run has exported no model yet")
     raise ValueError(f"{folder}/crlft.json: not found; chat.py needs a folder exported by train.py")
 
@@ -222,13 +223,11 @@ def export_of(folder):
 def ends_of(folder):
     """Tokens at which generation_config.json ends an answer; none without that file."""
     path = Path(folder) / "generation_config.json"
-    try:
-        ends = json.loads(path.read_text(encoding="utf-8-sig"))["eos_token_id"]
-    except FileNotFoundError:
+    if not path.exists():
         return []
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read: {error!r}") from None
-    return ends if isinstance(ends, list) else [ends]
+    with reading(path):
+        ends = json.loads(path.read_bytes())["eos_token_id"]
+        return [of_type(end, int, NoneType) for end in (ends if isinstance(ends, list) else [ends])]
 
 
 def main(argv=None):

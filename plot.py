@@ -43,7 +43,7 @@ def draw(runs, path):
     panels = dict(zip(PANELS, figure.subplots(2, 3).flat, strict=True))
     for (name, (steps, evaluations)), style in zip(runs, itertools.cycle(STYLES)):
         for key in ("lr", "grad_norm", "tokens_per_second"):
-            curve(panels[key], steps, [step[key] for step in steps], style, "black", name)
+            curve(panels[key], steps, [step.get(key) for step in steps], style, "black", name)
         for source_class, colour in zip(steps[0]["classes"], itertools.cycle(COLOURS)):
             label = f"{name} {source_class}" if len(runs) > 1 else source_class
             by_class(panels, steps, evaluations, source_class, style, colour, label)
@@ -74,10 +74,10 @@ PANELS = {  # title, unit
 def by_class(panels, steps, evaluations, source_class, style, colour, label):
     """One class of one run, in the three panels that have curves per class."""
     for key in ("loss", "accuracy", "weight_share"):
-        values = [step["classes"][source_class][key] for step in steps]
+        values = [step["classes"].get(source_class, {}).get(key) for step in steps]
         if any(values):  # else no conversation of this class was trained on
             curve(panels[key], steps, values, style, colour, label)
-        held_out = [(e["step"], e["eval"][source_class][key]) for e in evaluations]
+        held_out = [(e["step"], e["eval"].get(source_class, {}).get(key)) for e in evaluations]
         held_out = [point for point in held_out if point[1] is not None]
         if held_out and key != "weight_share":
             panels[key].plot(*zip(*held_out, strict=True), "o", color=colour, markersize=4)
@@ -85,6 +85,7 @@ def by_class(panels, steps, evaluations, source_class, style, colour, label):
 
 def curve(panel, steps, values, style, colour, label):
     x = [step["step"] for step in steps]
+    label = " " * label.startswith("_") + label.replace("$", r"\$")  # as matplotlib takes a text
     panel.plot(x, smoothed(values), style, color=colour, linewidth=1, label=label)
 
 

@@ -92,6 +92,9 @@ def check_ranges(config):
         if not holds:
             raise ValueError(f"{flag_of(name)} must be {what}")
 
+    texts = map(str, [*vars(config).values(), *config.data, *config.eval_data])
+    for text in [text for text in texts if text != text.encode("utf-8", "ignore").decode()]:
+        raise ValueError(f"{text!a}: its name is not UTF-8: rename it")
     for name in ("plan_ranks", "plan_memory"):
         require(config.dry_run or not getattr(config, name), name, "used with --dry-run")
     require(not (config.evaluate and config.dry_run), "evaluate", "used without --dry-run")

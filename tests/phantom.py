@@ -342,6 +342,7 @@ def run(scenario, folder):
             (model, "checksum", lambda _: 0),
             (checkpoint, "save_file", save_file),
             (checkpoint, "check_rows", lambda *_: None),  # of ranks that are not there
+            (checkpoint, "require_finite", lambda *_: None),
             (kernels.cross_entropy, "cross_entropy_kernel", launches),
             (kernels.cross_entropy, "launch_shape", lambda *_: {}),
             (report, "Log", Log),

@@ -1,9 +1,13 @@
 """What is saved is all there is: nothing incomplete is committed, nothing incomplete is read."""
 
 import dataclasses
+import errno
 import json
+import os
+import re
 import shlex
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import lives
@@ -18,8 +22,9 @@ import data
 import loss
 import model
 import train
-from support import checkpoint, report
+from support import checkpoint, files, report
 from support.model_card import model_card
+from support.ranks import held_output
 
 
 @pytest.fixture
@@ -141,12 +146,213 @@ def test_a_save_that_misses_rows_or_tensors_is_not_committed(started, monkeypatc
     assert [step for step, _ in checkpoints.committed()] == [1]
 
 
-def test_a_save_does_not_depend_on_the_log(started):
-    """A user may have moved it."""
-    _, llama, optimizer, checkpoints = started
-    (checkpoints.out / "metrics.jsonl").unlink()
+@pytest.mark.parametrize("fault", ["moved away", "does not reach the disk"])
+def test_a_save_does_not_depend_on_the_log(started, ranks, monkeypatch, fault):
+    plan, llama, optimizer, checkpoints = started
+    log, path = report.Log(plan, ranks, checkpoints.out, 0), checkpoints.out / "metrics.jsonl"
+
+    def sync(synced):
+        if fault != "moved away" and synced == path:
+            raise OSError(errno.EIO, "Input/output error")
+
+    log.write({"step": 1})
+    if fault == "moved away":
+        path.rename(checkpoints.out / "older.jsonl")
+    monkeypatch.setattr(checkpoint, "sync", sync)
     checkpoints.save(llama, optimizer, 1)
     assert [step for step, _ in checkpoints.committed()] == [1]
+    log.write({"step": 2})
+    lines = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    assert lines == ([2] if fault == "moved away" else [1, 2])
+
+
+def test_lines_that_cannot_be_written_are_written_later_and_said_once(
+    started, ranks, monkeypatch
+):
+    """On a disk that is full, then takes a part, then has room."""
+    plan, _, _, checkpoints = started
+    log, room, said = report.Log(plan, ranks, checkpoints.out, 0), [0, 0, 7, 30, 1000], []
+
+    class Full:
+        def __init__(self, *arguments, **options):
+            self.file = open(*arguments, **options)
+
+        def write(self, raw):
+            bytes_left = room.pop(0)
+            if not bytes_left:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return self.file.write(raw[:bytes_left])
+
+        __enter__, __exit__ = lambda self: self, lambda self, *_: self.file.close()
+
+    monkeypatch.setattr(report, "open", Full, raising=False)
+    monkeypatch.setattr(ranks, "say", said.append)
+    lines = [{"step": step, "classes": {}} for step in range(1, 6)]
+    for line in lines:
+        log.write(line)
+    assert files.read_metrics(log.path) == lines
+    assert len(said) == 1 and said[0].endswith("No space left on device; kept for later")
+
+
+def test_weights_that_are_not_finite_are_not_saved(started):
+    """Of the last step's update, at which no later loss looks."""
+    _, llama, optimizer, checkpoints = started
+    norm = llama.model.norm.weight
+    for name, tensor in (
+        ("model.norm.weight", norm),
+        ("optimizer.model.norm.weight.exp_avg_sq", optimizer.state[norm]["exp_avg_sq"]),
+    ):
+        local, odd = model.local_tensor(tensor.detach()), [torch.nan, torch.inf, -torch.inf]
+        for value in odd:
+            whole = local.clone()
+            local[-1] = value
+            with pytest.raises(ValueError, match=f"step-1 failed: {name} holds NaN or infinity"):
+                checkpoints.save(llama, optimizer, 1)
+            local.copy_(whole)
+    assert not checkpoints.committed()
+    checkpoints.save(llama, optimizer, 1)
+    assert checkpoints.committed()
+
+
+# -------------------------------------------------------------------- the disk, at any instant
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """Problems that a power cut or a kill at some instant would have had.
+
+    Each is (what, path): "not on the disk" for what is renamed but was not synced since it was
+    written; "name not on the disk" where a folder is removed though the rename before it was not
+    synced; "removed" for what loses its own name before another has taken it.
+    """
+    synced, pending, problems = set(), set(), []
+    fsync, rename, replace, unlink, rmtree = (
+        os.fsync, os.rename, os.replace, os.unlink, shutil.rmtree,
+    )  # fmt: skip
+
+    def state(found):
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
+    def watched_fsync(descriptor):
+        found = os.fstat(descriptor)
+        synced.add(state(found))
+        pending.discard(found.st_ino)
+        fsync(descriptor)
+
+    def watched(function):
+        def move(old, new):
+            old, new = Path(old), Path(new)
+            log = new.parents[1] / "metrics.jsonl"
+            for path in [old, *old.rglob("*"), *([log] if new.match("checkpoints/step-?") else [])]:
+                if not path.is_symlink() and state(path.stat()) not in synced:
+                    problems.append(("not on the disk", path))
+            function(old, new)
+            if not re.search(r"\.(tmp|old)$", new.name):
+                pending.add(new.parent.stat().st_ino)
+
+        return move
+
+    def watched_unlink(path, **options):
+        if not options and not Path(path).name.startswith("."):
+            problems.append(("removed", path))
+        unlink(path, **options)
+
+    def watched_rmtree(path, **options):
+        if not re.search(r"\.(tmp|old)$", path.name):
+            problems.append(("removed", path))
+        elif path.exists() and pending:
+            problems.append(("name not on the disk", path))
+        rmtree(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", watched_fsync)
+        patch.setattr(os, "rename", watched(rename))
+        patch.setattr(os, "replace", watched(replace))
+        patch.setattr(os, "unlink", watched_unlink)
+        patch.setattr(shutil, "rmtree", watched_rmtree)
+        yield SimpleNamespace(problems=problems, pending=pending)
+
+
+def test_at_any_instant_the_disk_has_what_a_name_says(started, ranks, disk):
+    """Of checkpoints, exports that replace others, OUT/model and the log."""
+    plan, llama, optimizer, checkpoints = started
+    config = dataclasses.replace(plan.config, keep=1)
+    plan = checkpoints.plan = dataclasses.replace(plan, config=config)
+    log = report.Log(plan, ranks, checkpoints.out, checkpoints.resume())
+    for number in (1, 2, 3):
+        log.write({"step": number, "classes": {}})
+        checkpoints.save(llama, optimizer, number)
+        checkpoint.write_export(plan, ranks, llama, checkpoints.out, number, {})
+        assert not disk.pending
+    report.Log(plan, ranks, checkpoints.out, 2)
+    assert disk.problems == []
+    assert [step for step, _ in checkpoints.committed()] == [3]
+    assert chat.export_of(checkpoints.out / "model").steps == 3
+
+
+def test_room_is_asked_for_the_kept_checkpoints_the_next_one_and_the_model(
+    started, ranks, monkeypatch
+):
+    plan, llama, optimizer, checkpoints = started
+    checkpoints.save(llama, optimizer, 1)
+    (path,) = (checkpoints.folder / "step-1").glob("rank-*")
+    size = sum(tensor.nbytes for tensor in load_file(path).values())
+    for keep, count in ((1, 1), (2, 1), (5, 1), (2, 0)):
+        if not count:
+            shutil.rmtree(checkpoints.folder / "step-1")
+        config = dataclasses.replace(plan.config, keep=keep)
+        checkpoints.plan = dataclasses.replace(plan, config=config)
+        for factor, fits in ((keep + 1 - count + 0.3, False), (keep + 1 - count + 0.35, True)):
+            free = SimpleNamespace(free=int(factor * size))
+            monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: free)
+            if fits:
+                assert checkpoints.resume() == count
+            else:
+                with pytest.raises(ValueError, match="GB free, and the checkpoints and model need"):
+                    checkpoints.resume()
+
+
+# ------------------------------------------------------------------ a folder that is not the run's
+
+
+def test_nothing_is_written_into_a_folder_that_another_run_has_taken(started, ranks):
+    """As after `rm -rf OUT` under a live run, and a second one started there."""
+    plan, llama, optimizer, checkpoints = started
+    out = checkpoints.out
+    with held_output(out, ranks):
+        log = report.Log(plan, ranks, out, 0)
+        (out / ".lock").unlink()
+        checkpoints.save(llama, optimizer, 1)  # without a lock it is nobody else's
+        shutil.rmtree(out)
+        with pytest.raises(ValueError, match="saving .* failed: .*No such file"):
+            checkpoints.save(llama, optimizer, 2)
+        log.write({"step": 2})
+        (out / "checkpoints").mkdir(parents=True)
+        (out / ".lock").write_text("process 7 on other, Mon Jan  1")
+        named = r"failed: .*held by another run \(process 7 on other"
+        with pytest.raises(ValueError, match=f"saving .*{named}"):
+            checkpoints.save(llama, optimizer, 2)
+        with pytest.raises(ValueError, match=f"writing .*{named}"):
+            checkpoint.write_export(plan, ranks, llama, out, 1, {})
+        log.write({"step": 3})
+        assert sorted(path.name for path in out.rglob("*")) == [".lock", "checkpoints"]
+    assert ranks.holder is None
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "model", "dangling model", "epoch-1"])
+def test_what_the_run_did_not_make_is_not_touched(started, ranks, name):
+    plan, _, _, checkpoints = started
+    shutil.rmtree(checkpoints.out)
+    path = checkpoints.out / name.split()[-1]
+    path.parent.mkdir()
+    if name == "metrics.jsonl":
+        path.write_text('{"their_loss": 0.5}\n')
+    else:
+        path.symlink_to(plan.config.model if name == "model" else "nowhere")
+    with pytest.raises(ValueError, match=f"{checkpoints.out}.*(give a new --out|move it)"):
+        checkpoints.resume()
+    assert [*checkpoints.out.iterdir()] == [path]
+    assert path.is_symlink() or path.read_text() == '{"their_loss": 0.5}\n'
 
 
 def test_an_export_that_fails_is_an_error_that_names_it(started, ranks):
@@ -223,6 +429,75 @@ def test_a_flipped_bit_in_any_file_of_a_checkpoint_is_found(started, ranks, monk
             assert "step-1 " in found[0] and "remove that folder" in found[0]
         else:
             assert found == []
+
+
+ODD_STATES = {
+    "parent": lambda s: {"files": {"../step-5/x.safetensors": {}}},
+    "absolute": lambda s: {"files": {"/x.safetensors": {}}},
+    "no safetensors": lambda s: {"files": {"x.bin": {}}},
+    "rows": lambda s: {"files": {"x.safetensors": {"a": [0, "1", 2]}}},
+    "numbers": lambda s: {"files": {"x.safetensors": {"a": [0, 1]}}},
+    "files": lambda s: {"files": []},
+    "rows of a file": lambda s: {"files": {"x.safetensors": 3}},
+    "recipe": lambda s: {"recipe": None},
+    "step": lambda s: {"step": "1"},
+    "true": lambda s: {"step": True},
+}
+
+
+@pytest.mark.parametrize("odd", [*ODD_STATES, b"", b"[]", b"\xff", b"[" * 200_000, b"{" * 9])
+def test_an_odd_state_is_one_line_that_names_it(odd, started, ranks):
+    plan, llama, optimizer, checkpoints = started
+    checkpoints.save(llama, optimizer, 1)
+    path = checkpoints.folder / "step-1" / "state.json"
+    state = json.loads(path.read_text())
+    path.write_bytes(odd if odd not in ODD_STATES else
+                     json.dumps(state | ODD_STATES[odd](state)).encode())  # fmt: skip
+    with pytest.raises(ValueError, match="step-1/state.json: cannot be read.*remove") as failed:
+        checkpoint.Checkpoints(plan, ranks, checkpoints.out).resume()
+    assert "\n" not in str(failed.value) and len(str(failed.value)) < 600
+
+
+@pytest.mark.parametrize("key", ["--beta, --no-reward", "--classes"])
+def test_a_recipe_of_another_kind_is_a_different_run(key, started, ranks):
+    plan, llama, optimizer, checkpoints = started
+    checkpoints.save(llama, optimizer, 1)
+    path = checkpoints.folder / "step-1" / "state.json"
+    for value in ({"a": 1}, [], None, "x"):
+        state = json.loads(path.read_text())
+        state["recipe"][key] = value
+        path.write_text(json.dumps(state))
+        with pytest.raises(ValueError, match=f"(?s)different run.*{key}"):
+            checkpoint.Checkpoints(plan, ranks, checkpoints.out).resume()
+
+
+def test_a_flipped_bit_anywhere_in_a_checkpoint_is_found_or_changes_nothing(started, ranks):
+    """In the headers as well, which no checksum covers."""
+    plan, llama, optimizer, checkpoints = started
+    checkpoints.save(llama, optimizer, 1)
+    (path,) = (checkpoints.folder / "step-1").glob("*.safetensors")
+    again = checkpoint.Checkpoints(plan, ranks, checkpoints.out)
+    again.resume()
+    network, whole = train.build(plan, ranks, False), path.read_bytes()
+    again.load(*network)
+    expected = {n: model.local_tensor(t).clone() for n, t in state_of(network).items()}
+    header, found = 8 + int.from_bytes(whole[:8], "little"), 0
+    places = [*range(8), *range(8, header, max(1, header // 60)), header, len(whole) // 2]
+    for at in places:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :])
+        try:
+            again.load(*network)
+        except ValueError as error:
+            found += 1
+            assert "step-1" in str(error) and "\n" not in str(error)
+            continue
+        for name, tensor in state_of(network).items():
+            assert torch.equal(model.local_tensor(tensor), expected[name]), (at, name)
+    assert found > 0.9 * len(places)
+
+
+def state_of(network):
+    return checkpoint.state_tensors(*network)
 
 
 def test_a_checkpoint_under_another_steps_name_is_refused(started, ranks):

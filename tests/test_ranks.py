@@ -67,8 +67,8 @@ def test_what_fails_on_one_rank_fails_on_all_with_its_reason(tmp_path):
 @pytest.fixture
 def handlers():
     """The signals' handlers are as they were afterwards."""
-    before = {getattr(signal, name): signal.getsignal(getattr(signal, name))
-              for name in support_ranks.STOP_SIGNALS}  # fmt: skip
+    before = {number: signal.getsignal(number)
+              for number in support_ranks.STOP_SIGNALS}  # fmt: skip
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -481,14 +481,6 @@ def test_a_users_copy_of_an_export_is_not_taken_for_one(few, tmp_path):
     assert os.readlink(out / "model") == "epoch-2"
 
 
-def test_a_run_whose_saves_failed_is_not_overwritten_by_another(finished, few, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(finished, out, symlinks=True)
-    shutil.rmtree(out / "checkpoints")
-    (out / "run.json").unlink()  # as where no checkpoint was ever written
-    refused(flags(few, out, seed=5), "none of its checkpoints")
-
-
 def test_a_checkpoint_too_many_is_not_kept_nor_one_too_few(few, tmp_path):
     out = tmp_path / "out"
     succeeds(flags(few, out, max_steps=5, save_every=1, keep=2, epochs=3, export_every=2))
