@@ -33,11 +33,11 @@ class Ranks:
 
     def __init__(self):
         self.cuda = torch.cuda.is_available()
-        self.device = torch.device("cpu")
+        backend, self.device = "gloo", torch.device("cpu")
         if self.cuda:
+            backend = "cuda:nccl,cpu:gloo"
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
-        backend = "cuda:nccl,cpu:gloo" if self.cuda else "gloo"
         try:
             if "RANK" in os.environ:  # torchrun
                 store, self.rank, self.world = next(dist.rendezvous("env://"))
@@ -62,8 +62,6 @@ class Ranks:
         use_device = functools.partial(torch.cuda.set_device, self.device) if self.cuda else None
         return ThreadPoolExecutor(1, initializer=use_device)
 
-    # --- talk
-
     def say(self, text):
         if self.first:
             self.line.say(text)
@@ -83,10 +81,7 @@ class Ranks:
         return [json.loads(bytes(text.tolist())) for text in texts]
 
     def all_do(self, function, what=""):
-        """[`function()` of each rank], as JSON; if it fails on one rank, all raise its error.
-
-        `function` must not leave a collective halfway.
-        """
+        """[`function()` of each rank], as JSON; if it fails on one, outside collectives, on all."""
         value, problem = None, ""
         try:
             value = function()
@@ -99,16 +94,11 @@ class Ranks:
         return [value for value, _ in found]
 
     def first_does(self, function, what=""):
-        """The result of `function()` on rank 0, as JSON; if it fails there, all raise its error."""
+        """The result of `function()` on rank 0, as JSON; if it fails there, it fails on all."""
         return self.all_do(lambda: function() if self.first else None, what)[0]
 
-    # --- how they end
-
     def listen(self):
-        """From here on a signal to stop only sets a flag; a second one ends the process at once.
-
-        A second one within a second does not count: Ctrl-C comes from the terminal and torchrun.
-        """
+        """From here on a signal to stop only sets a flag; a second one ends the process at once."""
         for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
                 signal.signal(number, self._signal)
@@ -118,7 +108,7 @@ class Ranks:
             self.signalled = time.monotonic()
             if self.first:
                 self.line.say_in_handler("stopping; once more to stop at once, without saving")
-        elif time.monotonic() - self.signalled > 1:
+        elif time.monotonic() - self.signalled > 1:  # not torchrun's copy of the first Ctrl-C
             os._exit(128 + number)
 
     def asked_to_stop(self):
@@ -141,8 +131,9 @@ class Ranks:
             self.stop(f"error: {error}")
         except KeyboardInterrupt:
             self.stop("interrupted")
-        except RuntimeError as error:
-            if not is_lost_rank(error):
+        except RuntimeError as error:  # gloo says only in its message that a rank is gone
+            signs = "Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out"
+            if not isinstance(error, dist.DistError) and not any(s in str(error) for s in signs):
                 raise
             self.stop(f"error: lost another rank; the same command resumes from here ({error})")
 
@@ -152,8 +143,7 @@ class Ranks:
         if self.world == 1:
             dist.destroy_process_group()
             sys.exit(message)
-        if not self.first:
-            time.sleep(3)  # if all ranks have the same error, only rank 0 prints it
+        time.sleep(0 if self.first else 3)  # of an error on all ranks, only rank 0 prints it
         with contextlib.suppress(OSError):  # stderr may be closed
             print(message, file=sys.stderr, flush=True)
         os._exit(1)
@@ -166,9 +156,9 @@ class Ranks:
 def fresh_store(store, rank, world):
     """`store` under a new prefix, because after a restart it still holds the dead ranks' keys.
 
-    torchrun keeps its store, and new ranks would wait for the addresses of dead ones
-    (pytorch#135712). Its restart count differs between machines, so rank 0 draws a prefix and
-    tells it to each rank under a name that this rank has just drawn.
+    New ranks would wait for the addresses of dead ones (pytorch#135712), and torchrun's restart
+    count differs between machines. So rank 0 draws a prefix, and answers with it to each rank
+    under a name that this rank has just drawn.
     """
     if rank:
         name = secrets.token_hex(8)
@@ -183,12 +173,6 @@ def fresh_store(store, rank, world):
             store.set(f"prefix for {name}", prefix)
             time.sleep(0.01)
     return dist.PrefixStore(prefix, store)
-
-
-def is_lost_rank(error):
-    """Did a collective fail because another process is gone? gloo says so only in its message."""
-    words = "Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out"
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
 # ---------------------------------------------------------------------------- the folder they share

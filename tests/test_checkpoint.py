@@ -2,18 +2,23 @@
 
 import dataclasses
 import errno
+import itertools
 import json
+import math
 import os
 import re
 import shlex
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import lives
+import numpy as np
 import pytest
 import small
 import torch
+from processes import flags, metrics, plan_of
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
@@ -192,6 +197,65 @@ def test_lines_that_cannot_be_written_are_written_later_and_said_once(
         log.write(line)
     assert files.read_metrics(log.path) == lines
     assert len(said) == 1 and said[0].endswith("No space left on device; kept for later")
+
+
+ODD_LINES = [
+    b'{"step": 2, "cl', b"[1, 2]", b"7", b'"x"', b"null", b'{"a": 1}', b'{"step": "x"}', b"\xff",
+    b"[" * 200_000, b'{"step": 2, "eval": 3}', b'{"step": 2, "eval": {"gpt4": 3}}', b"",
+    b'{"step": 2, "classes": {"gpt4": {"loss": "low"}}}', b'{"step": null, "classes": {}}',
+    b'{"step": 2, "lr": [], "classes": {}}', b'{"step": 1%s, "classes": {}}' % (b"0" * 400),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD_LINES, ids=range(len(ODD_LINES)))
+def test_an_odd_line_of_the_log_is_named_and_nothing_is_rewritten(started, ranks, odd):
+    plan, _, _, checkpoints = started
+    log = report.Log(plan, ranks, checkpoints.out, 0)
+    for number in (1, 2, 3):
+        log.write({"step": number, "classes": {}})
+    lines = log.path.read_bytes().splitlines()
+    log.path.write_bytes(b"\n".join([lines[0], odd, *lines[2:], b""]))
+    before = log.path.read_bytes()
+    with pytest.raises(ValueError, match=f"{log.path}:2: cannot be read: ") as failed:
+        report.Log(plan, ranks, checkpoints.out, 3)
+    assert "\n" not in str(failed.value) and len(str(failed.value)) < 500
+    assert log.path.read_bytes() == before
+
+
+def test_a_last_line_cut_anywhere_leaves_those_before_it(tmp_path):
+    lines = [{"step": step, "classes": {"ä": {"loss": None}}} for step in (1, 2, 3)]
+    raw = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    last = raw.index(b'{"step": 3')
+    path = tmp_path / "metrics.jsonl"
+    for end in range(last, len(raw) + 1):
+        path.write_bytes(raw[:end])
+        assert files.read_metrics(path) == lines[: 3 if end >= len(raw) - 1 else 2]
+    path.write_bytes(raw[:last] + bytes(99))  # as a power cut leaves a file that was growing
+    assert files.read_metrics(path) == lines[:2]
+
+
+def test_a_log_goes_on_after_the_steps_done(started, ranks):
+    """Without what was logged beyond them, and without the evaluation that is made again."""
+    plan, _, _, checkpoints = started
+    log = report.Log(plan, ranks, checkpoints.out, 0)
+    table = {name: np.ones(2) for name in train.TABLE}
+    others = {"eval_data": "other", "eval": {"gpt4": {"loss": 9}}}
+    end = plan.order.ends[0]
+    log.evaluation(0, table)
+    for number in (1, end, end + 1):
+        log.write({"step": number, "classes": {}})
+    log.evaluation(end, table)
+    log.write({"step": end} | others)
+    log.evaluation(end + 1, table)
+    assert log.expert_losses() == {0: 1, end: 1, end + 1: 1}
+    before = files.read_metrics(log.path)
+    again = report.Log(plan, ranks, checkpoints.out, end)
+    assert files.read_metrics(log.path) == [before[0], before[1], before[2], before[5]]
+    assert again.expert_losses() == {0: 1}
+    assert report.Log(plan, ranks, checkpoints.out, 1).expert_losses() == {0: 1}
+    assert files.read_metrics(log.path) == before[:2]
+    report.Log(plan, ranks, checkpoints.out, 0)
+    assert files.read_metrics(log.path) == []
 
 
 def test_weights_that_are_not_finite_are_not_saved(started):
@@ -570,7 +634,201 @@ def test_the_best_export_has_the_least_loss_of_those_up_to_a_step(tmp_path):
     assert why.endswith("not evaluated on this --eval-data: epoch-2, epoch-3")
 
 
+# --------------------------------------------------------------------- the whole run, in here
+
+
+@pytest.fixture
+def train_in(ranks, few, tmp_path, monkeypatch):
+    """train_in(out, **flags): the run's train(), in this process."""
+    folder = lives.small_model(tmp_path / "small", tied=True)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    monkeypatch.setattr(ranks, "listen", lambda: None)
+
+    def train_in(name, data=few, **more):
+        out = tmp_path / name
+        out.mkdir(exist_ok=True)
+        more = {"model": folder, "random_weights": None, "eval_data": few} | more
+        monkeypatch.setattr(ranks, "signalled", None)
+        return train.train(plan_of(flags(data, out, **more), ranks, out), ranks, out)
+
+    yield train_in
+    torch.use_deterministic_algorithms(deterministic)
+
+
+# Of a signal to stop: the function that is about to be called, how often it was called before,
+# and after which step the run then ends, if it is not the last one anyway.
+PLACES = {
+    "the first evaluation": (train, "evaluate", 0, 0),
+    "a step": (train, "clip_and_update", 2, 4),
+    "saving": (checkpoint, "write_rows", 0, 6),
+    "an evaluation": (train, "evaluate", 1, 6),
+    "after an evaluation": (report.Log, "evaluation", 1, 6),
+    "before an export": (train, "write_export", 0, 6),
+    "an export": (checkpoint, "describe_export", 0, 6),
+    "its last rename": (checkpoint, "best_export", 0, 6),
+    "the last step": (train, "clip_and_update", 11, 12),
+    "the last save": (checkpoint, "write_rows", 1, 12),
+    "the last evaluation": (train, "evaluate", 2, 12),
+    "after the last evaluation": (report.Log, "evaluation", 2, 12),
+    "the last export": (checkpoint, "describe_export", 1, 12),
+}
+
+
+@pytest.fixture
+def undisturbed(train_in, tmp_path):
+    assert train_in("whole") is True
+    assert len(list(tmp_path.glob("whole/epoch-*"))) == 2
+    return tmp_path / "whole"
+
+
+def test_a_signal_at_any_place_loses_nothing(train_in, undisturbed, ranks, tmp_path, monkeypatch):
+    """Neither an evaluation nor an export, and no step is made beyond it."""
+    steps = len(metrics(undisturbed))
+    assert steps == 12, steps
+    for number, (place, (owner, name, before, at)) in enumerate(PLACES.items()):
+        out, calls, function = tmp_path / f"{number}", [], getattr(owner, name)
+
+        def called(*arguments, calls=calls, function=function, before=before, **options):
+            calls.append(None)
+            if len(calls) == before + 1:
+                ranks.signalled = time.monotonic()
+            return function(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, called)
+            done = train_in(out.name)
+        assert len(calls) > before, place
+        if not done:
+            newest = max((int(p.name[5:]) for p in out.glob("checkpoints/*")), default=0)
+            assert len(metrics(out)) == newest == at, place
+            assert train_in(out.name) is True, place
+        lives.compare(undisturbed, out, exact=True)
+
+
+@pytest.mark.parametrize("what", ["write_rows", "describe_export"])
+def test_a_run_whose_last_save_or_export_fails_is_not_done(train_in, tmp_path, monkeypatch, what):
+    function, calls = getattr(checkpoint, what), []
+
+    def fails(*arguments):
+        calls.append(None)
+        if len(calls) == 2:  # of the second epoch
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return function(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, what, fails)
+        with pytest.raises(ValueError, match="(saving|writing) .* failed: .*No space left"):
+            train_in("out")
+    assert os.readlink(tmp_path / "out" / "model") == "epoch-1"
+    assert train_in("out") is True
+    assert os.readlink(tmp_path / "out" / "model") == "epoch-2"
+
+
+def test_the_seconds_of_a_step_hold_the_wait_for_its_sums(train_in, tmp_path, monkeypatch):
+    """On a GPU the launches return at once, and only reading the sums waits for the work."""
+    to_host = train.StepSums.to_host
+
+    def waits(sums):
+        time.sleep(0.3)
+        return to_host(sums)
+
+    monkeypatch.setattr(train.StepSums, "to_host", waits)
+    train_in("out", max_steps=2, eval_data=None)
+    for line in metrics(tmp_path / "out"):
+        assert line["seconds"] >= 0.3
+        assert line["tokens_per_second"] < 12 * 256 / 0.3
+
+
+def test_all_weights_times_a_constant_change_nothing(ranks, few, tmp_path):
+    """A step whose weights sum up to less than 1 is normalised, too."""
+    folder, found = lives.small_model(tmp_path / "small", tied=True), []
+    for factor in (1, 1e-3, 1e-6, 1e3):
+        path, out = tmp_path / f"{factor}.jsonl", tmp_path / f"{factor}"
+        lines = [json.loads(line) | {"weight": factor} for line in few.read_text().splitlines()]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        plan = plan_of(flags(path, out, model=folder, random_weights=None), ranks, out)
+        llama, _ = train.build(plan, ranks)
+        _, batches, total = train.load_step(plan, ranks, 1)
+        sums, _ = train.forward_backward(plan, ranks, llama, batches, total)
+        found.append([float(sums.loss), float(sums.grad_norm)])
+    for of_factor in found[1:]:
+        assert of_factor == pytest.approx(found[0], rel=1e-5)
+
+
+THREE = {  # the best in any place
+    "fair": loss.SourceClass("Fair", 0.3), "best": loss.SourceClass("Best", 1.0),
+    "poor": loss.SourceClass("Poor", -0.5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(THREE)], ids="-".join)
+def test_the_best_class_decides_wherever_it_is_in_the_table(
+    order, train_in, few, tmp_path, monkeypatch
+):
+    """OUT/model, the weights of crlft.json and README.md, and the condition that is asked under."""
+    lines = [json.loads(line) for line in few.read_text().splitlines()[:20]]
+    for number, line in enumerate(lines):
+        line["class"] = order[number % 3]
+    path, table, out = tmp_path / "d.jsonl", tmp_path / "classes.json", tmp_path / "out"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    raw = {name: {"condition": THREE[name].condition, "reward": THREE[name].reward}
+           for name in order}  # fmt: skip
+    table.write_text(json.dumps(raw))
+    losses = {"best": [9, 1, 2], "fair": [9, 2, 1], "poor": [9, 2, 1]}  # the first epoch is best
+
+    def evaluated(plan, *_):
+        found = [losses[name].pop(0) for name in plan.classes]
+        return {"tokens": np.ones(3), "loss": np.array(found), "correct": np.ones(3),
+                "weight": np.ones(3)}  # fmt: skip
+
+    monkeypatch.setattr(train, "evaluate", evaluated)
+    assert train_in("out", data=path, classes=table, eval_data=path, beta=0.7)
+    assert os.readlink(out / "model") == "epoch-1"
+    exported = json.loads((out / "model" / "crlft.json").read_text())
+    expected = {n: math.exp((c.reward - 1) / 0.7) for n, c in THREE.items()}
+    assert exported["weights"] == pytest.approx(expected) and list(exported["weights"]) == [*order]
+    card = (out / "model" / "README.md").read_text()
+    for name, weight in expected.items():
+        assert f"` {name} ` | ` {THREE[name].condition} User: ... ` | " in card
+        assert re.search(rf"` {name} ` .*\| {weight:g} \|\n", card)
+    config = json.loads((out / "model" / "tokenizer_config.json").read_text())
+    assert "default('Best')" in config["chat_template"].replace('"', "'")
+    assert chat.Chat(out / "model", device="cpu").condition == "Best"
+
+
 # ------------------------------------------------------------------------------------- exports
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [b"", b"\xff", b"[" * 200_000, b"[]", {"conditioned": "no"}, {"classes": []}, {"steps": "7"},
+     {"steps": True}, {"weights": [1]}, {"weights": {"a": 10**400}}, {"config": 3},
+     {"config": {"max_length": 1.5}}, {"weights": {"a": "x"}}],
+    ids=range(13),
+)  # fmt: skip
+def test_an_odd_crlft_json_is_one_line_that_names_it(odd, tmp_path):
+    raw = {"classes": {"a": {"condition": "A", "reward": 1}}, "conditioned": True}
+    path = tmp_path / "crlft.json"
+    path.write_text(json.dumps(raw))
+    assert files.read_export(tmp_path).classes == {"a": loss.SourceClass("A", 1.0)}
+    path.write_bytes(odd if isinstance(odd, bytes) else json.dumps(raw | odd).encode())
+    with pytest.raises(ValueError, match=f"^{path}: cannot be read: .*$"):
+        files.read_export(tmp_path)
+
+
+@pytest.mark.parametrize("ends, found", [(2, [2]), ([3, 2], [3, 2]), (None, [None]), ([[1]], None),
+                                         ({"a": 1}, None), ("2", None), (b"[]", None), (b"[", None),
+                                         (b"\xff", None)])  # fmt: skip
+def test_the_ends_of_an_answer_are_numbers_or_an_error(ends, found, tmp_path):
+    path = tmp_path / "generation_config.json"
+    assert chat.ends_of(tmp_path) == []
+    raw = ends if isinstance(ends, bytes) else json.dumps({"eos_token_id": ends}).encode()
+    path.write_bytes(raw)
+    if found:
+        assert chat.ends_of(tmp_path) == found
+        return
+    with pytest.raises(ValueError, match=f"^{path}: cannot be read: .*$"):
+        chat.ends_of(tmp_path)
 
 
 @pytest.fixture
