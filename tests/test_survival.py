@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 import data
 import loss
 import model
+import train
 
 # ------------------------------------------------------------------------------ killed, stopped
 
@@ -506,6 +507,15 @@ def test_a_non_finite_step_stops_before_the_optimizer(few, tmp_path):
     assert len(metrics(out)) == 1
 
 
+def test_what_the_last_update_breaks_is_neither_saved_nor_exported(few, tmp_path):
+    """The loss and the gradient of the step were finite, and no later ones are computed."""
+    out = tmp_path / "out"
+    settings = flags(few, out, lr=1e39, max_steps=1, warmup_ratio=0)
+    shown = refused(settings, f"saving {out}/checkpoints/step-1 failed", "lower --lr", ranks=2)
+    assert "holds NaN or infinity" in shown
+    assert not (out / "model").exists() and not list((out / "checkpoints").glob("step-*[0-9]"))
+
+
 def test_infinite_weights_stop_the_first_step(few, tmp_path):
     """In one late layer, as an overflow would leave them."""
     folder = sums_with(tmp_path / "model")
@@ -650,6 +660,17 @@ def test_a_broken_model_folder_is_one_clear_message(few, tmp_path, fault, messag
     refused(flags(few, tmp_path / "out", model=folder, random_weights=None), message)
 
 
+@pytest.mark.parametrize("flag", ["data", "eval_data", "model", "classes", "out", "class_field"])
+def test_a_name_that_is_not_utf8_is_refused_before_anything(run, few, tmp_path, flag):
+    """A Latin-1 file name: the files that a run leaves could not hold it."""
+    name = f"{tmp_path}/caf\udce9.jsonl"
+    more = {"data" if flag == "data" else flag: name}
+    settings = flags(**{"data": few, "out": tmp_path / "out"} | more)
+    code, _, err = run(train.main, *settings)
+    assert (code, err) == (2, f"error: {name!a}: its name is not UTF-8: rename it\n")
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_conversations_stop_the_run_before_any_weight(few, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(few.read_bytes() + b'{"class": "gpt5"}\n\x00\x00\n' + b"[" * 100_000 + b"\n")
@@ -661,7 +682,7 @@ def test_bad_conversations_stop_the_run_before_any_weight(few, tmp_path):
 def test_mutated_inputs_are_accepted_or_refused_by_name():
     answers = fuzz(2000, seed=1)
     assert sum(answers.values()) == 2000
-    assert len(answers) == 6  # each of the three parsers did both
+    assert len(answers) == 2 * 8 - 1  # each parser did both, but tokens are made again
 
 
 # ------------------------------------------------------------------------------------ the output
