@@ -97,7 +97,8 @@ class Checkpoints:
         with contextlib.suppress(OSError):  # the weights do not depend on the log
             sync(self.out / "metrics.jsonl")
         aside.rename(folder)
-        sync(self.folder)
+        for path in (self.folder, self.out):
+            sync(path)
         for _, path in self.committed()[: -self.plan.config.keep]:
             doomed = path.with_name(path.name + ".tmp")  # a kill here leaves no half folder
             path.rename(doomed)
@@ -111,10 +112,8 @@ class Checkpoints:
     # --- resume
 
     def resume(self):
-        """Steps done in the newest checkpoint, 0 without one; ValueError if it cannot be used.
-
-        Only rank 0 looks: other machines might see an older state of the disk.
-        """
+        """Steps done in the newest checkpoint, 0 without one; ValueError if it cannot be used."""
+        # Only rank 0 looks, as other machines might see an older state of the disk.
         self.saved, self.finished = self.ranks.first_does(self._newest)
         return self.saved
 
@@ -150,8 +149,8 @@ class Checkpoints:
         for change in changed_flags(state["config"], self.plan.config):
             self.ranks.say(f"changed since the checkpoint: {change}")
         mark = folder / "finished"
-        same_evaluation = mark.exists() and mark.read_text() == str(self.plan.eval_name)
-        return step, step == total and same_evaluation
+        finished = mark.exists() and mark.read_bytes() == str(self.plan.eval_name).encode()
+        return step, finished and step == total
 
     def load(self, llama, optimizer):
         """Fill weights and optimizer state from the checkpoint that resume() found."""
@@ -194,9 +193,9 @@ def state_tensors(llama, optimizer):
 
 
 def write_rows(folder, prefix, tensors):
-    """Write this rank's rows of each tensor, in files of about FILE_SIZE.
+    """Write this rank's rows of each tensor, which must be finite, in files of about FILE_SIZE.
 
-    Returns {file: {tensor: [first row, rows, CRC-32 of their bytes]}}. ValueError if one is NaN.
+    Returns {file: {tensor: [first row, rows, CRC-32 of their bytes]}}.
     """
     mine = {name: model.local_tensor(tensor) for name, tensor in tensors.items()}
     mine = {name: rows for name, rows in mine.items() if len(rows)}
@@ -220,44 +219,41 @@ def write_rows(folder, prefix, tensors):
 
 
 def require_finite(tensors):
-    """ValueError if a tensor holds NaN or infinity, which no later step could mend."""
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{name} holds NaN or infinity: try a lower --lr")
 
 
 def check_rows(files, shapes):
-    """ValueError in one line, unless the files hold every row of every tensor exactly once."""
+    """ValueError unless the files hold every row of every tensor exactly once."""
     found = {name: [] for name in shapes}
     for rows in files.values():
         for name, (first, count, _) in rows.items():
-            found.setdefault(name, []).append((first, first + count))
-    problems = [f"{name} is not of this network" for name in found.keys() - shapes.keys()]
+            if name not in shapes:
+                raise ValueError(f"{name} is not of this network")
+            found[name].append((first, first + count))
     for name, shape in shapes.items():
         end = 0
         for first, last in sorted(found[name]):
             if first != end:
                 how = "lacks" if first > end else "repeats"
-                problems.append(f"{name} {how} rows {min(first, end)} to {max(first, end)}")
+                raise ValueError(f"{name} {how} rows {min(first, end)} to {max(first, end)}")
             end = last
         if end != shape[0]:
-            problems.append(f"{name} has {end} rows, not {shape[0]}")
-    if problems:
-        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(", ".join(sorted(problems)[:5]) + more)
+            raise ValueError(f"{name} has {end} rows, not {shape[0]}")
 
 
 def check_sums(path, rows):
     """ValueError unless a file holds exactly these rows, bit for bit."""
     with model.open_safetensors(path) as file, ThreadPoolExecutor(4) as pool:
         if set(file.keys()) != set(rows):
-            raise ValueError(f"{path.name} holds other tensors than state.json says")
+            raise ValueError(f"{path.name} holds different tensors than state.json lists")
         tensors = list(pool.map(file.get_tensor, rows))
         sums = list(pool.map(model.checksum, tensors))
     found = zip(rows, map(len, tensors), sums, strict=True)
-    odd = [name for name, count, value in found if rows[name][1:] != [count, value]]
-    if odd:
-        raise ValueError(f"{path.name} is damaged: {', '.join(odd[:5])}")
+    for name, count, value in found:
+        if rows[name][1:] != [count, value]:
+            raise ValueError(f"{path.name} is damaged: {name}")
 
 
 def recipe(plan):
@@ -418,7 +414,7 @@ def evaluation_config(config):
     """The Config with which --evaluate is planned, and its class table.
 
     An export is measured as it was trained: with its own classes, with or without condition, cut
-    at its own length. Every token counts alike: another --beta could round a class's weight to 0.
+    at its own length. Every token counts alike: with another --beta a class could have weight 0.
     """
     folder = model_folder(config.model)
     export = read_export(folder)
@@ -437,17 +433,17 @@ def check_ownership(out, epochs, has_checkpoints):
     started = (out / "metrics.jsonl").exists() and not (out / "checkpoints").exists()
     if not has_checkpoints and (started or exports):
         raise ValueError(
-            f"{out} holds a run, but none of its checkpoints, and this command would start over "
-            f"and overwrite it: put {out}/checkpoints/step-N back, or give a new --out"
+            f"{out} holds the log or the exports of a run, but none of its checkpoints, and would "
+            f"be overwritten: put {out}/checkpoints/step-N back, or give a new --out"
         )
     if os.path.lexists(link) and not (link.is_symlink() and EXPORT.fullmatch(os.readlink(link))):
         raise ValueError(
-            f"{link} is not a link to an export, as a run makes it (was {out} copied without "
-            "links?): move it away, and the run will make the link again"
+            f"{link} is not a link to an export (was {out} copied without links?): move it away, "
+            "and the run will make the link again"
         )
     for folder in (out / f"epoch-{epoch}" for epoch in range(1, epochs + 1)):
         if os.path.lexists(folder) and folder.name not in exports:
-            raise ValueError(f"{folder} is no export of a run, which makes one there: move it")
+            raise ValueError(f"{folder} is not an export, and the run makes one there: move it")
 
 
 def clear_leftovers(out):

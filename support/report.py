@@ -239,6 +239,10 @@ def summary(dataset, classes, class_weights):
         shown = [f"{_printable(key)} ({count:,})" for key, count in keys[:12]]
         shown += [f"and {len(keys) - 12} other keys"] * (len(keys) > 12)
         out.append(f"not read: {', '.join(shown)}")
+    for number, name in enumerate(classes):
+        of = index["source_class"] == number
+        if of.any() and not dataset.total_weight(of, class_weights):
+            out.append(f"class {name} has weight 0, and is not trained on: raise --beta")
     paths = collections.Counter(source.path.resolve() for source in dataset.sources)
     out += [f"given {n} times: {path}" for path, n in paths.items() if n > 1]
     return out

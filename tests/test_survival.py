@@ -516,6 +516,19 @@ def test_what_the_last_update_breaks_is_neither_saved_nor_exported(few, tmp_path
     assert not (out / "model").exists() and not list((out / "checkpoints").glob("step-*[0-9]"))
 
 
+def test_a_class_whose_weight_is_too_small_is_said_and_not_trained_on(few, tmp_path):
+    """Rewards of 0 to 50, and steps without any conversation of the expert."""
+    table, out = tmp_path / "classes.json", tmp_path / "out"
+    rewards = {"gpt4": 50, "gpt3.5": 0}
+    table.write_text(json.dumps({n: {"condition": n, "reward": r} for n, r in rewards.items()}))
+    shown = succeeds(flags(few, out, classes=table, batch_tokens=64, max_steps=20))
+    assert "class gpt3.5 has weight 0, and is not trained on: raise --beta" in shown
+    without = [line for line in metrics(out) if not line["classes"]["gpt4"]["tokens"]]
+    assert 0 < len(without) < 20 and {line["grad_norm"] for line in without} == {0.0}
+    shown = succeeds(flags(few, tmp_path / "other", max_steps=1))
+    assert "has weight 0" not in shown
+
+
 def test_infinite_weights_stop_the_first_step(few, tmp_path):
     """In one late layer, as an overflow would leave them."""
     folder = sums_with(tmp_path / "model")
@@ -622,6 +635,7 @@ def config_with(**changes):
 
 def index_naming(file):
     def change(folder):
+        (folder / "model.safetensors").unlink()  # not beside an index
         index = {"weight_map": {"model.norm.weight": file}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
@@ -630,6 +644,14 @@ def index_naming(file):
 
 def other_tokenizer(folder):
     config_with(vocab_size=5000)(folder)
+
+
+def pipe(folder):
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 def pickled_alone(folder):
@@ -641,8 +663,12 @@ def pickled_alone(folder):
     [
         (write("{"), "config.json: cannot be read as JSON"),
         (write("[" * 100_000), "config.json: cannot be read as JSON"),
-        (config_with(hidden_size=10**12), "hidden_size must be a whole number"),
-        (config_with(num_hidden_layers=10**9), "num_hidden_layers must be a whole number"),
+        (write("[]"), "config.json: must hold a JSON object"),
+        (pipe, "config.json: not found"),
+        (config_with(rope_scaling=LLAMA3 | {"original_max_position_embeddings": 10**30}),
+         "needs original_max_position_embeddings as a positive number"),
+        (config_with(hidden_size=10**12), "config.json: too large: its sizes make"),
+        (config_with(num_hidden_layers=10**9), "config.json: too large: its sizes make"),
         (config_with(hidden_act="gelu"), "hidden_act"),
         (other_tokenizer, "belongs to another checkpoint"),
         (index_naming("../../etc/passwd"), "is not a file of this folder"),
