@@ -5,9 +5,8 @@
     OUT/epoch-K/               an exported Hugging Face folder, written after its step's checkpoint
     OUT/model                  a link to the export of the least loss, or to the last
 
-A folder is written under a temporary name, synced, and renamed on rank 0 once all have written:
-under its own name it is complete. So a kill costs the steps since the last checkpoint, and a save
-that fails, which ends the run, leaves the earlier ones.
+A folder is written under a temporary name, synced, and renamed on rank 0 once all have written: so
+under its own name it is complete. A save that fails ends the run, and leaves the earlier ones.
 
 A resumed run ends with the same bits, because a step depends on nothing but the weights and
 AdamW's two moments, saved in float32 as they are, and on its number, which decides the learning
@@ -43,17 +42,13 @@ REMOVE = "remove that folder to resume from the one before"
 EXPORT = re.compile(r"epoch-\d+")
 
 
-# ------------------------------------------------------------------------------------- checkpoints
-
-
 class Checkpoints:
-    """OUT/checkpoints/step-N; any number of ranks reads what any other number wrote."""
+    """OUT/checkpoints/step-N; any number of ranks reads the files of any other number."""
 
     def __init__(self, plan, ranks, out):
         self.plan, self.ranks, self.out = plan, ranks, out
         self.folder = out / "checkpoints"
         self.saved = 0  # the step of the newest checkpoint
-        self.finished = False  # is everything done that the flags ask for?
         with torch.device("meta"):
             parameters = dict(model.Llama(plan.network).named_parameters())
         self.shapes = {name: list(p.shape) for name, p in parameters.items()}
@@ -66,19 +61,17 @@ class Checkpoints:
         found = [(re.fullmatch(r"step-(\d+)", p.name), p) for p in self.folder.glob("step-*")]
         return sorted((int(match[1]), path) for match, path in found if match)
 
-    # --- save
-
     def save(self, llama, optimizer, step):
         """Save the state after `step` steps, once; a failure on any rank is an error on all."""
         if self.saved == step:
             return
         folder = self.folder / f"step-{step}"
         aside = folder.with_name(folder.name + ".tmp")
-        tensors, what = state_tensors(llama, optimizer), f"saving {folder}"
-        self.ranks.all_do(lambda: self.ranks.check_lock(self.out), what)
-        files = self.ranks.all_do(lambda: self._write(aside, tensors), what)
+        tensors, task = state_tensors(llama, optimizer), f"saving {folder}"
+        self.ranks.all_do(lambda: self.ranks.check_lock(self.out), task)
+        files = self.ranks.all_do(lambda: self._write(aside, tensors), task)
         files = {name: rows for of_rank in files for name, rows in of_rank.items()}
-        self.ranks.first_does(lambda: self._commit(aside, folder, step, files), what)
+        self.ranks.first_does(lambda: self._commit(aside, folder, step, files), task)
         self.saved = step
 
     def _write(self, aside, tensors):
@@ -109,12 +102,12 @@ class Checkpoints:
         if self.ranks.first:
             (self.folder / f"step-{self.saved}" / "finished").write_text(str(self.plan.eval_name))
 
-    # --- resume
-
     def resume(self):
-        """Steps done in the newest checkpoint, 0 without one; ValueError if it cannot be used."""
-        # Only rank 0 looks, as other machines might see an older state of the disk.
-        self.saved, self.finished = self.ranks.first_does(self._newest)
+        """Steps done in the newest checkpoint, 0 without one; ValueError if it cannot be used.
+
+        `finished`: is everything done that the flags ask for?
+        """
+        self.saved, self.finished = self.ranks.first_does(self._newest)  # as rank 0 sees the disk
         return self.saved
 
     def _newest(self):
@@ -135,10 +128,7 @@ class Checkpoints:
 
     def _resumable(self, step, folder):
         if not self.plan.config.resume:
-            raise ValueError(
-                f"{self.out} holds a run ({folder.name}): resume it with --resume, or start "
-                "another in a new --out"
-            )
+            raise ValueError(f"{folder} is there: resume with --resume, or give a new --out")
         state, total = read_state(folder), self.plan.order.total
         check_recipe(folder, state["recipe"], recipe(self.plan))
         if step > total:
@@ -250,14 +240,13 @@ def check_sums(path, rows):
             raise ValueError(f"{path.name} holds different tensors than state.json lists")
         tensors = list(pool.map(file.get_tensor, rows))
         sums = list(pool.map(model.checksum, tensors))
-    found = zip(rows, map(len, tensors), sums, strict=True)
-    for name, count, value in found:
-        if rows[name][1:] != [count, value]:
+    for name, tensor, value in zip(rows, tensors, sums, strict=True):
+        if rows[name][1:] != [len(tensor), value]:
             raise ValueError(f"{path.name} is damaged: {name}")
 
 
 def recipe(plan):
-    """{flags: what they set} of all that identifies a run: a checkpoint of another is refused."""
+    """{flags: their values} of all that identifies a run: a checkpoint of another is refused."""
     config = plan.config
     return as_json({
         "--data, --model, --max-length, --no-condition": plan.dataset.folder.name,
@@ -286,10 +275,8 @@ def check_recipe(folder, saved, now):
         if before != here:
             different.append(f"\n  {key}: saved {before!r}, now {here!r}")
     if different:
-        raise ValueError(
-            f"{folder} is of a different run; give the saved values, or a new --out:"
-            + "".join(different)
-        )
+        hint = "give the saved values, or a new --out:"
+        raise ValueError(f"{folder} is of a different run; {hint}{''.join(different)}")
 
 
 def changed_flags(saved, config):
@@ -328,7 +315,7 @@ def write_export(plan, ranks, llama, out, step, losses):
     `losses` {step: the expert class's loss} of the evaluations so far, all on the same data.
     """
     folder = out / f"epoch-{plan.order.epoch_of(step)}"
-    aside, what = out / f".{folder.name}.tmp", f"writing {folder}"
+    aside, task = out / f".{folder.name}.tmp", f"writing {folder}"
     if not all(isinstance(parameter, DTensor) for parameter in llama.parameters()):
         raise RuntimeError("the network is not resharded")
 
@@ -337,10 +324,10 @@ def write_export(plan, ranks, llama, out, step, losses):
         chosen, why = replace_export(aside, folder, step, losses)
         ranks.say(f"exported {folder}; {out / 'model'} is {chosen}, {why}")
 
-    ranks.all_do(lambda: ranks.check_lock(out), what)
+    ranks.all_do(lambda: ranks.check_lock(out), task)
     dtype = torch.bfloat16 if plan.bf16 else torch.float32
-    ranks.all_do(lambda: model.save(llama, aside, dtype), what)
-    ranks.first_does(publish, what)
+    ranks.all_do(lambda: model.save(llama, aside, dtype), task)
+    ranks.first_does(publish, task)
 
 
 def describe_export(plan, folder, step):
@@ -370,7 +357,7 @@ def describe_export(plan, folder, step):
 
 
 def replace_export(aside, folder, step, losses):
-    """Rename a finished export into its place and have OUT/model follow; returns best_export's."""
+    """Rename an export into its place, and point OUT/model at the best one, which it returns."""
     out, older = folder.parent, folder.with_name(f".{folder.name}.old")
     for path in [*aside.iterdir(), aside]:
         sync(path)
@@ -378,14 +365,13 @@ def replace_export(aside, folder, step, losses):
     if folder.exists():  # of the same epoch
         folder.rename(older)
     aside.rename(folder)
-    chosen, why = best_export(out, step, losses)
-    link = out / ".model.tmp"
+    best, link = best_export(out, step, losses), out / ".model.tmp"
     link.unlink(missing_ok=True)
-    link.symlink_to(chosen)
+    link.symlink_to(best[0])
     link.replace(out / "model")
     sync(out)
     shutil.rmtree(older, ignore_errors=True)
-    return chosen, why
+    return best
 
 
 def best_export(out, step, losses):
@@ -405,8 +391,7 @@ def best_export(out, step, losses):
 
 def exports_of(out):
     """{folder name: Export} of a run; a user's copies of its exports have other names."""
-    folders = [path for path in out.glob("epoch-*") if EXPORT.fullmatch(path.name)]
-    found = {path.name: read_export(path) for path in folders}
+    found = {p.name: read_export(p) for p in out.glob("epoch-*") if EXPORT.fullmatch(p.name)}
     return {name: export for name, export in found.items() if export and export.steps is not None}
 
 
@@ -447,7 +432,7 @@ def check_ownership(out, epochs, has_checkpoints):
 
 
 def clear_leftovers(out):
-    """Remove what a kill left of a save or an export, and finish a rename that it interrupted."""
+    """Remove an incomplete save or export after a kill, and finish an interrupted rename."""
     for path in [*(out / "checkpoints").glob("step-*.tmp"), *out.glob(".epoch-*")]:
         export = out / path.stem[1:]
         if re.fullmatch(r"\.epoch-\d+\.old", path.name) and not export.exists():

@@ -24,8 +24,7 @@ import torch.distributed as dist
 
 from support.report import StatusLine
 
-# The last is Slurm's --signal=USR1.
-STOP_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
+STOP_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1  # the last: Slurm's
 
 
 class Ranks:
@@ -80,22 +79,22 @@ class Ranks:
         dist.all_gather(texts, mine, self.patient)
         return [json.loads(bytes(text.tolist())) for text in texts]
 
-    def all_do(self, function, what=""):
+    def all_do(self, function, task=""):
         """[`function()` of each rank], as JSON; if it fails on one, outside collectives, on all."""
         value, problem = None, ""
         try:
             value = function()
         except (ValueError, OSError) as error:
-            problem = (f"{what} failed: " if what else "") + (str(error) or repr(error))
+            problem = (f"{task} failed: " if task else "") + (str(error) or repr(error))
         found = self.gather([value, problem])
         for rank, (_, problem) in enumerate(found):
             if problem:
                 raise ValueError(problem + (f" (rank {rank})" if rank else ""))
         return [value for value, _ in found]
 
-    def first_does(self, function, what=""):
+    def first_does(self, function, task=""):
         """The result of `function()` on rank 0, as JSON; if it fails there, it fails on all."""
-        return self.all_do(lambda: function() if self.first else None, what)[0]
+        return self.all_do(lambda: function() if self.first else None, task)[0]
 
     def listen(self):
         """From here on a signal to stop only sets a flag; a second one ends the process at once."""
@@ -138,7 +137,6 @@ class Ranks:
             self.stop(f"error: lost another rank; the same command resumes from here ({error})")
 
     def stop(self, message):
-        """End this rank with a message; torchrun ends the others."""
         self.line.end()
         if self.world == 1:
             dist.destroy_process_group()
@@ -191,10 +189,8 @@ def held_output(path, ranks):
         ranks.holder = ranks.first_does(lambda: read_lock(out))
         for machine, seen in ranks.gather([os.uname().nodename, read_lock(out)]):
             if seen != ranks.holder:
-                raise ValueError(
-                    f"{machine} does not see the files of rank 0 in {out}: give an --out on a disk "
-                    "that all machines share"
-                )
+                shared = "give an --out on a disk that all machines share"
+                raise ValueError(f"{machine} does not see the files of rank 0 in {out}: {shared}")
         yield out
     ranks.holder = None
 

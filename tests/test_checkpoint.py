@@ -171,9 +171,7 @@ def test_a_save_does_not_depend_on_the_log(started, ranks, monkeypatch, fault):
     assert lines == ([2] if fault == "moved away" else [1, 2])
 
 
-def test_lines_that_cannot_be_written_are_written_later_and_said_once(
-    started, ranks, monkeypatch
-):
+def test_lines_that_cannot_be_written_are_written_later_and_said_once(started, ranks, monkeypatch):
     """On a disk that is full, then takes a part, then has room."""
     plan, _, _, checkpoints = started
     log, room, said = report.Log(plan, ranks, checkpoints.out, 0), [0, 0, 7, 30, 1000], []

@@ -665,8 +665,10 @@ def pickled_alone(folder):
         (write("[" * 100_000), "config.json: cannot be read as JSON"),
         (write("[]"), "config.json: must hold a JSON object"),
         (pipe, "config.json: not found"),
-        (config_with(rope_scaling=LLAMA3 | {"original_max_position_embeddings": 10**30}),
-         "needs original_max_position_embeddings as a positive number"),
+        (
+            config_with(rope_scaling=LLAMA3 | {"original_max_position_embeddings": 10**30}),
+            "needs original_max_position_embeddings as a positive number",
+        ),
         (config_with(hidden_size=10**12), "config.json: too large: its sizes make"),
         (config_with(num_hidden_layers=10**9), "config.json: too large: its sizes make"),
         (config_with(hidden_act="gelu"), "hidden_act"),
