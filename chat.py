@@ -14,6 +14,7 @@ heads, E head_dim, V vocabulary.
 import functools
 import sys
 from pathlib import Path
+from types import NoneType
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ import data
 import loss
 import model
 from support.batch import answer_file
-from support.files import model_folder, read_export
+from support.files import model_folder, of_type, read_export, reading
 from support.flags import Parser
 from support.terminal import converse
 from support.web import PORT, serve
@@ -207,7 +208,7 @@ def export_of(folder):
     """The Export in a folder; ValueError if it has none."""
     if export := read_export(folder):
         return export
-    if (Path(folder) / "run.json").exists():
+    if (Path(folder) / "metrics.jsonl").exists():
         raise ValueError(f"{folder}: this run has exported no model yet")
     raise ValueError(f"{folder}/crlft.json: not found; chat.py needs a folder exported by train.py")
 
@@ -216,7 +217,8 @@ def ends_of(folder):
     """Tokens at which generation_config.json ends an answer; none without that file."""
     path = Path(folder) / "generation_config.json"
     ends = model.read_json(path).get("eos_token_id", []) if path.exists() else []
-    return ends if isinstance(ends, list) else [ends]
+    with reading(path):
+        return [of_type(end, int, NoneType) for end in (ends if isinstance(ends, list) else [ends])]
 
 
 def main(argv=None):

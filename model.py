@@ -94,7 +94,7 @@ class LlamaConfig:
         """Read `folder`/config.json; ValueError names what is missing or not implemented."""
         check_folder(folder)
         path = Path(folder) / "config.json"
-        if not path.exists():
+        if not path.is_file():
             raise ValueError(f"{path}: not found; --model needs a Hugging Face folder")
         raw = read_json(path)
         try:
@@ -137,7 +137,7 @@ class LlamaConfig:
 
 
 def _is_positive(value):
-    return type(value) in (int, float) and 0 < value <= 1e30
+    return type(value) in (int, float) and 0 < value <= 1e18  # which an int64 holds, too
 
 
 def _implemented(raw):

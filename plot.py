@@ -52,15 +52,16 @@ def draw(runs, path):
     for (name, (steps, evaluations)), style in zip(runs, itertools.cycle(STYLES)):
         x = [step["step"] for step in steps]
         for key in BY_RUN:
-            y = smoothed([step[key] for step in steps])
-            panels[key].plot(x, y, style, c="black", lw=1, label=name)
+            y = smoothed([step.get(key) for step in steps])
+            panels[key].plot(x, y, style, c="black", lw=1, label=as_label(name))
         for number, of in enumerate(steps[0]["classes"]):
             colour, label = f"C{number}", f"{name} {of}" if len(runs) > 1 else of
             for key in BY_CLASS:
-                values = [step["classes"][of][key] for step in steps]
+                values = [step["classes"].get(of, {}).get(key) for step in steps]
                 if any(values):  # else no conversation of this class was trained on
-                    panels[key].plot(x, smoothed(values), style, c=colour, lw=1, label=label)
-                points = [(e["step"], e["eval"][of][key]) for e in evaluations]
+                    y = smoothed(values)
+                    panels[key].plot(x, y, style, c=colour, lw=1, label=as_label(label))
+                points = [(e["step"], e["eval"].get(of, {}).get(key)) for e in evaluations]
                 if points and key != "weight_share":
                     points = np.array(points, dtype=np.float64)  # None becomes NaN: no dot
                     panels[key].plot(*points.T, "o", c=colour, ms=4)
@@ -74,6 +75,11 @@ def draw(runs, path):
     for key in ("accuracy", "weight_share"):
         panels[key].yaxis.set_major_formatter(PercentFormatter(1))
     figure.savefig(path, dpi=100)
+
+
+def as_label(text):
+    """A text as matplotlib shows it: no formula, and not left out of the legend."""
+    return " " * text.startswith("_") + text.replace("$", r"\$")
 
 
 def smoothed(values):

@@ -1,30 +1,29 @@
-"""What a run keeps: checkpoints to resume from, and exported models.
+"""The folders of a run: checkpoints to resume from, and exported models.
 
     OUT/checkpoints/step-N/    float32 weights and AdamW's state, each rank its rows, as safetensors
         state.json             which rows each file holds, their checksums, and of which run
     OUT/epoch-K/               an exported Hugging Face folder, written after its step's checkpoint
     OUT/model                  a link to the export of the least loss, or to the last
-    OUT/run.json               marks OUT as a run, even if its checkpoints are deleted
 
-A folder is written under a temporary name, synced, and renamed on rank 0 once all have written:
-under its own name it is complete. So a kill costs the steps since the last checkpoint, and a save
-that fails, which ends the run, leaves the earlier ones.
+A folder is written under a temporary name, synced, and renamed on rank 0 once all have written: so
+under its own name it is complete. A save that fails ends the run, and leaves the earlier ones.
 
-Why a resumed run ends with the same bits: a step depends on the weights and AdamW's two moments,
-saved in float32 as they are; on its number, which decides the learning rate, AdamW's bias
-correction and the conversations (data.pack is a function of lengths, seed and epoch); and on
-nothing random, as nothing is drawn in training. The arithmetic itself repeats on a CPU, and on
-CUDA under --deterministic. The evaluation and the export due at a step follow its checkpoint, and
-a run resumed there makes both again.
+A resumed run ends with the same bits, because a step depends on nothing but the weights and
+AdamW's two moments, saved in float32 as they are, and on its number, which decides the learning
+rate, AdamW's bias correction and the conversations (data.pack). The arithmetic repeats on a CPU,
+and on CUDA under --deterministic. The evaluation and the export due at a step follow its
+checkpoint, and a run resumed there makes both again.
 """
 
 import contextlib
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -33,26 +32,23 @@ from torch.distributed.tensor import DTensor
 
 import model
 from loss import DEFAULT_CLASSES, expert_class
-from support.files import model_folder, read_export, sync
+from support.files import model_folder, of_type, read_export, reading, sync
 from support.flags import flag_of
 from support.model_card import model_card
 
 FILE_SIZE = 4 << 30  # bytes: how much a rank on a GPU copies into host memory at a time
 MOMENTS = "exp_avg", "exp_avg_sq"  # AdamW's state of a parameter, apart from its step count
 REMOVE = "remove that folder to resume from the one before"
-
-
-# ------------------------------------------------------------------------------------- checkpoints
+EXPORT = re.compile(r"epoch-\d+")
 
 
 class Checkpoints:
-    """OUT/checkpoints/step-N; any number of ranks reads what any other number wrote."""
+    """OUT/checkpoints/step-N; any number of ranks reads the files of any other number."""
 
     def __init__(self, plan, ranks, out):
         self.plan, self.ranks, self.out = plan, ranks, out
         self.folder = out / "checkpoints"
         self.saved = 0  # the step of the newest checkpoint
-        self.finished = False  # is everything done that the flags ask for?
         with torch.device("meta"):
             parameters = dict(model.Llama(plan.network).named_parameters())
         self.shapes = {name: list(p.shape) for name, p in parameters.items()}
@@ -65,18 +61,17 @@ class Checkpoints:
         found = [(re.fullmatch(r"step-(\d+)", p.name), p) for p in self.folder.glob("step-*")]
         return sorted((int(match[1]), path) for match, path in found if match)
 
-    # --- save
-
     def save(self, llama, optimizer, step):
         """Save the state after `step` steps, once; a failure on any rank is an error on all."""
         if self.saved == step:
             return
         folder = self.folder / f"step-{step}"
         aside = folder.with_name(folder.name + ".tmp")
-        tensors, what = state_tensors(llama, optimizer), f"saving {folder}"
-        files = self.ranks.all_do(lambda: self._write(aside, tensors), what)
+        tensors, task = state_tensors(llama, optimizer), f"saving {folder}"
+        self.ranks.all_do(lambda: self.ranks.check_lock(self.out), task)
+        files = self.ranks.all_do(lambda: self._write(aside, tensors), task)
         files = {name: rows for of_rank in files for name, rows in of_rank.items()}
-        self.ranks.first_does(lambda: self._commit(aside, folder, step, files), what)
+        self.ranks.first_does(lambda: self._commit(aside, folder, step, files), task)
         self.saved = step
 
     def _write(self, aside, tensors):
@@ -87,67 +82,54 @@ class Checkpoints:
 
     def _commit(self, aside, folder, step, files):
         check_rows(files, self.shapes)
-        state = {"step": step, "recipe": recipe(self.plan), "config": flags(self.plan.config)}
-        (aside / "state.json").write_text(json.dumps(state | {"files": files}))
+        config = dataclasses.asdict(self.plan.config)
+        state = {"step": step, "recipe": recipe(self.plan), "config": config, "files": files}
+        (aside / "state.json").write_text(json.dumps(state))
         for path in (aside / "state.json", aside):
             sync(path)
-        with contextlib.suppress(FileNotFoundError):  # a user may have moved it
+        with contextlib.suppress(OSError):  # the weights do not depend on the log
             sync(self.out / "metrics.jsonl")
         aside.rename(folder)
-        sync(self.folder)
-        self._mark()
+        for path in (self.folder, self.out):
+            sync(path)
         for _, path in self.committed()[: -self.plan.config.keep]:
             doomed = path.with_name(path.name + ".tmp")  # a kill here leaves no half folder
             path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 
-    def _mark(self):
-        record = {"recipe": recipe(self.plan), "config": flags(self.plan.config)}
-        temporary = self.out / ".run.tmp"
-        model.write_json(temporary, record)
-        temporary.replace(self.out / "run.json")
-
     def finish(self):
-        """Record that all is done that was due after the last step, with which evaluation data."""
+        """Record that all is done that was due after the last step, and on which --eval-data."""
         if self.ranks.first:
             (self.folder / f"step-{self.saved}" / "finished").write_text(str(self.plan.eval_name))
-
-    # --- resume
 
     def resume(self):
         """Steps done in the newest checkpoint, 0 without one; ValueError if it cannot be used.
 
-        Only rank 0 looks: other machines might see an older state of the disk.
+        `finished`: is everything done that the flags ask for?
         """
-        self.saved, self.finished = self.ranks.first_does(self._newest)
+        self.saved, self.finished = self.ranks.first_does(self._newest)  # as rank 0 sees the disk
         return self.saved
 
     def _newest(self):
-        self.folder.mkdir(exist_ok=True)
-        committed, keep = self.committed(), self.plan.config.keep
+        committed, config, total = self.committed(), self.plan.config, self.plan.order.total
         check_ownership(self.out, len(self.plan.order.ends), bool(committed))
+        self.folder.mkdir(exist_ok=True)
         step, finished = self._resumable(*committed[-1]) if committed else (0, False)
         clear_leftovers(self.out)
-        if step < self.plan.order.total:  # room for the newest --keep, and the one being written
-            needed = max(0, keep + 1 - len(committed)) * self.bytes + self.bytes // 3
+        if step < total:  # room for the newest --keep, and the one being written
+            needed = max(0, config.keep + 1 - len(committed)) * self.bytes + self.bytes // 3
             free = shutil.disk_usage(self.out).free
             if free < needed:
                 raise ValueError(
                     f"{self.out} has {free / 1e9:.1f} GB free, and the checkpoints and model need "
                     f"{needed / 1e9:.1f} GB: free some, or give another --out or a smaller --keep"
                 )
-        if step:
-            self._mark()  # a kill may have come between the checkpoint and its mark
         return step, finished and (self.out / "model").exists()
 
     def _resumable(self, step, folder):
-        total = self.plan.order.total
         if not self.plan.config.resume:
-            raise ValueError(
-                f"{self.out} holds a run ({folder.name}): resume it with --resume, or start "
-                "another in a new --out"
-            )
-        state = read_state(folder)
+            raise ValueError(f"{folder} is there: resume with --resume, or give a new --out")
+        state, total = read_state(folder), self.plan.order.total
         check_recipe(folder, state["recipe"], recipe(self.plan))
         if step > total:
             raise ValueError(
@@ -157,8 +139,8 @@ class Checkpoints:
         for change in changed_flags(state["config"], self.plan.config):
             self.ranks.say(f"changed since the checkpoint: {change}")
         mark = folder / "finished"
-        same_evaluation = mark.exists() and mark.read_text() == str(self.plan.eval_name)
-        return step, step == total and same_evaluation
+        finished = mark.exists() and mark.read_bytes() == str(self.plan.eval_name).encode()
+        return step, finished and step == total
 
     def load(self, llama, optimizer):
         """Fill weights and optimizer state from the checkpoint that resume() found."""
@@ -201,7 +183,7 @@ def state_tensors(llama, optimizer):
 
 
 def write_rows(folder, prefix, tensors):
-    """Write this rank's rows of each tensor, in files of about FILE_SIZE.
+    """Write this rank's rows of each tensor, which must be finite, in files of about FILE_SIZE.
 
     Returns {file: {tensor: [first row, rows, CRC-32 of their bytes]}}.
     """
@@ -211,6 +193,7 @@ def write_rows(folder, prefix, tensors):
     for number, names in enumerate(model.split(mine, torch.float32, FILE_SIZE), start=1):
         path = folder / f"{prefix}-{number:05d}.safetensors"
         rows = {name: mine[name].cpu().contiguous() for name in names}
+        require_finite(rows)
         try:
             save_file(rows, path, metadata={"format": "pt"})
         except SafetensorError as error:
@@ -225,42 +208,45 @@ def write_rows(folder, prefix, tensors):
     return written
 
 
+def require_finite(tensors):
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinity: try a lower --lr")
+
+
 def check_rows(files, shapes):
-    """ValueError in one line, unless the files hold every row of every tensor exactly once."""
+    """ValueError unless the files hold every row of every tensor exactly once."""
     found = {name: [] for name in shapes}
     for rows in files.values():
         for name, (first, count, _) in rows.items():
-            found.setdefault(name, []).append((first, first + count))
-    problems = [f"{name} is not of this network" for name in found.keys() - shapes.keys()]
+            if name not in shapes:
+                raise ValueError(f"{name} is not of this network")
+            found[name].append((first, first + count))
     for name, shape in shapes.items():
         end = 0
         for first, last in sorted(found[name]):
             if first != end:
                 how = "lacks" if first > end else "repeats"
-                problems.append(f"{name} {how} rows {min(first, end)} to {max(first, end)}")
+                raise ValueError(f"{name} {how} rows {min(first, end)} to {max(first, end)}")
             end = last
         if end != shape[0]:
-            problems.append(f"{name} has {end} rows, not {shape[0]}")
-    if problems:
-        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(", ".join(sorted(problems)[:5]) + more)
+            raise ValueError(f"{name} has {end} rows, not {shape[0]}")
 
 
 def check_sums(path, rows):
     """ValueError unless a file holds exactly these rows, bit for bit."""
     with model.open_safetensors(path) as file, ThreadPoolExecutor(4) as pool:
         if set(file.keys()) != set(rows):
-            raise ValueError(f"{path.name} holds other tensors than state.json says")
+            raise ValueError(f"{path.name} holds different tensors than state.json lists")
         tensors = list(pool.map(file.get_tensor, rows))
         sums = list(pool.map(model.checksum, tensors))
-    found = zip(rows, map(len, tensors), sums, strict=True)
-    odd = [name for name, count, value in found if rows[name][1:] != [count, value]]
-    if odd:
-        raise ValueError(f"{path.name} is damaged: {', '.join(odd[:5])}")
+    for name, tensor, value in zip(rows, tensors, sums, strict=True):
+        if rows[name][1:] != [len(tensor), value]:
+            raise ValueError(f"{path.name} is damaged: {name}")
 
 
 def recipe(plan):
-    """{flags: what they set} of all that identifies a run: a checkpoint of another is refused."""
+    """{flags: their values} of all that identifies a run: a checkpoint of another is refused."""
     config = plan.config
     return as_json({
         "--data, --model, --max-length, --no-condition": plan.dataset.folder.name,
@@ -274,10 +260,6 @@ def recipe(plan):
     })  # fmt: skip
 
 
-def flags(config):
-    return as_json(dataclasses.asdict(config))
-
-
 def as_json(value):
     """A value as it is after writing and reading it."""
     return json.loads(json.dumps(value))
@@ -287,38 +269,40 @@ def check_recipe(folder, saved, now):
     different = []
     for key, here in now.items():
         before = saved.get(key)
-        if isinstance(before, dict):  # show only the entries that differ
+        if isinstance(before, dict) and isinstance(here, dict):  # only the entries that differ
             changed = [k for k in before | here if before.get(k) != here.get(k)]
             before, here = ({k: of.get(k) for k in changed} for of in (before, here))
         if before != here:
             different.append(f"\n  {key}: saved {before!r}, now {here!r}")
     if different:
-        raise ValueError(
-            f"{folder} is of a different run; give the saved values, or a new --out:"
-            + "".join(different)
-        )
+        hint = "give the saved values, or a new --out:"
+        raise ValueError(f"{folder} is of a different run; {hint}{''.join(different)}")
 
 
 def changed_flags(saved, config):
     """Flags that differ from the saved run's: the results change, but it is the same run."""
-    saved = flags(type(config)()) | saved  # an older version may lack some, and acted as by default
+    # An older version may lack some, and acted as by default.
+    default, now = as_json([dataclasses.asdict(of) for of in (type(config)(), config)])
     return [
-        f"{flag_of(name)} {saved[name]!r}, now {value!r}"
-        for name, value in flags(config).items()
-        if name not in ("model", "data", "out") and saved[name] != value
+        f"{flag_of(name)} {before!r}, now {now[name]!r}"
+        for name, before in (default | saved).items()
+        if name in now and name not in ("model", "data", "out") and before != now[name]
     ]
 
 
 def read_state(folder):
-    try:
-        state = json.loads((folder / "state.json").read_text())
-        wanted = {"step": int, "recipe": dict, "config": dict, "files": dict}
-        odd = [key for key, kind in wanted.items() if not isinstance(state[key], kind)]
-        rows = [of for files in state["files"].values() for of in files.values()]
-        if odd or f"step-{state['step']}" != folder.name or any(len(of) != 3 for of in rows):
-            raise ValueError(f"not as a run writes it: {odd or state['step']}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{folder}/state.json: cannot be read: {error!r}; {REMOVE}") from None
+    path = folder / "state.json"
+    with reading(path, f"; {REMOVE}"):
+        state = json.loads(path.read_bytes())
+        for key, kind in {"step": int, "recipe": dict, "config": dict, "files": dict}.items():
+            of_type(state[key], kind)
+        for name, rows in state["files"].items():
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(f"{name!r} is not a file of this folder")
+            for first, count, crc32 in rows.values():
+                of_type(first, int), of_type(count, int), of_type(crc32, int)
+        if f"step-{state['step']}" != folder.name:
+            raise ValueError(f"it is of step {state['step']}")
     return state
 
 
@@ -331,20 +315,19 @@ def write_export(plan, ranks, llama, out, step, losses):
     `losses` {step: the expert class's loss} of the evaluations so far, all on the same data.
     """
     folder = out / f"epoch-{plan.order.epoch_of(step)}"
-    aside = out / f".{folder.name}.tmp"
+    aside, task = out / f".{folder.name}.tmp", f"writing {folder}"
     if not all(isinstance(parameter, DTensor) for parameter in llama.parameters()):
         raise RuntimeError("the network is not resharded")
 
     def publish():
         describe_export(plan, aside, step)
-        replace_export(aside, folder)
-        chosen, why = best_export(out, step, losses)
-        point_model_at(chosen, out)
+        chosen, why = replace_export(aside, folder, step, losses)
         ranks.say(f"exported {folder}; {out / 'model'} is {chosen}, {why}")
 
+    ranks.all_do(lambda: ranks.check_lock(out), task)
     dtype = torch.bfloat16 if plan.bf16 else torch.float32
-    ranks.all_do(lambda: model.save(llama, aside, dtype), f"writing {folder}")
-    ranks.first_does(publish, f"writing {folder}")
+    ranks.all_do(lambda: model.save(llama, aside, dtype), task)
+    ranks.first_does(publish, task)
 
 
 def describe_export(plan, folder, step):
@@ -373,24 +356,22 @@ def describe_export(plan, folder, step):
     (folder / "README.md").write_text(model_card(plan, crlft), encoding="utf-8")
 
 
-def replace_export(aside, folder):
-    """Rename a finished export into its place, an older one of the same epoch out of it."""
+def replace_export(aside, folder, step, losses):
+    """Rename an export into its place, and point OUT/model at the best one, which it returns."""
+    out, older = folder.parent, folder.with_name(f".{folder.name}.old")
     for path in [*aside.iterdir(), aside]:
         sync(path)
-    older = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(older, ignore_errors=True)
-    if folder.exists():
+    if folder.exists():  # of the same epoch
         folder.rename(older)
     aside.rename(folder)
-    shutil.rmtree(older, ignore_errors=True)
-
-
-def point_model_at(chosen, out):
-    link = out / ".model.tmp"
+    best, link = best_export(out, step, losses), out / ".model.tmp"
     link.unlink(missing_ok=True)
-    link.symlink_to(chosen)
+    link.symlink_to(best[0])
     link.replace(out / "model")
     sync(out)
+    shutil.rmtree(older, ignore_errors=True)
+    return best
 
 
 def best_export(out, step, losses):
@@ -410,8 +391,7 @@ def best_export(out, step, losses):
 
 def exports_of(out):
     """{folder name: Export} of a run; a user's copies of its exports have other names."""
-    folders = [path for path in out.glob("epoch-*") if re.fullmatch(r"epoch-\d+", path.name)]
-    found = {path.name: read_export(path) for path in folders}
+    found = {p.name: read_export(p) for p in out.glob("epoch-*") if EXPORT.fullmatch(p.name)}
     return {name: export for name, export in found.items() if export and export.steps is not None}
 
 
@@ -419,7 +399,7 @@ def evaluation_config(config):
     """The Config with which --evaluate is planned, and its class table.
 
     An export is measured as it was trained: with its own classes, with or without condition, cut
-    at its own length. Every token counts alike: another --beta could round a class's weight to 0.
+    at its own length. Every token counts alike: with another --beta a class could have weight 0.
     """
     folder = model_folder(config.model)
     export = read_export(folder)
@@ -434,28 +414,28 @@ def evaluation_config(config):
 
 def check_ownership(out, epochs, has_checkpoints):
     """ValueError if the run would overwrite something that it did not make."""
-    if not has_checkpoints and ((out / "run.json").exists() or exports_of(out)):
+    exports, link = exports_of(out), out / "model"
+    started = (out / "metrics.jsonl").exists() and not (out / "checkpoints").exists()
+    if not has_checkpoints and (started or exports):
         raise ValueError(
-            f"{out} holds a run, but none of its checkpoints, and this command would start over "
-            f"and overwrite it: put {out}/checkpoints/step-N back, or give a new --out"
+            f"{out} holds the log or the exports of a run, but none of its checkpoints, and would "
+            f"be overwritten: put {out}/checkpoints/step-N back, or give a new --out"
         )
-    if (out / "model").exists() and not (out / "model").is_symlink():
+    if os.path.lexists(link) and not (link.is_symlink() and EXPORT.fullmatch(os.readlink(link))):
         raise ValueError(
-            f"{out}/model is not a link to an export, as a run makes it (was {out} copied without "
-            "links?): move it away, and the run will make the link again"
+            f"{link} is not a link to an export (was {out} copied without links?): move it away, "
+            "and the run will make the link again"
         )
     for folder in (out / f"epoch-{epoch}" for epoch in range(1, epochs + 1)):
-        if folder.exists() and folder.name not in exports_of(out):
-            raise ValueError(f"{folder} is no export of a run, which makes one there: move it")
+        if os.path.lexists(folder) and folder.name not in exports:
+            raise ValueError(f"{folder} is not an export, and the run makes one there: move it")
 
 
 def clear_leftovers(out):
-    """Remove what a kill left of a save or an export, and finish a rename that it interrupted."""
+    """Remove an incomplete save or export after a kill, and finish an interrupted rename."""
     for path in [*(out / "checkpoints").glob("step-*.tmp"), *out.glob(".epoch-*")]:
-        if re.fullmatch(r"step-\d+\.tmp|\.epoch-\d+\.tmp", path.name):
+        export = out / path.stem[1:]
+        if re.fullmatch(r"\.epoch-\d+\.old", path.name) and not export.exists():
+            path.rename(export)
+        elif re.fullmatch(r"step-\d+\.tmp|\.epoch-\d+\.(tmp|old)", path.name):
             shutil.rmtree(path, ignore_errors=True)
-        elif re.fullmatch(r"\.epoch-\d+\.old", path.name):
-            if (out / path.stem[1:]).exists():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.rename(out / path.stem[1:])

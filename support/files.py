@@ -1,9 +1,11 @@
 """Files that must survive a kill, and how those that a run leaves are read."""
 
+import contextlib
 import errno
 import json
 import os
 from pathlib import Path
+from types import NoneType
 from typing import NamedTuple
 
 from loss import class_table
@@ -21,14 +23,40 @@ def sync(path):
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def reading(path, hint=""):
+    """Anything odd that is found in a JSON file becomes a ValueError that names it."""
+    odd = OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError
+    try:
+        yield
+    except odd as error:
+        raise ValueError(f"{path}: cannot be read: {error!r:.300}{hint}") from None
+
+
+def of_type(value, *types):
+    if type(value) not in types:
+        raise TypeError(f"{value!r:.50} is not of type {types[0].__name__}")
+    return value
+
+
+CURVES = "lr", "grad_norm", "tokens_per_second", "loss", "accuracy", "weight_share"  # of plot.py
+
+
 def read_metrics(path):
-    """The complete lines of a metrics.jsonl, each a dict, without a half-written last one."""
-    lines = []
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else ():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
+    """The lines of a metrics.jsonl, each a dict, without a last one that is half written."""
+    lines, texts = [], path.read_bytes().split(b"\n") if path.exists() else []
+    for number, text in enumerate(texts, start=1):
+        with reading(f"{path}:{number}"):
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                if number < len(texts):
+                    raise
+                break
+            line = lines[-1]
+            parts = [line, *line["eval" if "eval" in line else "classes"].values()]
+            numbers = [of_type(line["step"], int), *(of.get(k) for of in parts for k in CURVES)]
+            sum((of_type(number, float, int, NoneType) or 0 for number in numbers), 0.0)
     return lines
 
 
@@ -53,15 +81,13 @@ class Export(NamedTuple):
 def read_export(folder):
     """The Export in a folder, None without crlft.json; ValueError if that cannot be read."""
     path = Path(folder) / "crlft.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8-sig"))
+    if not path.exists():
+        return None
+    with reading(path):
+        raw = json.loads(path.read_bytes())
         weights = {name: float(weight) for name, weight in raw.get("weights", {}).items()}
         numbers = raw.get("steps"), raw.get("config", {}).get("max_length")
-        if not all(isinstance(number, int | None) for number in numbers):
-            raise ValueError(f"steps and max_length are {numbers}")
-        classes = class_table(raw["classes"])
-        return Export(classes, raw["conditioned"], weights, raw.get("most_answers", 0), *numbers)
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read: {error!r}") from None
+        return Export(
+            class_table(raw["classes"]), of_type(raw["conditioned"], bool), weights,
+            raw.get("most_answers", 0), *(of_type(number, int, NoneType) for number in numbers),
+        )  # fmt: skip

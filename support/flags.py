@@ -96,6 +96,9 @@ def check_ranges(config):
         ("bf16 or fp32", lambda x: x in ("bf16", "fp32"), "precision"),
         ("auto or a number above 0", is_rate, "lr"),
     ]  # fmt: skip
+    texts = map(str, [*vars(config).values(), *config.data, *config.eval_data])
+    for text in [text for text in texts if text != text.encode("utf-8", "ignore").decode()]:
+        raise ValueError(f"{text!a}: its name is not UTF-8: rename it")
     for words, holds, names in rules:
         for name in names.split():
             value = getattr(config, name)

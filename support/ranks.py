@@ -1,15 +1,12 @@
-"""The processes of a run: what they tell each other, how they end, and the folder they share.
+"""The processes of a run: how they talk to each other, how they end, and the folder they share.
 
-How a signal ends a run: the handler only sets a flag (`listen`). In a step the flag rides in the
-all-reduce that sums the loss, in an evaluation the ranks ask each other before every batch
-(`asked_to_stop`). So all ranks know at the same point, whichever of them got the signal: they
-finish the step or leave the evaluation, every rank saves after the same step, and the run exits
-with 0. A second signal ends the process at once, without saving.
+The handler of a signal to stop only sets a flag. In a step the flag rides in the all-reduce of the
+loss, in an evaluation the ranks ask each other before every batch. So all ranks know at the same
+point: they finish the step or leave the evaluation, save after the same step, and exit with 0.
 """
 
 import contextlib
 import datetime
-import errno
 import fcntl
 import functools
 import json
@@ -27,7 +24,7 @@ import torch.distributed as dist
 
 from support.report import StatusLine
 
-STOP_SIGNALS = "SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"  # the last is Slurm's --signal=USR1
+STOP_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1  # the last: Slurm's
 
 
 class Ranks:
@@ -35,11 +32,11 @@ class Ranks:
 
     def __init__(self):
         self.cuda = torch.cuda.is_available()
-        self.device = torch.device("cpu")
+        backend, self.device = "gloo", torch.device("cpu")
         if self.cuda:
+            backend = "cuda:nccl,cpu:gloo"
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
-        backend = "cuda:nccl,cpu:gloo" if self.cuda else "gloo"
         try:
             if "RANK" in os.environ:  # torchrun
                 store, self.rank, self.world = next(dist.rendezvous("env://"))
@@ -51,21 +48,18 @@ class Ranks:
                 device_id=self.device if self.cuda else None,  # NCCL starts now, and fails now
             )  # fmt: skip
         except RuntimeError as error:
-            if not is_lost_rank(error):
-                raise
-            sys.exit(f"error: not all ranks could be reached: {error}")
+            sys.exit(f"error: the ranks cannot be connected: {error}")
         # The ranks wait for rank 0 while it tokenizes, and for each other's files: hours at times.
         self.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=2))
         self.first = self.rank == 0
         self.line = StatusLine(sys.stdout, seconds=1.0)
         self.signalled = None  # when the first signal to stop came
+        self.holder = None  # the text of OUT/.lock while this run holds it
 
     def thread(self):
         """An executor of one thread, on this rank's device: a thread starts with device 0."""
         use_device = functools.partial(torch.cuda.set_device, self.device) if self.cuda else None
         return ThreadPoolExecutor(1, initializer=use_device)
-
-    # --- what they tell each other
 
     def say(self, text):
         if self.first:
@@ -76,66 +70,59 @@ class Ranks:
         return tensor
 
     def gather(self, value):
-        """[the value of each rank], as JSON: all_gather_object would unpickle what it receives."""
-        text = torch.frombuffer(bytearray(json.dumps(value), "utf-8"), dtype=torch.uint8)
-        sizes = torch.zeros(self.world, dtype=torch.int64)
-        sizes[self.rank] = len(text)
-        dist.all_reduce(sizes, group=self.patient)
-        texts = torch.zeros(self.world, int(sizes.max()), dtype=torch.uint8)
-        texts[self.rank, : len(text)] = text
-        dist.all_reduce(texts, group=self.patient)
-        return [json.loads(bytes(t[:n].tolist())) for t, n in zip(texts, sizes, strict=True)]
+        """[the value of each rank], as JSON, because all_gather_object would unpickle."""
+        raw = json.dumps(value).encode()
+        longest = torch.tensor(len(raw))
+        dist.all_reduce(longest, dist.ReduceOp.MAX, self.patient)
+        mine = torch.frombuffer(bytearray(raw.ljust(int(longest))), dtype=torch.uint8)
+        texts = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(texts, mine, self.patient)
+        return [json.loads(bytes(text.tolist())) for text in texts]
 
-    def all_do(self, function, what=""):
-        """[`function()` of each rank], as JSON; if it fails on one rank, all raise its error.
-
-        So no rank waits for one that failed. `function` must not leave a collective halfway.
-        """
+    def all_do(self, function, task=""):
+        """[`function()` of each rank], as JSON; if it fails on one, outside collectives, on all."""
         value, problem = None, ""
         try:
             value = function()
         except (ValueError, OSError) as error:
-            problem = (f"{what} failed: " if what else "") + (str(error) or repr(error))
+            problem = (f"{task} failed: " if task else "") + (str(error) or repr(error))
         found = self.gather([value, problem])
         for rank, (_, problem) in enumerate(found):
             if problem:
                 raise ValueError(problem + (f" (rank {rank})" if rank else ""))
         return [value for value, _ in found]
 
-    def first_does(self, function, what=""):
-        """What `function()` returns on rank 0, as JSON; if it fails there, all raise its error."""
-        return self.all_do(lambda: function() if self.first else None, what)[0]
-
-    # --- how they end
+    def first_does(self, function, task=""):
+        """The result of `function()` on rank 0, as JSON; if it fails there, it fails on all."""
+        return self.all_do(lambda: function() if self.first else None, task)[0]
 
     def listen(self):
-        """From here on a signal to stop only sets a flag; a second one ends the process at once.
-
-        Within a second of the first it counts as the same one: Ctrl-C comes from the terminal and
-        again from torchrun.
-        """
-        for name in STOP_SIGNALS:
-            number = getattr(signal, name, None)
-            # Under nohup SIGHUP is ignored, and must stay so.
-            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+        """From here on a signal to stop only sets a flag; a second one ends the process at once."""
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
                 signal.signal(number, self._signal)
 
     def _signal(self, number, frame):
-        if self.signalled is not None and time.monotonic() - self.signalled > 1:
-            os._exit(128 + number)
         if self.signalled is None:
             self.signalled = time.monotonic()
             if self.first:
                 self.line.say_in_handler("stopping; once more to stop at once, without saving")
+        elif time.monotonic() - self.signalled > 1:  # not torchrun's copy of the first Ctrl-C
+            os._exit(128 + number)
 
     def asked_to_stop(self):
         """Did any rank get a signal to stop? All ranks must ask, and get the same answer."""
         signalled = torch.zeros((), device=self.device).fill_(self.signalled is not None)
         return bool(self.sum(signalled))
 
+    def check_lock(self, out):
+        """ValueError if another run has taken `out` since this one locked it: it was removed."""
+        if self.holder and (seen := read_lock(out)) not in (None, self.holder):
+            raise ValueError(f"{out} was removed, and is now held by another run ({seen})")
+
     @contextlib.contextmanager
     def errors_in_one_line(self):
-        """What a user can do something about ends the run in one line, the rest in a traceback."""
+        """Errors that a user can act on end the run in one line, all others in a traceback."""
         try:
             yield
             self.finish()
@@ -143,19 +130,18 @@ class Ranks:
             self.stop(f"error: {error}")
         except KeyboardInterrupt:
             self.stop("interrupted")
-        except RuntimeError as error:
-            if not is_lost_rank(error):
+        except RuntimeError as error:  # gloo says only in its message that a rank is gone
+            signs = "Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out"
+            if not isinstance(error, dist.DistError) and not any(s in str(error) for s in signs):
                 raise
             self.stop(f"error: lost another rank; the same command resumes from here ({error})")
 
     def stop(self, message):
-        """End this rank with a message; torchrun ends the others."""
         self.line.end()
         if self.world == 1:
             dist.destroy_process_group()
             sys.exit(message)
-        if not self.first:
-            time.sleep(3)  # if all ranks have the same error, only rank 0 prints it
+        time.sleep(0 if self.first else 3)  # of an error on all ranks, only rank 0 prints it
         with contextlib.suppress(OSError):  # stderr may be closed
             print(message, file=sys.stderr, flush=True)
         os._exit(1)
@@ -166,11 +152,11 @@ class Ranks:
 
 
 def fresh_store(store, rank, world):
-    """`store` under a new prefix, as after a restart it still holds what the dead ranks wrote.
+    """`store` under a new prefix, because after a restart it still holds the dead ranks' keys.
 
-    torchrun keeps its store, on one machine too, and new ranks would wait for the addresses of dead
-    ones (pytorch#135712). Its restart count differs between machines, so rank 0 draws a prefix, and
-    tells it to each rank under a name that this rank has just drawn.
+    New ranks would wait for the addresses of dead ones (pytorch#135712), and torchrun's restart
+    count differs between machines. So rank 0 draws a prefix, and answers with it to each rank
+    under a name that this rank has just drawn.
     """
     if rank:
         name = secrets.token_hex(8)
@@ -178,24 +164,13 @@ def fresh_store(store, rank, world):
         prefix = store.get(f"prefix for {name}").decode()
         store.set(f"{prefix} reached rank {rank}", "")
         return dist.PrefixStore(prefix, store)
-    prefix, missing, begun = secrets.token_hex(8), set(range(1, world)), time.monotonic()
-    while missing:
-        for other in sorted(missing):
-            if store.check([f"name of rank {other}"]):  # perhaps still the name of a dead one
-                name = store.get(f"name of rank {other}").decode()
-                store.set(f"prefix for {name}", prefix)
-            if store.check([f"{prefix} reached rank {other}"]):
-                missing.remove(other)
-        if time.monotonic() - begun > 1800:
-            raise RuntimeError(f"timed out waiting for ranks {sorted(missing)}")
-        time.sleep(0.01)
+    prefix = secrets.token_hex(8)
+    for other in range(1, world):
+        while not store.check([f"{prefix} reached rank {other}"]):
+            name = store.get(f"name of rank {other}").decode()  # perhaps still a dead rank's
+            store.set(f"prefix for {name}", prefix)
+            time.sleep(0.01)
     return dist.PrefixStore(prefix, store)
-
-
-def is_lost_rank(error):
-    """Did a collective fail because another process is gone? gloo says so only in its message."""
-    words = "Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out"
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
 # ---------------------------------------------------------------------------- the folder they share
@@ -211,27 +186,24 @@ def held_output(path, ranks):
         return
     out = Path(path)
     with lock_folder(out, ranks.say) if ranks.first else contextlib.nullcontext():
-        holder = ranks.first_does(lambda: read_lock(out))
+        ranks.holder = ranks.first_does(lambda: read_lock(out))
         for machine, seen in ranks.gather([os.uname().nodename, read_lock(out)]):
-            if seen != holder:
-                raise ValueError(
-                    f"{machine} does not see the files of rank 0 in {out}: give an --out on a disk "
-                    "that all machines share"
-                )
+            if seen != ranks.holder:
+                shared = "give an --out on a disk that all machines share"
+                raise ValueError(f"{machine} does not see the files of rank 0 in {out}: {shared}")
         yield out
+    ranks.holder = None
 
 
 def lock_folder(out, say):
-    """OUT/.lock, open and locked, which says who holds it."""
+    """OUT/.lock, open and locked; its text names the process that holds it."""
     out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / ".lock", "a+")
+    lock = open(out / ".lock", "a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"--out {out} is held by another live run ({read_lock(out)})") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
-            raise
+    except OSError:
         say(f"note: the disk of {out} has no locks: do not start a second run in this folder")
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {os.uname().nodename}, {time.ctime()}")
@@ -241,5 +213,5 @@ def lock_folder(out, say):
 
 
 def read_lock(out):
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UnicodeError):
         return (out / ".lock").read_text()

@@ -230,6 +230,10 @@ def summary(dataset, classes, class_weights):
         shown = [f"{repr(key)[1:-1]} ({count:,})" for key, count in keys.most_common(12)]
         shown += [f"and {len(keys) - 12} other keys"] * (len(keys) > 12)
         out.append(f"not read: {', '.join(shown)}")
+    for number, name in enumerate(classes):
+        of = index["source_class"] == number
+        if of.any() and not dataset.total_weight(of, class_weights):
+            out.append(f"class {name} has weight 0, and is not trained on: raise --beta")
     paths = collections.Counter(source.path.resolve() for source in dataset.sources)
     out += [f"given {n} times: {path}" for path, n in paths.items() if n > 1]
     return out
@@ -301,26 +305,28 @@ class Log:
     """metrics.jsonl, a line per step, and the lines on the terminal."""
 
     def __init__(self, plan, ranks, out, start):
-        self.plan, self.ranks, self.start = plan, ranks, start
+        self.plan, self.ranks, self.out, self.start = plan, ranks, out, start
         self.began = time.perf_counter()
+        self.path, self.unwritten = out / "metrics.jsonl", b""
         self.evaluations = {}  # {step: by_class}, on rank 0, of this evaluation data
         self.peak = peak_flops(torch.cuda.get_device_name()) if ranks.cuda else None
-        if ranks.first:
-            path = out / "metrics.jsonl"
-            evaluated_again = start if plan.evaluates(start) else None
-            keep = []
-            for line in read_metrics(path) if start else ():
-                ours = "eval" in line and line.get("eval_data") == plan.eval_name
-                if line["step"] > start or (ours and line["step"] == evaluated_again):
-                    continue
-                keep.append(line)
-                if ours:
-                    self.evaluations[line["step"]] = line["eval"]
-            temporary = out / ".metrics.tmp"
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in keep))
-            sync(temporary)
-            temporary.replace(path)
-            self.file, self.unwritten = open(path, "ab", buffering=0), b""
+        ranks.first_does(self._go_on)
+
+    def _go_on(self):
+        """Keep the lines of the steps done, without the evaluation that is made again."""
+        keep = []
+        for line in read_metrics(self.path) if self.start else ():
+            ours = "eval" in line and line.get("eval_data") == self.plan.eval_name
+            again = line["step"] == self.start and self.plan.evaluates(self.start)
+            if line["step"] > self.start or (ours and again):
+                continue
+            keep.append(line)
+            if ours:
+                self.evaluations[line["step"]] = line["eval"]
+        temporary = self.out / ".metrics.tmp"
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in keep))
+        sync(temporary)
+        temporary.replace(self.path)
 
     def step(self, step, bins, loss, lr, grad_norm, table, seconds):
         if not self.ranks.first:
@@ -359,13 +365,17 @@ class Log:
         )
 
     def write(self, line):
-        """Append a line; if the disk is full, it is kept for later and training continues."""
+        """Append a line; one that cannot be written is kept for later, and training continues."""
         line = json.loads(json.dumps(line), parse_constant=lambda _: None)  # NaN is not JSON
+        waiting = bool(self.unwritten)
         self.unwritten += json.dumps(line).encode() + b"\n"
         try:
-            self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
-        except OSError as error:
-            self.ranks.say(f"warning: {self.file.name}: {error.strerror}; kept for later")
+            self.ranks.check_lock(self.out)
+            with open(self.path, "ab", buffering=0) as file:  # a new one if it was moved
+                self.unwritten = self.unwritten[file.write(self.unwritten) :]
+        except (OSError, ValueError) as error:
+            if not waiting:  # it is not said again at each step
+                self.ranks.say(f"warning: {self.path}: {error}; kept for later")
 
     def evaluation(self, step, table):
         if not self.ranks.first:
@@ -379,7 +389,8 @@ class Log:
     def expert_losses(self):
         """{step: the best-rewarded class's held-out loss} of the evaluations on this data."""
         expert = expert_class(self.plan.classes)
-        return {step: classes[expert]["loss"] for step, classes in self.evaluations.items()}
+        found = self.evaluations.items()
+        return {step: classes.get(expert, {}).get("loss") for step, classes in found}
 
 
 def by_class(plan, table):

@@ -19,6 +19,7 @@ import numpy as np
 import sentencepiece
 
 from model import check_folder, write_json
+from model import read_json as read_object
 from support.sentencepiece_merges import REFUSED, exact_merges
 
 END_OF_TURN = "<|end_of_turn|>"
@@ -157,12 +158,9 @@ class OfFolder:
         return f"{digest} {self.bos} {self.eot}"
 
     def _read(self, file):
-        """A JSON file of the folder; {} if it has none."""
+        """The JSON object of a file in the folder; {} if it has none."""
         path = self.folder / file
-        try:
-            return json.loads(path.read_text(encoding="utf-8-sig")) if path.exists() else {}
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: cannot be read: {error!r}") from None
+        return read_object(path) if path.exists() else {}
 
     def _added_tokens(self, piece):
         """{content: id} of tokens beyond the model's own, and which of them are special.

@@ -1,28 +1,37 @@
-"""Feeds mutated inputs to the parsers of conversations, config.json and the safetensors index.
+"""Feeds mutated inputs to the parsers of all that a user gives and of all that a run leaves.
 
-    python tests/fuzz_parsers.py 10000
+    python tests/fuzz_parsers.py 10000 [SEED]
 
-Each must be accepted or refused by a ValueError that names the file; any other exception is a bug
-and is shown with the input that caused it.
+Conversations, config.json and the safetensors index; state.json, metrics.jsonl, crlft.json,
+generation_config.json and the tokens' done.json. Each must be accepted or refused by a ValueError
+that names the file; any other exception is a bug and is shown with its input. Tokens whose
+done.json is odd are made again.
 """
 
 import collections
+import contextlib
+import dataclasses
 import gzip
+import io
 import json
 import random
 import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import chat  # noqa: E402
 import data  # noqa: E402
 import loss  # noqa: E402
 import model  # noqa: E402
+import train  # noqa: E402
+from support import checkpoint, files  # noqa: E402
 
 SUMS = ROOT / "examples" / "sums"
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -62,6 +71,26 @@ BYTES = [
 ]
 
 
+CLASSES = {"gpt4": {"condition": "GPT4", "reward": 1.0, "match": ["gpt-4*"]}}
+CONFIG = train.Config(model="m", data=["d"], out="o")
+STATE = {
+    "step": 1,
+    "recipe": {"--beta, --no-reward": 0.4, "--classes": CLASSES, "--seed": 0},
+    "config": json.loads(json.dumps(dataclasses.asdict(CONFIG))),
+    "files": {f"rank-0000{n}.safetensors": {"a": [n, 1, 7], "b": [n, 1, 8]} for n in (0, 1)},
+}
+MEASURES = {"tokens": 9, "loss": 1.5, "accuracy": None, "weight_share": 0.5}
+STEP = {"step": 1, "lr": 1e-3, "grad_norm": 2.5, "tokens_per_second": 9.5, "mfu": None}
+METRICS = [
+    STEP | {"classes": {"gpt4": MEASURES}},
+    {"step": 1, "eval": {"gpt4": MEASURES}, "eval_data": "0123456789abcdef"},
+]
+CRLFT = {
+    "classes": CLASSES, "weights": {"gpt4": 1.0}, "conditioned": True, "most_answers": 1,
+    "template": "openchat_v3.2", "steps": 7, "config": {"max_length": 64},
+}  # fmt: skip
+
+
 def mutated(value, chance):
     """`value` with some part of it replaced, removed or renamed."""
     if isinstance(value, dict) and value and chance.random() < 0.8:
@@ -93,8 +122,7 @@ def fuzz(count, seed=0):
 
         def conversations(raw):
             (folder / "f.jsonl").write_bytes(raw)
-            out = folder / "tokens"
-            data.prepare([folder / "f.jsonl"], tokenizer, loss.DEFAULT_CLASSES, out, max_length=64)
+            tokenized(folder / "f.jsonl", folder / "tokens")
 
         def read_config(raw):
             (folder / "config.json").write_bytes(raw)
@@ -104,8 +132,54 @@ def fuzz(count, seed=0):
             (folder / model.INDEX).write_bytes(raw)
             assert {path.parent for path in model.weight_files(folder).values()} <= {folder}
 
+        def read_state(raw):
+            step = folder / "step-1"
+            step.mkdir(exist_ok=True)
+            (step / "state.json").write_bytes(raw)
+            state = checkpoint.read_state(step)
+            checkpoint.check_recipe(step, state["recipe"], STATE["recipe"])
+            "".join(checkpoint.changed_flags(state["config"], CONFIG))
+            assert {(step / name).parent for name in state["files"]} <= {step}
+            try:  # as load() calls it, which names the folder
+                checkpoint.check_rows(state["files"], {"a": [2, 3], "b": [2]})
+            except ValueError as error:
+                raise ValueError(f"{step}: {error}") from None
+
+        def read_metrics(raw):
+            (folder / "metrics.jsonl").write_bytes(raw + b"\n" + json.dumps(METRICS[0]).encode())
+            for line in files.read_metrics(folder / "metrics.jsonl"):
+                assert line["step"] < 1 or line["step"] >= 1
+                parts = [line, *line["eval" if "eval" in line else "classes"].values()]
+                np.array([part.get(key) for part in parts for key in files.CURVES], np.float64)
+
+        def read_export(raw):
+            (folder / "crlft.json").write_bytes(raw)
+            export = files.read_export(folder)
+            assert loss.expert_class(export.classes) and max(export.steps or 0, 1)
+
+        def read_ends(raw):
+            (folder / "generation_config.json").write_bytes(raw)
+            set(chat.ends_of(folder))
+
+        def read_done(raw):
+            done.write_bytes(raw)
+            with contextlib.redirect_stderr(io.StringIO()):
+                again = tokenized(folder / "whole.jsonl", folder / "whole")
+            assert np.array_equal(again.tokens, whole.tokens) and again.report == whole.report
+
+        def tokenized(path, out):
+            return data.prepare([path], tokenizer, loss.DEFAULT_CLASSES, out, max_length=64)
+
+        (folder / "whole.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES[:3]))
+        whole = tokenized(folder / "whole.jsonl", folder / "whole")
+        done = whole.folder / "done.json"
         configs = [config, config | LONG_CONTEXT]
-        parsers = [(conversations, LINES), (read_config, configs), (read_index, [index])]
+        parsers = [
+            (conversations, LINES), (read_config, configs), (read_index, [index]),
+            (read_state, [STATE]), (read_metrics, METRICS), (read_export, [CRLFT]),
+            (read_ends, [{"bos_token_id": 1, "eos_token_id": [5, 2]}]),
+            (read_done, [json.loads(done.read_bytes())]),
+        ]  # fmt: skip
         for _ in range(count):
             parser, seeds = chance.choice(parsers)
             value = mutated(chance.choice(seeds), chance)
@@ -129,8 +203,8 @@ def fuzz(count, seed=0):
 
 
 def main():
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
-    for (parser, answer), times in sorted(fuzz(count).items()):
+    count, seed = map(int, [*sys.argv[1:], 10_000, 0][:2])
+    for (parser, answer), times in sorted(fuzz(count, seed).items()):
         print(f"{parser:14} {answer:9} {times:6}")
     print(
         f"{count} mutated inputs, none with an exception that is not a ValueError naming its file"

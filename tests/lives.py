@@ -1,14 +1,14 @@
 """Whole lives of runs, drawn at random: killed, stopped, started again, and compared.
 
     python tests/lives.py --lives 300               lives of seeds 0 to 299
-    python tests/lives.py --seconds 90 --seed 1000  as many as fit, from seed 1000 on
     python tests/lives.py --lives 1 --seed 17 -v    one of them again, with what it does
 
 A life draws a run's flags, runs it undisturbed, then runs it with up to four ends at random
 instants of any phase (SIGKILL of all ranks, or SIGTERM to one), each time started again, on the
-same ranks or on others, until it is done. Both must leave the same: every exported weight, every
-tensor of the last checkpoint, every metric; bit for bit on the same ranks, within 1e-5 on others.
-What must be there at all is counted from the exported model, not from the other run.
+same ranks or on others, until it is done. Between two starts its log, lock or tokens may be
+meddled with. Both runs must leave the same: every exported weight, every tensor of the last
+checkpoint, every metric; bit for bit on the same ranks, within 1e-5 on others. What must be there
+at all is counted from the exported model, not from the other run.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def live(seed, folder, say=lambda *_: None):
     if phases != set(instants):
         raise Different(f"instants of {sorted(instants)} alone, not of {sorted(phases)}")
     survived, heard, here, log = [], 0, (ranks, replicas), Path(f"{killed}.log")
-    changed = False
+    changed, log_lost = False, False
     for _ in range(chance.randint(1, 4)):
         end = draw_end(chance, instants, here[0], seconds)
         codes = wait_for_end(start(killed, *here, end=end), end, log, chance)
@@ -75,6 +75,11 @@ def live(seed, folder, say=lambda *_: None):
         heard = shown.count(processes.HEARD)
         if came:
             survived.append((end["phase"], signal.Signals(end["signal"]).name))
+        require_whole(killed)
+        if chance.random() < 0.3:
+            meddled = meddle(chance, killed)
+            say(f"  meddled with: {meddled}")
+            log_lost = log_lost or meddled == "metrics.jsonl"
         if other_ranks and chance.random() < 0.5:
             fits = [shape for shape in SHAPES if micro_batches % shape[0] == 0]
             here, changed = chance.choice(fits)[:2], True
@@ -82,8 +87,35 @@ def live(seed, folder, say=lambda *_: None):
     before, traceback, after = log.read_text().partition("Traceback")
     if traceback:
         raise Different(f"a traceback:\n{before[-500:]}{traceback}{after[:3000]}")
-    compare(whole, killed, exact=not changed)
+    compare(whole, killed, exact=not changed, logs=not log_lost)
     return survived
+
+
+def require_whole(out):
+    """Whatever has its own name, and no temporary one, is complete at any instant."""
+    for folder in out.glob("checkpoints/step-*[0-9]"):
+        if not (folder / "state.json").exists():
+            raise Different(f"{folder} is not whole after an end")
+    for folder in out.glob("epoch-*"):
+        if not (folder / "README.md").exists() or not (folder / "config.json").exists():
+            raise Different(f"{folder} is not whole after an end")
+    model_is_there = (out / "model" / "crlft.json").exists() or [*out.glob(".epoch-*.old")]
+    if [*out.glob("epoch-*")][1:] and not model_is_there:
+        raise Different(f"{out}/model is gone after an end")
+
+
+def meddle(chance, out):
+    """Remove the log or the lock, or damage a file of the tokens; returns its name."""
+    tokens = sorted(out.glob("tokens/*/*"))
+    path = chance.choice([out / "metrics.jsonl", out / ".lock", *tokens[:1]])
+    if path in tokens:
+        path = chance.choice(tokens)
+        raw = path.read_bytes()
+        at = chance.randrange(len(raw) + 1)
+        path.write_bytes(raw[:at] + chance.choice([b"", b"\xff" + raw[at + 1 :]]))
+    else:
+        path.unlink(missing_ok=True)
+    return path.name
 
 
 LOST = {0, 1, -signal.SIGKILL}  # of ranks of which one was killed
@@ -170,10 +202,13 @@ def expect(codes, allowed, out):
         raise Different(f"ended with {codes}, not {sorted(allowed)}:\n{log}")
 
 
-def compare(whole, killed, exact):
-    """Raises Different unless both folders hold the same, and all that must be there."""
+def compare(whole, killed, exact, logs=True):
+    """Raises Different unless both folders hold the same, and all that must be there.
+
+    Without `logs`, of which a part was removed, neither they nor which export is the best count.
+    """
     try:
-        a, b = left_behind(whole), left_behind(killed)
+        a, b = left_behind(whole, logs), left_behind(killed, logs)
     except FileNotFoundError as error:
         raise Different(error) from None
     if a.keys() != b.keys():
@@ -199,20 +234,24 @@ def bytes_of(tensor):
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def left_behind(out):
+def left_behind(out, logs=True):
     """{what: value} of all that a finished run leaves, checked to be whole."""
-    found = {"names": sorted(path.name for path in out.iterdir())}
+    names = {path.name for path in out.iterdir()} - ({"metrics.jsonl"} if not logs else set())
+    found = {"names": sorted(names)}
     for folder in sorted(out.glob("epoch-*")):
         weights = load_file(folder / "model.safetensors")
         found |= {f"{folder.name} {name}": tensor for name, tensor in weights.items()}
-    found["OUT/model"] = os.readlink(out / "model")
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    steps = [line["step"] for line in lines if "loss" in line]
-    if steps != [*range(1, len(steps) + 1)]:
-        raise Different(f"{out.name}: metrics of the steps {steps}")
-    for number, line in enumerate(lines):
-        found[f"metrics {number}"] = {k: v for k, v in line.items() if k not in TIMING}
-    found |= last_checkpoint(out, steps[-1])
+    load_file(out / "model" / "model.safetensors")
+    if logs:
+        found["OUT/model"] = os.readlink(out / "model")
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        steps = [line["step"] for line in lines if "loss" in line]
+        if steps != [*range(1, len(steps) + 1)]:
+            raise Different(f"{out.name}: metrics of the steps {steps}")
+        for number, line in enumerate(lines):
+            found[f"metrics {number}"] = {k: v for k, v in line.items() if k not in TIMING}
+    last = max(int(path.name[5:]) for path in out.glob("checkpoints/step-*[0-9]"))
+    found |= last_checkpoint(out, last)
     return found
 
 
@@ -249,16 +288,12 @@ def epoch_number(folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--lives", type=int, default=10**9, help="how many (default: as many as fit)")
-    add("--seconds", type=float, default=math.inf, help="begin no life after so many")
+    add("--lives", type=int, default=12, help="how many (default: 12)")
     add("--seed", type=int, default=0, help="of the first life; the next one has the next seed")
     add("-v", "--verbose", action="store_true", help="print what each life does")
     args = parser.parse_args()
-    if args.lives == 10**9 and args.seconds == math.inf:
-        parser.error("--lives or --seconds is needed")
-    begun, survived, lives, failed = time.monotonic(), [], 0, []
-    while lives < args.lives and time.monotonic() - begun < args.seconds:
-        seed = args.seed + lives
+    begun, survived, failed = time.monotonic(), [], []
+    for seed in range(args.seed, args.seed + args.lives):
         with tempfile.TemporaryDirectory() as folder:
             try:
                 say = print if args.verbose else lambda *_: None
@@ -266,16 +301,15 @@ def main():
             except Different as error:
                 failed.append(seed)
                 print(f"seed {seed}: {error!r}", flush=True)
-        lives += 1
-        if lives % 25 == 0:
-            print(f"{lives} lives, {time.monotonic() - begun:.0f} s", flush=True)
+        if (seed - args.seed) % 25 == 24:
+            print(f"{seed - args.seed + 1} lives, {time.monotonic() - begun:.0f} s", flush=True)
     ends = ", ".join(f"{survived.count(end)} {' '.join(end)}" for end in sorted(set(survived)))
     print(
-        f"{lives} lives, seeds {args.seed} to {args.seed + lives - 1}: {len(failed)} different"
+        f"{args.lives} lives, seeds {args.seed} to {seed}: {len(failed)} different"
         f"{f' ({failed})' if failed else ''}; {len(survived)} ends survived: {ends}; "
         f"{time.monotonic() - begun:.0f} s"
     )
-    if lives >= 10 and len({phase for phase, _ in survived}) < 5:
+    if args.lives >= 10 and len({phase for phase, _ in survived}) < 5:
         failed.append("too few kinds of ends")
     sys.exit(1 if failed else 0)
 

@@ -381,6 +381,7 @@ def run(scenario, folder):
             (checkpoint, "check_rows", lambda *_: None),  # of ranks that are not there
             (checkpoint, "check_sums", lambda *_: None),
             (model, "read_rows", read_rows),
+            (checkpoint, "require_finite", lambda *_: None),
             (kernels.cross_entropy, "cross_entropy_kernel", launches),
             (kernels.cross_entropy, "launch_shape", lambda *_: {}),
             (report, "Log", Log),

@@ -141,7 +141,7 @@ def _main(flags, environment, log, watch, main=None):
 PHASES = {  # by what Python is about to do to a path below OUT
     "tokenize": re.compile(r"tokens/"),
     "save": re.compile(r"checkpoints(/step-\d+\.tmp|$)"),
-    "commit": re.compile(r"checkpoints/step-\d+(/finished)?$|\.?run\."),
+    "commit": re.compile(r"checkpoints/step-\d+(/finished)?$"),
     "export": re.compile(r"\.epoch-\d+\.tmp"),
     "publish": re.compile(r"epoch-\d+$|\.epoch-\d+\.old|\.?model"),
     "log": re.compile(r"\.?metrics"),

@@ -753,7 +753,7 @@ BROKEN = {
 
 
 def test_a_run_without_an_export_is_said(run, tmp_path):
-    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text("")
     code, _, err = run(chat.main, tmp_path, "--prompt", "Hi")
     assert (code, err) == (1, f"error: {tmp_path}: this run has exported no model yet\n")
 

@@ -1,15 +1,24 @@
 """What is saved is all there is: nothing incomplete is committed, nothing incomplete is read."""
 
 import dataclasses
+import errno
+import itertools
 import json
+import math
+import os
+import re
 import shlex
 import shutil
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import lives
+import numpy as np
 import pytest
 import small
 import torch
+from processes import flags, metrics, plan_of
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
@@ -18,8 +27,9 @@ import data
 import loss
 import model
 import train
-from support import checkpoint, report
+from support import checkpoint, files, report
 from support.model_card import model_card
+from support.ranks import held_output
 
 
 @pytest.fixture
@@ -141,12 +151,270 @@ def test_a_save_that_misses_rows_or_tensors_is_not_committed(started, monkeypatc
     assert [step for step, _ in checkpoints.committed()] == [1]
 
 
-def test_a_save_does_not_depend_on_the_log(started):
-    """A user may have moved it."""
-    _, llama, optimizer, checkpoints = started
-    (checkpoints.out / "metrics.jsonl").unlink()
+@pytest.mark.parametrize("fault", ["moved away", "does not reach the disk"])
+def test_a_save_does_not_depend_on_the_log(started, ranks, monkeypatch, fault):
+    plan, llama, optimizer, checkpoints = started
+    log, path = report.Log(plan, ranks, checkpoints.out, 0), checkpoints.out / "metrics.jsonl"
+
+    def sync(synced):
+        if fault != "moved away" and synced == path:
+            raise OSError(errno.EIO, "Input/output error")
+
+    log.write({"step": 1})
+    if fault == "moved away":
+        path.rename(checkpoints.out / "older.jsonl")
+    monkeypatch.setattr(checkpoint, "sync", sync)
     checkpoints.save(llama, optimizer, 1)
     assert [step for step, _ in checkpoints.committed()] == [1]
+    log.write({"step": 2})
+    lines = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    assert lines == ([2] if fault == "moved away" else [1, 2])
+
+
+def test_lines_that_cannot_be_written_are_written_later_and_said_once(started, ranks, monkeypatch):
+    """On a disk that is full, then takes a part, then has room."""
+    plan, _, _, checkpoints = started
+    log, room, said = report.Log(plan, ranks, checkpoints.out, 0), [0, 0, 7, 30, 1000], []
+
+    class Full:
+        def __init__(self, *arguments, **options):
+            self.file = open(*arguments, **options)
+
+        def write(self, raw):
+            bytes_left = room.pop(0)
+            if not bytes_left:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return self.file.write(raw[:bytes_left])
+
+        __enter__, __exit__ = lambda self: self, lambda self, *_: self.file.close()
+
+    monkeypatch.setattr(report, "open", Full, raising=False)
+    monkeypatch.setattr(ranks, "say", said.append)
+    lines = [{"step": step, "classes": {}} for step in range(1, 6)]
+    for line in lines:
+        log.write(line)
+    assert files.read_metrics(log.path) == lines
+    assert len(said) == 1 and said[0].endswith("No space left on device; kept for later")
+
+
+ODD_LINES = [
+    b'{"step": 2, "cl', b"[1, 2]", b"7", b'"x"', b"null", b'{"a": 1}', b'{"step": "x"}', b"\xff",
+    b"[" * 200_000, b'{"step": 2, "eval": 3}', b'{"step": 2, "eval": {"gpt4": 3}}', b"",
+    b'{"step": 2, "classes": {"gpt4": {"loss": "low"}}}', b'{"step": null, "classes": {}}',
+    b'{"step": 2, "lr": [], "classes": {}}', b'{"step": 1%s, "classes": {}}' % (b"0" * 400),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD_LINES, ids=range(len(ODD_LINES)))
+def test_an_odd_line_of_the_log_is_named_and_nothing_is_rewritten(started, ranks, odd):
+    plan, _, _, checkpoints = started
+    log = report.Log(plan, ranks, checkpoints.out, 0)
+    for number in (1, 2, 3):
+        log.write({"step": number, "classes": {}})
+    lines = log.path.read_bytes().splitlines()
+    log.path.write_bytes(b"\n".join([lines[0], odd, *lines[2:], b""]))
+    before = log.path.read_bytes()
+    with pytest.raises(ValueError, match=f"{log.path}:2: cannot be read: ") as failed:
+        report.Log(plan, ranks, checkpoints.out, 3)
+    assert "\n" not in str(failed.value) and len(str(failed.value)) < 500
+    assert log.path.read_bytes() == before
+
+
+def test_a_last_line_cut_anywhere_leaves_those_before_it(tmp_path):
+    lines = [{"step": step, "classes": {"ä": {"loss": None}}} for step in (1, 2, 3)]
+    raw = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    last = raw.index(b'{"step": 3')
+    path = tmp_path / "metrics.jsonl"
+    for end in range(last, len(raw) + 1):
+        path.write_bytes(raw[:end])
+        assert files.read_metrics(path) == lines[: 3 if end >= len(raw) - 1 else 2]
+    path.write_bytes(raw[:last] + bytes(99))  # as a power cut leaves a file that was growing
+    assert files.read_metrics(path) == lines[:2]
+
+
+def test_a_log_goes_on_after_the_steps_done(started, ranks):
+    """Without what was logged beyond them, and without the evaluation that is made again."""
+    plan, _, _, checkpoints = started
+    log = report.Log(plan, ranks, checkpoints.out, 0)
+    table = {name: np.ones(2) for name in train.TABLE}
+    others = {"eval_data": "other", "eval": {"gpt4": {"loss": 9}}}
+    end = plan.order.ends[0]
+    log.evaluation(0, table)
+    for number in (1, end, end + 1):
+        log.write({"step": number, "classes": {}})
+    log.evaluation(end, table)
+    log.write({"step": end} | others)
+    log.evaluation(end + 1, table)
+    assert log.expert_losses() == {0: 1, end: 1, end + 1: 1}
+    before = files.read_metrics(log.path)
+    again = report.Log(plan, ranks, checkpoints.out, end)
+    assert files.read_metrics(log.path) == [before[0], before[1], before[2], before[5]]
+    assert again.expert_losses() == {0: 1}
+    assert report.Log(plan, ranks, checkpoints.out, 1).expert_losses() == {0: 1}
+    assert files.read_metrics(log.path) == before[:2]
+    report.Log(plan, ranks, checkpoints.out, 0)
+    assert files.read_metrics(log.path) == []
+
+
+def test_weights_that_are_not_finite_are_not_saved(started):
+    """Of the last step's update, at which no later loss looks."""
+    _, llama, optimizer, checkpoints = started
+    norm = llama.model.norm.weight
+    for name, tensor in (
+        ("model.norm.weight", norm),
+        ("optimizer.model.norm.weight.exp_avg_sq", optimizer.state[norm]["exp_avg_sq"]),
+    ):
+        local, odd = model.local_tensor(tensor.detach()), [torch.nan, torch.inf, -torch.inf]
+        for value in odd:
+            whole = local.clone()
+            local[-1] = value
+            with pytest.raises(ValueError, match=f"step-1 failed: {name} holds NaN or infinity"):
+                checkpoints.save(llama, optimizer, 1)
+            local.copy_(whole)
+    assert not checkpoints.committed()
+    checkpoints.save(llama, optimizer, 1)
+    assert checkpoints.committed()
+
+
+# -------------------------------------------------------------------- the disk, at any instant
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """Problems that a power cut or a kill at some instant would have had.
+
+    Each is (what, path): "not on the disk" for what is renamed but was not synced since it was
+    written; "name not on the disk" where a folder is removed though the rename before it was not
+    synced; "removed" for what loses its own name before another has taken it.
+    """
+    synced, pending, problems = set(), set(), []
+    fsync, rename, replace, unlink, rmtree = (
+        os.fsync, os.rename, os.replace, os.unlink, shutil.rmtree,
+    )  # fmt: skip
+
+    def state(found):
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
+    def watched_fsync(descriptor):
+        found = os.fstat(descriptor)
+        synced.add(state(found))
+        pending.discard(found.st_ino)
+        fsync(descriptor)
+
+    def watched(function):
+        def move(old, new):
+            old, new = Path(old), Path(new)
+            log = new.parents[1] / "metrics.jsonl"
+            for path in [old, *old.rglob("*"), *([log] if new.match("checkpoints/step-?") else [])]:
+                if not path.is_symlink() and state(path.stat()) not in synced:
+                    problems.append(("not on the disk", path))
+            function(old, new)
+            if not re.search(r"\.(tmp|old)$", new.name):
+                pending.add(new.parent.stat().st_ino)
+
+        return move
+
+    def watched_unlink(path, **options):
+        if not options and not Path(path).name.startswith("."):
+            problems.append(("removed", path))
+        unlink(path, **options)
+
+    def watched_rmtree(path, **options):
+        if not re.search(r"\.(tmp|old)$", path.name):
+            problems.append(("removed", path))
+        elif path.exists() and pending:
+            problems.append(("name not on the disk", path))
+        rmtree(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", watched_fsync)
+        patch.setattr(os, "rename", watched(rename))
+        patch.setattr(os, "replace", watched(replace))
+        patch.setattr(os, "unlink", watched_unlink)
+        patch.setattr(shutil, "rmtree", watched_rmtree)
+        yield SimpleNamespace(problems=problems, pending=pending)
+
+
+def test_at_any_instant_the_disk_has_what_a_name_says(started, ranks, disk):
+    """Of checkpoints, exports that replace others, OUT/model and the log."""
+    plan, llama, optimizer, checkpoints = started
+    config = dataclasses.replace(plan.config, keep=1)
+    plan = checkpoints.plan = dataclasses.replace(plan, config=config)
+    log = report.Log(plan, ranks, checkpoints.out, checkpoints.resume())
+    for number in (1, 2, 3):
+        log.write({"step": number, "classes": {}})
+        checkpoints.save(llama, optimizer, number)
+        checkpoint.write_export(plan, ranks, llama, checkpoints.out, number, {})
+        assert not disk.pending
+    report.Log(plan, ranks, checkpoints.out, 2)
+    assert disk.problems == []
+    assert [step for step, _ in checkpoints.committed()] == [3]
+    assert chat.export_of(checkpoints.out / "model").steps == 3
+
+
+def test_room_is_asked_for_the_kept_checkpoints_the_next_one_and_the_model(
+    started, ranks, monkeypatch
+):
+    plan, llama, optimizer, checkpoints = started
+    checkpoints.save(llama, optimizer, 1)
+    (path,) = (checkpoints.folder / "step-1").glob("rank-*")
+    size = sum(tensor.nbytes for tensor in load_file(path).values())
+    for keep, count in ((1, 1), (2, 1), (5, 1), (2, 0)):
+        if not count:
+            shutil.rmtree(checkpoints.folder / "step-1")
+        config = dataclasses.replace(plan.config, keep=keep)
+        checkpoints.plan = dataclasses.replace(plan, config=config)
+        for factor, fits in ((keep + 1 - count + 0.3, False), (keep + 1 - count + 0.35, True)):
+            free = SimpleNamespace(free=int(factor * size))
+            monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: free)
+            if fits:
+                assert checkpoints.resume() == count
+            else:
+                with pytest.raises(ValueError, match="GB free, and the checkpoints and model need"):
+                    checkpoints.resume()
+
+
+# ------------------------------------------------------------------ a folder that is not the run's
+
+
+def test_nothing_is_written_into_a_folder_that_another_run_has_taken(started, ranks):
+    """As after `rm -rf OUT` under a live run, and a second one started there."""
+    plan, llama, optimizer, checkpoints = started
+    out = checkpoints.out
+    with held_output(out, ranks):
+        log = report.Log(plan, ranks, out, 0)
+        (out / ".lock").unlink()
+        checkpoints.save(llama, optimizer, 1)  # without a lock it is nobody else's
+        shutil.rmtree(out)
+        with pytest.raises(ValueError, match="saving .* failed: .*No such file"):
+            checkpoints.save(llama, optimizer, 2)
+        log.write({"step": 2})
+        (out / "checkpoints").mkdir(parents=True)
+        (out / ".lock").write_text("process 7 on other, Mon Jan  1")
+        named = r"failed: .*held by another run \(process 7 on other"
+        with pytest.raises(ValueError, match=f"saving .*{named}"):
+            checkpoints.save(llama, optimizer, 2)
+        with pytest.raises(ValueError, match=f"writing .*{named}"):
+            checkpoint.write_export(plan, ranks, llama, out, 1, {})
+        log.write({"step": 3})
+        assert sorted(path.name for path in out.rglob("*")) == [".lock", "checkpoints"]
+    assert ranks.holder is None
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "model", "dangling model", "epoch-1"])
+def test_what_the_run_did_not_make_is_not_touched(started, ranks, name):
+    plan, _, _, checkpoints = started
+    shutil.rmtree(checkpoints.out)
+    path = checkpoints.out / name.split()[-1]
+    path.parent.mkdir()
+    if name == "metrics.jsonl":
+        path.write_text('{"their_loss": 0.5}\n')
+    else:
+        path.symlink_to(plan.config.model if name == "model" else "nowhere")
+    with pytest.raises(ValueError, match=f"{checkpoints.out}.*(give a new --out|move it)"):
+        checkpoints.resume()
+    assert [*checkpoints.out.iterdir()] == [path]
+    assert path.is_symlink() or path.read_text() == '{"their_loss": 0.5}\n'
 
 
 def test_an_export_that_fails_is_an_error_that_names_it(started, ranks):
@@ -225,6 +493,75 @@ def test_a_flipped_bit_in_any_file_of_a_checkpoint_is_found(started, ranks, monk
             assert found == []
 
 
+ODD_STATES = {
+    "parent": lambda s: {"files": {"../step-5/x.safetensors": {}}},
+    "absolute": lambda s: {"files": {"/x.safetensors": {}}},
+    "no safetensors": lambda s: {"files": {"x.bin": {}}},
+    "rows": lambda s: {"files": {"x.safetensors": {"a": [0, "1", 2]}}},
+    "numbers": lambda s: {"files": {"x.safetensors": {"a": [0, 1]}}},
+    "files": lambda s: {"files": []},
+    "rows of a file": lambda s: {"files": {"x.safetensors": 3}},
+    "recipe": lambda s: {"recipe": None},
+    "step": lambda s: {"step": "1"},
+    "true": lambda s: {"step": True},
+}
+
+
+@pytest.mark.parametrize("odd", [*ODD_STATES, b"", b"[]", b"\xff", b"[" * 200_000, b"{" * 9])
+def test_an_odd_state_is_one_line_that_names_it(odd, started, ranks):
+    plan, llama, optimizer, checkpoints = started
+    checkpoints.save(llama, optimizer, 1)
+    path = checkpoints.folder / "step-1" / "state.json"
+    state = json.loads(path.read_text())
+    path.write_bytes(odd if odd not in ODD_STATES else
+                     json.dumps(state | ODD_STATES[odd](state)).encode())  # fmt: skip
+    with pytest.raises(ValueError, match="step-1/state.json: cannot be read.*remove") as failed:
+        checkpoint.Checkpoints(plan, ranks, checkpoints.out).resume()
+    assert "\n" not in str(failed.value) and len(str(failed.value)) < 600
+
+
+@pytest.mark.parametrize("key", ["--beta, --no-reward", "--classes"])
+def test_a_recipe_of_another_kind_is_a_different_run(key, started, ranks):
+    plan, llama, optimizer, checkpoints = started
+    checkpoints.save(llama, optimizer, 1)
+    path = checkpoints.folder / "step-1" / "state.json"
+    for value in ({"a": 1}, [], None, "x"):
+        state = json.loads(path.read_text())
+        state["recipe"][key] = value
+        path.write_text(json.dumps(state))
+        with pytest.raises(ValueError, match=f"(?s)different run.*{key}"):
+            checkpoint.Checkpoints(plan, ranks, checkpoints.out).resume()
+
+
+def test_a_flipped_bit_anywhere_in_a_checkpoint_is_found_or_changes_nothing(started, ranks):
+    """In the headers as well, which no checksum covers."""
+    plan, llama, optimizer, checkpoints = started
+    checkpoints.save(llama, optimizer, 1)
+    (path,) = (checkpoints.folder / "step-1").glob("*.safetensors")
+    again = checkpoint.Checkpoints(plan, ranks, checkpoints.out)
+    again.resume()
+    network, whole = train.build(plan, ranks, False), path.read_bytes()
+    again.load(*network)
+    expected = {n: model.local_tensor(t).clone() for n, t in state_of(network).items()}
+    header, found = 8 + int.from_bytes(whole[:8], "little"), 0
+    places = [*range(8), *range(8, header, max(1, header // 60)), header, len(whole) // 2]
+    for at in places:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :])
+        try:
+            again.load(*network)
+        except ValueError as error:
+            found += 1
+            assert "step-1" in str(error) and "\n" not in str(error)
+            continue
+        for name, tensor in state_of(network).items():
+            assert torch.equal(model.local_tensor(tensor), expected[name]), (at, name)
+    assert found > 0.9 * len(places)
+
+
+def state_of(network):
+    return checkpoint.state_tensors(*network)
+
+
 def test_a_checkpoint_under_another_steps_name_is_refused(started, ranks):
     plan, llama, optimizer, checkpoints = started
     checkpoints.save(llama, optimizer, 1)
@@ -295,7 +632,201 @@ def test_the_best_export_has_the_least_loss_of_those_up_to_a_step(tmp_path):
     assert why.endswith("not evaluated on this --eval-data: epoch-2, epoch-3")
 
 
+# --------------------------------------------------------------------- the whole run, in here
+
+
+@pytest.fixture
+def train_in(ranks, few, tmp_path, monkeypatch):
+    """train_in(out, **flags): the run's train(), in this process."""
+    folder = lives.small_model(tmp_path / "small", tied=True)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    monkeypatch.setattr(ranks, "listen", lambda: None)
+
+    def train_in(name, data=few, **more):
+        out = tmp_path / name
+        out.mkdir(exist_ok=True)
+        more = {"model": folder, "random_weights": None, "eval_data": few} | more
+        monkeypatch.setattr(ranks, "signalled", None)
+        return train.train(plan_of(flags(data, out, **more), ranks, out), ranks, out)
+
+    yield train_in
+    torch.use_deterministic_algorithms(deterministic)
+
+
+# Of a signal to stop: the function that is about to be called, how often it was called before,
+# and after which step the run then ends, if it is not the last one anyway.
+PLACES = {
+    "the first evaluation": (train, "evaluate", 0, 0),
+    "a step": (train, "clip_and_update", 2, 4),
+    "saving": (checkpoint, "write_rows", 0, 6),
+    "an evaluation": (train, "evaluate", 1, 6),
+    "after an evaluation": (report.Log, "evaluation", 1, 6),
+    "before an export": (train, "write_export", 0, 6),
+    "an export": (checkpoint, "describe_export", 0, 6),
+    "its last rename": (checkpoint, "best_export", 0, 6),
+    "the last step": (train, "clip_and_update", 11, 12),
+    "the last save": (checkpoint, "write_rows", 1, 12),
+    "the last evaluation": (train, "evaluate", 2, 12),
+    "after the last evaluation": (report.Log, "evaluation", 2, 12),
+    "the last export": (checkpoint, "describe_export", 1, 12),
+}
+
+
+@pytest.fixture
+def undisturbed(train_in, tmp_path):
+    assert train_in("whole") is True
+    assert len(list(tmp_path.glob("whole/epoch-*"))) == 2
+    return tmp_path / "whole"
+
+
+def test_a_signal_at_any_place_loses_nothing(train_in, undisturbed, ranks, tmp_path, monkeypatch):
+    """Neither an evaluation nor an export, and no step is made beyond it."""
+    steps = len(metrics(undisturbed))
+    assert steps == 12, steps
+    for number, (place, (owner, name, before, at)) in enumerate(PLACES.items()):
+        out, calls, function = tmp_path / f"{number}", [], getattr(owner, name)
+
+        def called(*arguments, calls=calls, function=function, before=before, **options):
+            calls.append(None)
+            if len(calls) == before + 1:
+                ranks.signalled = time.monotonic()
+            return function(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, called)
+            done = train_in(out.name)
+        assert len(calls) > before, place
+        if not done:
+            newest = max((int(p.name[5:]) for p in out.glob("checkpoints/*")), default=0)
+            assert len(metrics(out)) == newest == at, place
+            assert train_in(out.name) is True, place
+        lives.compare(undisturbed, out, exact=True)
+
+
+@pytest.mark.parametrize("what", ["write_rows", "describe_export"])
+def test_a_run_whose_last_save_or_export_fails_is_not_done(train_in, tmp_path, monkeypatch, what):
+    function, calls = getattr(checkpoint, what), []
+
+    def fails(*arguments):
+        calls.append(None)
+        if len(calls) == 2:  # of the second epoch
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return function(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, what, fails)
+        with pytest.raises(ValueError, match="(saving|writing) .* failed: .*No space left"):
+            train_in("out")
+    assert os.readlink(tmp_path / "out" / "model") == "epoch-1"
+    assert train_in("out") is True
+    assert os.readlink(tmp_path / "out" / "model") == "epoch-2"
+
+
+def test_the_seconds_of_a_step_hold_the_wait_for_its_sums(train_in, tmp_path, monkeypatch):
+    """On a GPU the launches return at once, and only reading the sums waits for the work."""
+    to_host = train.StepSums.to_host
+
+    def waits(sums):
+        time.sleep(0.3)
+        return to_host(sums)
+
+    monkeypatch.setattr(train.StepSums, "to_host", waits)
+    train_in("out", max_steps=2, eval_data=None)
+    for line in metrics(tmp_path / "out"):
+        assert line["seconds"] >= 0.3
+        assert line["tokens_per_second"] < 12 * 256 / 0.3
+
+
+def test_all_weights_times_a_constant_change_nothing(ranks, few, tmp_path):
+    """A step whose weights sum up to less than 1 is normalised, too."""
+    folder, found = lives.small_model(tmp_path / "small", tied=True), []
+    for factor in (1, 1e-3, 1e-6, 1e3):
+        path, out = tmp_path / f"{factor}.jsonl", tmp_path / f"{factor}"
+        lines = [json.loads(line) | {"weight": factor} for line in few.read_text().splitlines()]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        plan = plan_of(flags(path, out, model=folder, random_weights=None), ranks, out)
+        llama, _ = train.build(plan, ranks)
+        _, batches, total = train.load_step(plan, ranks, 1)
+        sums, _ = train.forward_backward(plan, ranks, llama, batches, total)
+        found.append([float(sums.loss), float(sums.grad_norm)])
+    for of_factor in found[1:]:
+        assert of_factor == pytest.approx(found[0], rel=1e-5)
+
+
+THREE = {  # the best in any place
+    "fair": loss.SourceClass("Fair", 0.3), "best": loss.SourceClass("Best", 1.0),
+    "poor": loss.SourceClass("Poor", -0.5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(THREE)], ids="-".join)
+def test_the_best_class_decides_wherever_it_is_in_the_table(
+    order, train_in, few, tmp_path, monkeypatch
+):
+    """OUT/model, the weights of crlft.json and README.md, and the condition that is asked under."""
+    lines = [json.loads(line) for line in few.read_text().splitlines()[:20]]
+    for number, line in enumerate(lines):
+        line["class"] = order[number % 3]
+    path, table, out = tmp_path / "d.jsonl", tmp_path / "classes.json", tmp_path / "out"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    raw = {name: {"condition": THREE[name].condition, "reward": THREE[name].reward}
+           for name in order}  # fmt: skip
+    table.write_text(json.dumps(raw))
+    losses = {"best": [9, 1, 2], "fair": [9, 2, 1], "poor": [9, 2, 1]}  # the first epoch is best
+
+    def evaluated(plan, *_):
+        found = [losses[name].pop(0) for name in plan.classes]
+        return {"tokens": np.ones(3), "loss": np.array(found), "correct": np.ones(3),
+                "weight": np.ones(3)}  # fmt: skip
+
+    monkeypatch.setattr(train, "evaluate", evaluated)
+    assert train_in("out", data=path, classes=table, eval_data=path, beta=0.7)
+    assert os.readlink(out / "model") == "epoch-1"
+    exported = json.loads((out / "model" / "crlft.json").read_text())
+    expected = {n: math.exp((c.reward - 1) / 0.7) for n, c in THREE.items()}
+    assert exported["weights"] == pytest.approx(expected) and list(exported["weights"]) == [*order]
+    card = (out / "model" / "README.md").read_text()
+    for name, weight in expected.items():
+        assert f"` {name} ` | ` {THREE[name].condition} User: ... ` | " in card
+        assert re.search(rf"` {name} ` .*\| {weight:g} \|\n", card)
+    config = json.loads((out / "model" / "tokenizer_config.json").read_text())
+    assert "default('Best')" in config["chat_template"].replace('"', "'")
+    assert chat.Chat(out / "model", device="cpu").condition == "Best"
+
+
 # ------------------------------------------------------------------------------------- exports
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [b"", b"\xff", b"[" * 200_000, b"[]", {"conditioned": "no"}, {"classes": []}, {"steps": "7"},
+     {"steps": True}, {"weights": [1]}, {"weights": {"a": 10**400}}, {"config": 3},
+     {"config": {"max_length": 1.5}}, {"weights": {"a": "x"}}],
+    ids=range(13),
+)  # fmt: skip
+def test_an_odd_crlft_json_is_one_line_that_names_it(odd, tmp_path):
+    raw = {"classes": {"a": {"condition": "A", "reward": 1}}, "conditioned": True}
+    path = tmp_path / "crlft.json"
+    path.write_text(json.dumps(raw))
+    assert files.read_export(tmp_path).classes == {"a": loss.SourceClass("A", 1.0)}
+    path.write_bytes(odd if isinstance(odd, bytes) else json.dumps(raw | odd).encode())
+    with pytest.raises(ValueError, match=f"^{path}: cannot be read: .*$"):
+        files.read_export(tmp_path)
+
+
+@pytest.mark.parametrize("ends, found", [(2, [2]), ([3, 2], [3, 2]), (None, [None]), ([[1]], None),
+                                         ({"a": 1}, None), ("2", None), (b"[]", None), (b"[", None),
+                                         (b"\xff", None)])  # fmt: skip
+def test_the_ends_of_an_answer_are_numbers_or_an_error(ends, found, tmp_path):
+    path = tmp_path / "generation_config.json"
+    assert chat.ends_of(tmp_path) == []
+    raw = ends if isinstance(ends, bytes) else json.dumps({"eos_token_id": ends}).encode()
+    path.write_bytes(raw)
+    if found:
+        assert chat.ends_of(tmp_path) == found
+        return
+    with pytest.raises(ValueError, match=f"^{path}: cannot be read: .*$"):
+        chat.ends_of(tmp_path)
 
 
 @pytest.fixture

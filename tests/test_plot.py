@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -112,6 +113,37 @@ def test_a_run_without_steps_is_an_error(tmp_path, text):
     (tmp_path / "metrics.jsonl").write_text(text)
     with pytest.raises(SystemExit, match="no step is logged there yet"):
         plot.main([str(tmp_path)])
+
+
+@pytest.mark.parametrize("odd", ["[1, 2]", "7", '{"step": "x"}', "[" * 200_000, '{"step": 1e9}'])
+def test_an_odd_line_is_one_error_that_names_it(tmp_path, odd):
+    path = write_run(tmp_path / "run", 2) / "metrics.jsonl"
+    path.write_text(path.read_text() + odd + "\n")
+    with pytest.raises(SystemExit, match=rf"^error: {path}:5: cannot be read: .*$"):
+        plot.main([str(tmp_path / "run")])
+
+
+def test_any_name_of_a_class_and_of_a_run_is_its_label(drawn, tmp_path, monkeypatch):
+    """As $ begins a formula in matplotlib, and a label with _ is left out of a legend."""
+    monkeypatch.chdir(tmp_path)
+    names = ["$\\frac$", "_x", "a$b", "50%"]
+    drawn(write_run(Path("alone"), 3, names))
+    assert labels(drawn) == names
+    drawn(write_run(Path("$\\frac$"), 3, ["c"]), write_run(Path("_b"), 3, ["c"]))
+    assert labels(drawn) == ["$\\frac$ c", "_b c"]
+
+
+def labels(drawn):
+    texts = drawn.figures[-1].axes[0].get_legend().get_texts()
+    return [text.get_text().strip().replace("\\$", "$") for text in texts]
+
+
+def test_a_class_that_only_some_lines_have_is_left_out_of_the_others(drawn, tmp_path):
+    run = write_run(tmp_path / "run", 3)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    del lines[2]["classes"]["gpt3.5"], lines[3]["lr"], lines[-1]["eval"]["gpt4"]["loss"]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert drawn(run)["weight_share"][1][1] == [1, 2, 3]
 
 
 def test_a_folder_without_metrics_is_an_error(tmp_path):

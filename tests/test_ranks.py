@@ -1,5 +1,6 @@
 """The processes of a run: what they agree on, how they end, and what they print meanwhile."""
 
+import datetime
 import errno
 import fcntl
 import functools
@@ -8,12 +9,13 @@ import json
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import processes
 import pytest
 
 from support import ranks as support_ranks
-from support.ranks import Ranks, lock_folder
+from support.ranks import Ranks, held_output, lock_folder
 from support.report import StatusLine
 
 # ------------------------------------------------------------------------------- what they agree on
@@ -61,14 +63,44 @@ def test_what_fails_on_one_rank_fails_on_all_with_its_reason(tmp_path):
     assert three_ranks(tmp_path, fail_here_and_there) == ["\n".join(expected)] * 3
 
 
+def be_slow(arguments):
+    given = datetime.timedelta  # of the ranks' groups: half an hour becomes 5 s
+    shorter = lambda minutes=0, days=0: given(days=days, seconds=5 * (minutes > 0))  # noqa: E731
+    support_ranks.datetime = SimpleNamespace(timedelta=shorter)
+    ranks = Ranks()
+    Path(arguments[0], str(ranks.rank)).write_text(ranks.first_does(lambda: time.sleep(8) or "ok"))
+    ranks.finish()
+
+
+def test_ranks_wait_for_the_first_longer_than_for_a_step(tmp_path):
+    """Which tokenizes, or writes, for hours at times."""
+    processes.succeeds([tmp_path], 2, main=be_slow)
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["ok", "ok"]
+
+
+def test_only_a_lock_of_another_run_is_none_of_ours(ranks, tmp_path):
+    """A lock that is removed, or cannot be read, was taken by nobody."""
+    with held_output(tmp_path, ranks) as out:
+        ranks.check_lock(out)
+        for other in (b"process 1 on there", b"", b"\xff"):
+            (out / ".lock").write_bytes(other)
+            if other == b"\xff":
+                ranks.check_lock(out)
+                continue
+            with pytest.raises(ValueError, match=f"{out} was removed, and is now held by another"):
+                ranks.check_lock(out)
+        (out / ".lock").unlink()
+        ranks.check_lock(out)
+
+
 # ------------------------------------------------------------------------------------- how they end
 
 
 @pytest.fixture
 def handlers():
     """The signals' handlers are as they were afterwards."""
-    before = {getattr(signal, name): signal.getsignal(getattr(signal, name))
-              for name in support_ranks.STOP_SIGNALS}  # fmt: skip
+    before = {number: signal.getsignal(number)
+              for number in support_ranks.STOP_SIGNALS}  # fmt: skip
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

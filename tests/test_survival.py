@@ -23,14 +23,15 @@ from safetensors.torch import load_file, save_file
 import data
 import loss
 import model
+import train
 
 # ------------------------------------------------------------------------------ killed, stopped
 
 
 def test_lives_drawn_at_random_end_as_undisturbed_ones():
-    """As many as fit into 30 s. LIVES_SEED is the first one's; a failure prints its own."""
+    """Ten of them. LIVES_SEED is the first one's; a failure prints its own."""
     seed = os.environ.get("LIVES_SEED", "0")
-    command = [sys.executable, ROOT / "tests" / "lives.py", "--seconds", "30", "--seed", seed]
+    command = [sys.executable, ROOT / "tests" / "lives.py", "--lives", "10", "--seed", seed]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
@@ -481,14 +482,6 @@ def test_a_users_copy_of_an_export_is_not_taken_for_one(few, tmp_path):
     assert os.readlink(out / "model") == "epoch-2"
 
 
-def test_a_run_whose_saves_failed_is_not_overwritten_by_another(finished, few, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(finished, out, symlinks=True)
-    shutil.rmtree(out / "checkpoints")
-    (out / "run.json").unlink()  # as where no checkpoint was ever written
-    refused(flags(few, out, seed=5), "none of its checkpoints")
-
-
 def test_a_checkpoint_too_many_is_not_kept_nor_one_too_few(few, tmp_path):
     out = tmp_path / "out"
     succeeds(flags(few, out, max_steps=5, save_every=1, keep=2, epochs=3, export_every=2))
@@ -512,6 +505,28 @@ def test_a_non_finite_step_stops_before_the_optimizer(few, tmp_path):
     assert "step 2: loss" in shown and f"{few}:" in shown
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-1"]
     assert len(metrics(out)) == 1
+
+
+def test_what_the_last_update_breaks_is_neither_saved_nor_exported(few, tmp_path):
+    """The loss and the gradient of the step were finite, and no later ones are computed."""
+    out = tmp_path / "out"
+    settings = flags(few, out, lr=1e39, max_steps=1, warmup_ratio=0)
+    shown = refused(settings, f"saving {out}/checkpoints/step-1 failed", "lower --lr", ranks=2)
+    assert "holds NaN or infinity" in shown
+    assert not (out / "model").exists() and not list((out / "checkpoints").glob("step-*[0-9]"))
+
+
+def test_a_class_whose_weight_is_too_small_is_said_and_not_trained_on(few, tmp_path):
+    """Rewards of 0 to 50, and steps without any conversation of the expert."""
+    table, out = tmp_path / "classes.json", tmp_path / "out"
+    rewards = {"gpt4": 50, "gpt3.5": 0}
+    table.write_text(json.dumps({n: {"condition": n, "reward": r} for n, r in rewards.items()}))
+    shown = succeeds(flags(few, out, classes=table, batch_tokens=64, max_steps=20))
+    assert "class gpt3.5 has weight 0, and is not trained on: raise --beta" in shown
+    without = [line for line in metrics(out) if not line["classes"]["gpt4"]["tokens"]]
+    assert 0 < len(without) < 20 and {line["grad_norm"] for line in without} == {0.0}
+    shown = succeeds(flags(few, tmp_path / "other", max_steps=1))
+    assert "has weight 0" not in shown
 
 
 def test_infinite_weights_stop_the_first_step(few, tmp_path):
@@ -620,6 +635,7 @@ def config_with(**changes):
 
 def index_naming(file):
     def change(folder):
+        (folder / "model.safetensors").unlink()  # not beside an index
         index = {"weight_map": {"model.norm.weight": file}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
@@ -628,6 +644,14 @@ def index_naming(file):
 
 def other_tokenizer(folder):
     config_with(vocab_size=5000)(folder)
+
+
+def pipe(folder):
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 def pickled_alone(folder):
@@ -639,8 +663,14 @@ def pickled_alone(folder):
     [
         (write("{"), "config.json: cannot be read as JSON"),
         (write("[" * 100_000), "config.json: cannot be read as JSON"),
-        (config_with(hidden_size=10**12), "hidden_size must be a whole number"),
-        (config_with(num_hidden_layers=10**9), "num_hidden_layers must be a whole number"),
+        (write("[]"), "config.json: must hold a JSON object"),
+        (pipe, "config.json: not found"),
+        (
+            config_with(rope_scaling=LLAMA3 | {"original_max_position_embeddings": 10**30}),
+            "needs original_max_position_embeddings as a positive number",
+        ),
+        (config_with(hidden_size=10**12), "config.json: too large: its sizes make"),
+        (config_with(num_hidden_layers=10**9), "config.json: too large: its sizes make"),
         (config_with(hidden_act="gelu"), "hidden_act"),
         (other_tokenizer, "belongs to another checkpoint"),
         (index_naming("../../etc/passwd"), "is not a file of this folder"),
@@ -658,6 +688,17 @@ def test_a_broken_model_folder_is_one_clear_message(few, tmp_path, fault, messag
     refused(flags(few, tmp_path / "out", model=folder, random_weights=None), message)
 
 
+@pytest.mark.parametrize("flag", ["data", "eval_data", "model", "classes", "out", "class_field"])
+def test_a_name_that_is_not_utf8_is_refused_before_anything(run, few, tmp_path, flag):
+    """A Latin-1 file name: the files that a run leaves could not hold it."""
+    name = f"{tmp_path}/caf\udce9.jsonl"
+    more = {"data" if flag == "data" else flag: name}
+    settings = flags(**{"data": few, "out": tmp_path / "out"} | more)
+    code, _, err = run(train.main, *settings)
+    assert (code, err) == (2, f"error: {name!a}: its name is not UTF-8: rename it\n")
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_conversations_stop_the_run_before_any_weight(few, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(few.read_bytes() + b'{"class": "gpt5"}\n\x00\x00\n' + b"[" * 100_000 + b"\n")
@@ -669,7 +710,7 @@ def test_bad_conversations_stop_the_run_before_any_weight(few, tmp_path):
 def test_mutated_inputs_are_accepted_or_refused_by_name():
     answers = fuzz(2000, seed=1)
     assert sum(answers.values()) == 2000
-    assert len(answers) == 6  # each of the three parsers did both
+    assert len(answers) == 2 * 8 - 1  # each parser did both, but tokens are made again
 
 
 # ------------------------------------------------------------------------------------ the output
