@@ -43,7 +43,7 @@ import data
 import model
 import train
 from bench.packing import NETWORKS, like_sharegpt
-from support import dataset, report
+from support import dataset, plan, report, tokenizer
 
 # hidden, intermediate, blocks, heads, vocabulary, key-value heads, head_dim
 GEOMETRIES = NETWORKS | {
@@ -102,9 +102,10 @@ def synthetic_plan(args, ranks, folder):
     lengths = (lengths * args.max_length // 4096).clip(4, args.max_length)
     write_dataset(tokens, lengths[: np.searchsorted(lengths.cumsum(), count)], network.vocab_size)
     if not args.model:
-        train.network_to_train = lambda *_: (network, 0)
+        model.LlamaConfig.from_folder = lambda _: network
+        tokenizer.OfFolder.check_vocabulary = lambda *_: None
     data.prepare = lambda *_, **__: SimpleNamespace(folder=tokens)
-    data.sources = lambda *_: []
+    plan.sources = lambda *_: []
     config = train.Config(
         model=args.model or str(ROOT / "examples" / "sums"),  # this one for its tokenizer, unused
         data=["generated"],
