@@ -154,7 +154,7 @@ def test_bytes_that_the_vocabulary_lacks_are_counted_and_warned_of(tmp_path, run
         assert ours.spell(ours.encode(text)) == whole.decode(errors="replace")
     lines = [{"class": "gpt4", "messages": turns(text, "Ho")} for text in texts]
     files = write(tmp_path / "lost.jsonl", *lines), write(tmp_path / "whole.jsonl", lines[1])
-    outs = [run(data.main, file, "--model", folder, "--show", 0)[1] for file in files]
+    outs = [run(preview.main, file, "--model", folder, "--show", 0)[1] for file in files]
     assert "warning: 4 bytes of characters that the tokenizer lacks" in outs[0]
     assert "lacks" not in outs[1]
 
