@@ -108,10 +108,10 @@ def header(plan):
         f"{network.num_hidden_layers} blocks of {network.hidden_size}, {compute}",
     ]
     if plan.tokenizer.eot_is_new:
-        name = plan.tokenizer.names[plan.tokenizer.eot]
+        name = plan.tokenizer.special[plan.tokenizer.eot]
         out.append(f"           {name} added as token {plan.tokenizer.eot}")
     if plan.untrained:
-        names = ", ".join(plan.tokenizer.names[token] for token in plan.untrained)
+        names = ", ".join(plan.tokenizer.special[token] for token in plan.untrained)
         out.append(f"           untrained tokens, set to the mean of the others: {names}")
     if plan.tokenizer.warning:
         out.append(plan.tokenizer.warning)
@@ -293,7 +293,7 @@ def preview(dataset, conversation, tokenizer, classes, class_weights):
 
 def visible(tokens, tokenizer):
     """Text of ids with the special tokens written out, one turn per line."""
-    names, text, plain = tokenizer.names, "", []
+    names, text, plain = tokenizer.special, "", []
     for token in [*tokens, None]:
         if token is not None and token not in names:
             plain.append(token)

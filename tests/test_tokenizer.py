@@ -38,12 +38,15 @@ def code_mixed_eval(code_mixed):
 # ------------------------------------------------------------------------ the same ids and masks
 
 
-def exported(folder, target, condition="GPT4"):
+CONDITIONS = {name: source.condition for name, source in CLASSES.items()}
+
+
+def exported(folder, target, conditions=CONDITIONS, default="GPT4"):
     """Our tokenizer of a folder, and transformers' of what it saves."""
     transformers = pytest.importorskip("transformers")
     tokenizer = data.Tokenizer(folder)
     target.mkdir()
-    tokenizer.save(target, condition)
+    tokenizer.save(target, conditions, default)
     return tokenizer, transformers.AutoTokenizer.from_pretrained(target)
 
 
@@ -147,7 +150,7 @@ def test_transformers_special_tokens_are_ours(stories, tmp_path):
 @pytest.mark.parametrize("name", ["llama2", "stories", "sums"])
 def test_a_saved_tokenizer_reads_back_as_itself(name, request, tmp_path):
     ours = data.Tokenizer(request.getfixturevalue(name))
-    ours.save(tmp_path, "GPT4")
+    ours.save(tmp_path, CONDITIONS, "GPT4")
     again = data.Tokenizer(tmp_path)
     for field in ("bos", "eos", "eot", "vocab_size"):
         assert getattr(again, field) == getattr(ours, field)
@@ -155,7 +158,7 @@ def test_a_saved_tokenizer_reads_back_as_itself(name, request, tmp_path):
 
 @pytest.mark.parametrize("condition", ["", "Math Correct", 'it\'s "so" \\ {{ 1 }} {% x %} 😀'])
 def test_the_template_holds_any_condition(condition, stories, tmp_path):
-    ours, theirs = exported(stories, tmp_path / "out", condition)
+    ours, theirs = exported(stories, tmp_path / "out", {"a class": condition}, condition)
     ids = theirs.apply_chat_template(turns("Hi"), add_generation_prompt=True, return_dict=False)
     assert ids == data.encode_prompt([data.Message("user", "Hi")], ours, condition)
 
@@ -315,7 +318,7 @@ def test_runs_of_any_lengths_are_exported_exactly(tmp_path):
         pieces = [("q" * n, -9, NORMAL) for n in lengths]
         folder = with_pieces(base, tmp_path / f"{trial}", [*pieces, ("qe", 5, NORMAL)])
         ours = data.Tokenizer(folder)
-        ours.save(tmp_path, "GPT4")
+        ours.save(tmp_path, CONDITIONS, "GPT4")
         theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
         texts = [before + "q" * n + after for n in range(75) for before, after in EDGES]
         found = theirs.encode_batch(texts, add_special_tokens=False)
@@ -539,7 +542,7 @@ def test_a_tokenizer_json_has_the_ids_of_its_tokenizer_model(edit, symbols, tmp_
     for found, ids in zip(ours.encode_many(texts), expected.encode_many(texts), strict=True):
         assert found.tolist() == ids.tolist()
     assert_texts_have_our_ids(ours, theirs, texts[:-1])
-    for field in ("bos", "eos", "eot", "vocab_size", "count", "symbols", "eot_is_new", "names"):
+    for field in ("bos", "eos", "eot", "vocab_size", "count", "symbols", "eot_is_new", "special"):
         assert getattr(ours, field) == getattr(expected, field), field
     for text in texts[:-2]:
         ids = ours.encode(text)
@@ -638,10 +641,13 @@ def test_an_end_of_turn_in_tokenizer_json_alone_is_used(tmp_path):
     [
         (
             {"id": 301, "content": EOT},
-            "'<|end_of_turn|>' the id 301, added_tokens.json gives it 300",
+            "'<|end_of_turn|>' the id 301, added_tokens.json gives '<|end_of_turn|>' 300",
         ),
-        ({"id": 300, "content": "<pad>"}, "300 to '<pad>', added_tokens.json to '<|end_of_turn|>'"),
-        ({"id": 1, "content": "<pad>"}, "gives id 1 to '<pad>', tokenizer.model to '<s>'"),
+        (
+            {"id": 300, "content": "<pad>"},
+            "'<pad>' the id 300, added_tokens.json gives '<|end_of_turn|>' 300",
+        ),
+        ({"id": 1, "content": "<pad>"}, "gives '<pad>' the id 1, tokenizer.model gives '<s>' 1"),
     ],
 )
 def test_two_files_that_disagree_on_an_id_are_named(in_json, message, tmp_path):
@@ -699,11 +705,11 @@ def test_an_end_of_turn_that_is_an_ordinary_piece_is_refused(tmp_path):
         ({"tokenizer.model": b""}, "tokenizer.model: not a SentencePiece model"),
         ({"tokenizer.model": b"\x80\x04pickle"}, "tokenizer.model: not a SentencePiece model"),
         ({"added_tokens.json": b"{"}, "added_tokens.json: cannot be read"),
-        ({"added_tokens.json": b"[[1, 2]]"}, "added_tokens.json: cannot be read"),
+        ({"added_tokens.json": b"[[1, 2]]"}, "added_tokens.json: must hold a JSON object"),
         ({"added_tokens.json": b'{"<a>": "7"}'}, "id is not a whole number in range"),
         ({"added_tokens.json": b'{"<a>": -1}'}, "id is not a whole number in range"),
         ({"added_tokens.json": b'{"<a>": 99999999999}'}, "id is not a whole number in range"),
-        ({"tokenizer_config.json": b"[]"}, "tokenizer_config.json: cannot be read"),
+        ({"tokenizer_config.json": b"[]"}, "tokenizer_config.json: must hold a JSON object"),
         ({"tokenizer_config.json": b"\xff"}, "tokenizer_config.json: cannot be read"),
         ({"tokenizer_config.json": b'{"added_tokens_decoder": {"x": {}}}'}, "cannot be read"),
     ],
