@@ -106,6 +106,8 @@ def prepare(
     classes = class_table(classes)
     files = sources(paths, classes)
     conditions = {name: c.condition if condition else "" for name, c in classes.items()}
+    for text in conditions.values():
+        tokenizer.prefix(text, "user")  # refuses one that spells a special token
     names = {name: [c.condition, c.match] for name, c in classes.items()}  # as lines name them
     if class_field == "class":
         names = {name: c.condition for name, c in classes.items()}

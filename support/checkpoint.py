@@ -337,8 +337,8 @@ def describe_export(plan, folder, step):
     llama.cpp's converter takes a single number there.
     """
     config, tokenizer, dataset = plan.config, plan.tokenizer, plan.dataset
-    expert = plan.classes[expert_class(plan.classes)]
-    tokenizer.save(folder, expert.condition if config.condition else "")
+    conditions = {name: c.condition * config.condition for name, c in plan.classes.items()}
+    tokenizer.save(folder, conditions, conditions[expert_class(plan.classes)])
     ends = [token for token in (tokenizer.eot, tokenizer.eos) if token is not None and token >= 0]
     tokens = {"bos_token_id": tokenizer.bos, "eos_token_id": list(dict.fromkeys(ends))}
     model.write_json(folder / "generation_config.json", tokens)

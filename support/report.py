@@ -111,9 +111,9 @@ def header(plan):
         f"{network.num_hidden_layers} blocks of {network.hidden_size}, {compute}",
     ]
     if tokenizer.eot_is_new:
-        out.append(f"           {tokenizer.names[tokenizer.eot]} added as token {tokenizer.eot}")
+        out.append(f"           {tokenizer.special[tokenizer.eot]} added as token {tokenizer.eot}")
     if plan.untrained:
-        names = ", ".join(tokenizer.names[token] for token in plan.untrained)
+        names = ", ".join(tokenizer.special[token] for token in plan.untrained)
         out.append(f"           untrained tokens, set to the mean of the others: {names}")
     if tokenizer.warning:
         out.append(tokenizer.warning)
@@ -281,7 +281,7 @@ def weight_by_step(dataset, steps, classes, class_weights):
 
 def visible(tokens, tokenizer):
     """Text of ids with the special tokens written out, one turn per line."""
-    names, text = tokenizer.names, ""
+    names, text = tokenizer.special, ""
     for special, run in itertools.groupby(tokens, lambda token: token in names):
         if special:
             text += "".join(names[token] + "\n" * (token == tokenizer.eot) for token in run)

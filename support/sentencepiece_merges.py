@@ -4,7 +4,6 @@ Most of the differences show only in the model's own proto, not in SentencePiece
 """
 
 import io
-from typing import NamedTuple
 
 REFUSED = "a tokenizer without it is needed"
 MERGED = "a vocabulary that was merged into another cannot be exported"
@@ -15,17 +14,12 @@ KINDS = {1: "unigram", 2: "BPE", 3: "word", 4: "character"}
 NORMAL, USER_DEFINED, UNUSED = 1, 4, 5
 
 
-class Exact(NamedTuple):
-    merges: list  # [[left, right], ...], the first to be merged first
-    symbols: dict  # {text: id} of user-defined symbols: matched in a text before any merge
-    collapses_spaces: bool  # several spaces become one, those at the ends none
-
-
 def exact_merges(path, processor):
-    """The Exact form of a SentencePieceProcessor.
+    """(merges, symbols, collapses_spaces) of a SentencePieceProcessor.
 
-    ValueError, naming `path`, if Hugging Face's form would give other ids. For any other model it
-    gives SentencePiece's: both always merge the pair of highest score, leftmost first.
+    merges [[left, right], ...] have the first to be merged first; symbols {text: id} are matched in
+    a text before any merge; collapses_spaces: several spaces become one, those at the ends none.
+    ValueError, naming `path`, if Hugging Face's form would give other ids.
     """
     pieces, specs = [], {TRAINER: {}, NORMALIZER: {}}
     for number, value in fields(processor.serialized_model_proto()):
@@ -45,46 +39,36 @@ def exact_merges(path, processor):
     def refuse(what, remedy=REFUSED):
         raise ValueError(f"{path}: {what}: the export would give other ids; {remedy}")
 
-    if kind != "BPE":
-        refuse(f"is a {kind} model", "only BPE is implemented")
-    if normalizer.get(2):
-        refuse(f"changes characters by its rules ({rule})", "only 'identity' is implemented")
-    if not normalizer.get(3, True):
-        refuse("puts no space before a text (add_dummy_prefix=false)")
-    if not normalizer.get(5, True):
-        refuse("keeps spaces as they are (escape_whitespaces=false)")
-    if trainer.get(24):
-        refuse("puts a word's space at its end (treat_whitespace_as_suffix=true)")
-    if collapses and symbols:
-        refuse(f"makes several spaces one (remove_extra_whitespaces=true) beside {min(symbols)!r} "
-               "(user_defined_symbols)")  # fmt: skip
+    for wrong, *why in (
+        (kind != "BPE", f"is a {kind} model", "only BPE is implemented"),
+        (normalizer.get(2), f"changes characters by its rules ({rule})", "it must be 'identity'"),
+        (not normalizer.get(3, True), "puts no space before a text (add_dummy_prefix=false)"),
+        (not normalizer.get(5, True), "keeps spaces as they are (escape_whitespaces=false)"),
+        (trainer.get(24), "puts a word's space at its end (treat_whitespace_as_suffix=true)"),
+        (collapses and symbols, "makes several spaces one (remove_extra_whitespaces=true) beside "
+                                "user_defined_symbols"),
+    ):  # fmt: skip
+        if wrong:
+            refuse(*why)
     for piece, type in pieces:
         if type == UNUSED:
             refuse(f"has a piece {piece!r} that is not to be used")
-        if type == NORMAL and "▁" in piece.lstrip("▁"):
-            refuse(f"has a piece {piece!r} across a space (split_by_whitespace=false)")
         if type == NORMAL and not known.issuperset(piece):
             refuse(f"has a piece {piece!r}, but not each of its characters", MERGED)
     merges, tied = merges_of(ids, processor.get_score)
     if tied:
         what = "has pieces of one score that share characters of a text, {!r} and {!r}"
         refuse(what.format(*tied), MERGED)
-    return Exact(merges, symbols, collapses)
+    return merges, symbols, collapses
 
 
 def fields(message):
-    """(number, value) of each field of a protobuf message: an int, or the bytes of another kind.
-
-    https://protobuf.dev/programming-guides/encoding
-    """
+    """(number, int or bytes) of a protobuf message: protobuf.dev/programming-guides/encoding."""
     stream = io.BytesIO(message)
 
-    def varint():
-        value = shift = 0
-        while (byte := stream.read(1)[0]) > 127:
-            value |= (byte & 127) << shift
-            shift += 7
-        return value | byte << shift
+    def varint():  # seven bits per byte, the lowest first; its eighth says that more follow
+        byte = stream.read(1)[0]
+        return byte if byte < 128 else byte - 128 + (varint() << 7)
 
     while stream.tell() < len(message):
         key = varint()
@@ -97,9 +81,8 @@ def merges_of(ids, score_of):
 
     A merge is every split of a piece into two that merges can make. SentencePiece merges the
     highest score first, then the leftmost; Hugging Face the first in this list, then the leftmost.
-    A score that only one piece has leaves no choice: of its splits only the one that ends
-    SentencePiece's own merging of that piece ever occurs, as what is around it never crosses a
-    piece.
+    If only one piece has a score there is no choice: of its splits only the one that completes
+    SentencePiece's own merging of that piece ever occurs, as no merge crosses a piece's bounds.
     """
     by_score, made = {}, {piece for piece in ids if len(piece) == 1}
     for piece in sorted(ids, key=len):
@@ -121,18 +104,16 @@ def order_matters(group, parts):
     """Two pieces of one score for which it matters which is merged first, or None.
 
     `group` is {piece: its splits}, `parts` the parts of pieces with a higher score. The order
-    changes nothing if no character can go to either of two merges.
-
-    Nor does it in runs of one character, whatever their lengths (Mistral has runs of 2 to 14 and
-    of 16 spaces), if they are made of each other. SentencePiece then turns s1 … sk c 1 1 1 …,
-    where no two neighbours of s1 … sk merge, into sk+c if that is a piece, else c+1, else goes on
-    with the next 1 as c. The longest first is the same choice: sk+c >= c+1 >= 1+1.
+    changes nothing if no character can go to either of two merges, nor in runs of one character
+    that are made of each other (Mistral has runs of 2 to 14 and of 16 spaces). SentencePiece then
+    turns s1 ... sk c 1 1 1 ..., where no two neighbours of s1 ... sk merge, into sk+c if that is a
+    piece, else c+1, else continues with the next 1 as c. Taking the longest first is the same
+    choice: sk+c >= c+1 >= 1+1.
     """
-    for piece in group:
-        if piece in parts:
-            return piece, parts[piece]
     of_left = {}
     for piece, splits in group.items():
+        if piece in parts:
+            return piece, parts[piece]
         for left, _ in splits:
             of_left.setdefault(left, []).append(piece)
     for piece, splits in group.items():

@@ -1,7 +1,8 @@
-"""A model's tokenizer with an end-of-turn token; and the same in Hugging Face's form.
+"""A model's tokenizer with an end-of-turn token; and its export in Hugging Face's form.
 
-    tokenizer.model          SentencePiece, as Llama 2's and Mistral's
-    tokenizer.json, without  the same in Hugging Face's form, or a byte-level BPE, as Llama 3's
+    SentencePiece      tokenizer.model, as Llama 2's and Mistral's
+    SentencePieceJson  the same in a tokenizer.json
+    ByteLevel          byte-level BPE in a tokenizer.json, as Llama 3's
 
 Every text is encoded on its own with special tokens off, so that no content can forge a turn.
 """
@@ -18,8 +19,8 @@ from typing import NamedTuple
 import numpy as np
 import sentencepiece
 
-from model import check_folder, write_json
-from model import read_json as read_object
+from model import check_folder, read_json, write_json
+from support.formats import TEXT_PARTS
 from support.sentencepiece_merges import REFUSED, exact_merges
 
 END_OF_TURN = "<|end_of_turn|>"
@@ -29,7 +30,7 @@ SPACES_COLLAPSE = "warning: this tokenizer turns several spaces into one: indent
 class Template(NamedTuple):
     """A turn: before + "GPT4 User" + after + space + content + end; `tokens` of it are special."""
 
-    name: str  # data tokenized under another is not taken
+    name: str  # data tokenized under a different one is not reused
     before: str
     after: str
     space: str
@@ -37,7 +38,7 @@ class Template(NamedTuple):
     tokens: tuple
 
     def prefix(self, condition, role):
-        """Text of what starts a turn; the system has no condition, and in v3.2 no prefix."""
+        """Text that starts a turn; the system has no condition, and in v3.2 no prefix."""
         if role == "system":
             return self.before and f"{self.before}System{self.after}"
         return self.before + f"{condition} {role.title()}".strip() + self.after
@@ -53,8 +54,9 @@ def Tokenizer(folder):
     path, beside = Path(folder, SentencePiece.file), Path(folder, ByteLevel.file)
     if not beside.exists() or (path.exists() and not is_tiktoken(path)):
         return SentencePiece(folder)
-    given, raw = read_json(beside)
-    types = [step["type"] for step in (raw["model"], raw["decoder"] or NOTHING, raw["steps"][-1])]
+    given, raw = read_package(beside)
+    steps = raw["model"], raw["decoder"] or {}, raw["steps"][-1]
+    types = [step.get("type") for step in steps]
     kind = ByteLevel if types == ["BPE", "ByteLevel", "ByteLevel"] else SentencePieceJson
     return kind(folder, given, raw)
 
@@ -64,8 +66,8 @@ def is_tiktoken(path):
     return path.is_file() and re.match(rb"[A-Za-z0-9+/]+=* \d+\s", path.read_bytes()) is not None
 
 
-def read_json(path):
-    """The package's tokenizer of a file, and all that it says, defaults filled in."""
+def read_package(path):
+    """A file's tokenizer of the package `tokenizers`, and its JSON with all defaults filled in."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # there is a process per core already
     try:
         import tokenizers as package
@@ -78,26 +80,33 @@ def read_json(path):
     except BaseException as error:  # a bare Exception, or a panic of Rust, which is none
         raise ValueError(f"{path}: not a tokenizer: {error}") from None
     raw = json.loads(given.to_str())
-    raw["normalizer"] = None if raw["normalizer"] == sequence([]) else raw["normalizer"]
-    before = raw["pre_tokenizer"] or NOTHING
-    raw["steps"] = before.get("pretokenizers") or [before]  # of the splitting before any merge
+    if raw["normalizer"] == {"type": "Sequence", "normalizers": []}:
+        raw["normalizer"] = None
+    before = raw["pre_tokenizer"] or {}
+    raw["steps"] = before.get("pretokenizers") or [before]  # how a text is split before any merge
     return given, raw
 
 
 class OfFolder:
-    """The tokenizer of a Hugging Face folder, with an end-of-turn token.
+    """The tokenizer of a Hugging Face folder.
 
-    <|end_of_turn|> is the folder's own if it has one (a control symbol of tokenizer.model, or an
-    added token), and otherwise the id after the last piece: `vocab_size` then exceeds the
-    checkpoint's. Its row begins as the mean of those before `ordinary`, and so do the rows of
-    `marks`, a turn's own tokens, if the checkpoint never trained them. `names` {id: text} are the
-    special tokens of a conversation; `warning` is what every text loses here, or None. With Llama
-    3's tokens the template is OpenChat 3.6's, else v3.2's. A character that the vocabulary lacks
-    is the token `unk`; its bytes in `missing` give no token. `symbols` {text: id} are no special
-    tokens, and matched in a text before any merge.
+    bos, eos, eot       ids: beginning, end (-1 if none is named), end of a turn
+    eot_is_new          the folder has no end of turn: it gets the id after the last one
+    vocab_size          number of ids with that one; the checkpoint may have fewer rows
+    ordinary            the new row starts as the mean of the rows before this id, and so do those
+    marks               of a turn's own tokens, if the checkpoint never trained them
+    added {text: id}    tokens that the folder's files add to the vocabulary, special or not
+    special {id: text}  special tokens of the export; no text gives their ids
+    symbols {text: id}  not special, but matched in a text before any merge
+    unk, missing        token of a character that the vocabulary lacks; bytes that give no token
+    warning             what every text loses, or None
+
+    turn_text(role, content) is the text of a turn after its prefix; encode_many(texts) its ids, as
+    int32 arrays; spell(ids) the text again; decode(ids) without special tokens and first space.
     """
 
     warning, template, marks, unk, missing, symbols = None, V32, (), -1, b"", {}
+    jinja_text = "found.text"  # the text of a message as this kind reads it
 
     def __reduce__(self):  # a pickle of the package's tokenizer forgets encode_special_tokens
         return Tokenizer, (self.folder,)
@@ -105,122 +114,174 @@ class OfFolder:
     def _refuse(self, what):
         raise ValueError(f"{self.folder / self.file}: {what}")
 
+    def _read(self, file):
+        return read_json(self.folder / file) if (self.folder / file).exists() else {}
+
     def _set_pieces(self, texts):
-        """The pieces' texts, by id, and the folder's added tokens."""
+        """Set the vocabulary, texts by id, and what is added; ValueError if files disagree."""
         self.texts, self.count, self._prefixes = texts, len(texts), {}
-        self.added, self.special = self._added_tokens(texts.__getitem__)
+        self.added, self.special = {}, {}
+        known = {i: (i, text, self.file) for i, text in enumerate(texts)}  # by id, and by text
+        for file, tokens_of in ADDED_FILES.items():
+            path, raw = self.folder / file, self._read(file)
+            try:
+                tokens = [(t["id"], t["content"], t.get("special")) for t in tokens_of(raw)]
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise ValueError(f"{path}: cannot be read: {error!r}") from None
+            for i, text, special in tokens:
+                if type(text) is not str or type(i) is not int or not 0 <= i < 1 << 22:
+                    raise ValueError(f"{path}: an added token's id is not a whole number in range")
+                for key in (i, text):
+                    other, name, first = known.setdefault(key, (i, text, file))
+                    if (other, name) != (i, text):
+                        what = f"gives {text!r} the id {i}, {first} gives {name!r} {other}"
+                        raise ValueError(f"{path}: {what}")
+                self.added[text] = i
+                self.special |= {i: text} if special else {}
+
+    def _named(self, key):
+        """The id of a token that tokenizer_config.json names or config.json numbers; else -1."""
+        text = self._read("tokenizer_config.json").get(key)
+        if text is not None:
+            return self.added.get(str(text.get("content") if isinstance(text, dict) else text), -1)
+        number = self._read("config.json").get(f"{key}_id")
+        number = number[0] if isinstance(number, list) and number else number
+        return number if number in self.added.values() else -1
 
     def _set_ends(self, bos, eos):
-        """The beginning of a sequence, its end, and the end of a turn."""
+        """Set the beginning of a sequence, its end, and the end of a turn."""
         self.bos, self.eos = bos, eos
         if bos < 0:
             self._refuse("has no <s>, or no bos_token (beginning of sequence) in "
                          "tokenizer_config.json, nor its id in config.json")  # fmt: skip
         end, last = self.template.end, max([self.count - 1, *self.added.values()])
-        own = {text: i for i, text in enumerate(self.texts)} | self.added
-        self.eot, self.eot_is_new = own.get(end, last + 1), end not in own
-        if self.eot < self.count and self.eot not in self.control:
+        ids = {text: i for i, text in enumerate(self.texts)} | self.added
+        self.eot, self.eot_is_new = ids.get(end, last + 1), end not in ids
+        if self.eot < self.count and self.eot not in {*self.special, *self.marks}:
             self._refuse(f"{end} must be a control symbol; as it is, any text can forge it")
         self.vocab_size = max(last, self.eot) + 1
         self.ordinary = self.eot if self.eot_is_new else self.vocab_size
-        by_id = {i: text for text, i in own.items()} | {self.eot: end}
-        self.names = {i: by_id[i] for i in {bos, eos, self.eot, *self.marks} - {-1}}
-        for symbol in self.symbols:
-            ends = [symbol[k:] for k in range(1, len(symbol))]
-            if {" ", "▁"} & {*symbol} or any(map(end.startswith, ends)):
-                self._refuse(f"never splits {symbol!r}, which has a space or ends as {end} begins"
-                             f": the export would give other ids; {REFUSED}")  # fmt: skip
+        texts = {i: text for text, i in ids.items()} | {self.eot: end}
+        self.special |= {i: texts[i] for i in {bos, eos, self.eot, *self.marks} - {-1}}
+
+    def encode(self, text):
+        """Ids of a text on its own, special tokens off: '<s>' in it is three characters."""
+        return self.encode_many([text])[0].tolist()
+
+    def prefix(self, condition, role):
+        """Ids that start a turn; ValueError if the condition spells a special token."""
+        if (condition, role) not in self._prefixes:
+            if spelled := [text for text in self.special.values() if text in condition]:
+                self._refuse(f"the condition {condition!r} spells its special token "
+                             f"{spelled[0]!r}: choose a different condition")  # fmt: skip
+            text, ids = self.template.prefix(condition, role), []
+            for part in re.split(f"({'|'.join(map(re.escape, self.template.tokens))})", text):
+                ids += [self.added[part]] if part in self.template.tokens else self.encode(part)
+            self._prefixes[condition, role] = ids
+        return self._prefixes[condition, role]
 
     def lost_bytes(self, texts):
         """How many bytes of the texts give no token."""
         encoded = [text.encode() for text in texts] if self.missing else []
         return sum(len(text) - len(text.translate(None, self.missing)) for text in encoded)
 
-    def prefix(self, condition, role):
-        key = condition, role
-        if key not in self._prefixes:
-            self._prefixes[key] = self._prefix(condition, role)
-        return self._prefixes[key]
-
     def check_vocabulary(self, rows):
         """ValueError unless a checkpoint of `rows` embeddings can be this tokenizer's."""
-        count = self.count
-        if not max(count, self.vocab_size - 1024) <= rows <= max(count, self.vocab_size) + 1024:
-            raise ValueError(
-                f"{self.folder}: {self.file} has {count} pieces, config.json's vocab_size is "
-                f"{rows}: this tokenizer belongs to another checkpoint"
-            )
+        least, most = max(self.count, self.vocab_size - 1024), max(self.count, self.vocab_size)
+        if not least <= rows <= most + 1024:
+            sizes = f"has {self.count} pieces, config.json's vocab_size is {rows}"
+            self._refuse(f"{sizes}: this tokenizer belongs to another checkpoint")
 
     def identity(self):
         """Text that changes with the ids it gives."""
-        with open(self.folder / self.file, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return f"{digest} {self.bos} {self.eot}"
+        digest = hashlib.sha256((self.folder / self.file).read_bytes()).hexdigest()
+        return f"{digest} {self.bos} {self.eot}, an answer without its first space"
 
-    def _read(self, file):
-        """The JSON object of a file in the folder; {} if it has none."""
-        path = self.folder / file
-        return read_object(path) if path.exists() else {}
+    def save(self, folder, conditions, default):
+        """Write the tokenizer for transformers and vLLM, with a chat template that gives our ids.
 
-    def _added_tokens(self, piece):
-        """{content: id} of tokens beyond the model's own, and which of them are special.
-
-        From the three files that list them; ValueError where two files disagree on an id.
+        apply_chat_template(..., condition=...) takes a class or a condition of `conditions`
+        {class: condition}; without one it takes the condition `default`.
         """
-        by_id, by_content, special = {}, {}, set()
-        for file in ADDED_FILES:
-            path, raw = self.folder / file, self._read(file)
-            try:
-                tokens = ADDED_FILES[file](raw)
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise ValueError(f"{path}: cannot be read: {error!r}") from None
-            for content, number, is_special in tokens:
-                if type(content) is not str or type(number) is not int or not 0 <= number < 1 << 22:
-                    raise ValueError(f"{path}: an added token's id is not a whole number in range")
-                own = (piece(number), self.file) if number < self.count else (content, file)
-                of_id = by_id.setdefault(number, own)
-                of_content = by_content.setdefault(content, (number, file))
-                if of_id[0] != content:
-                    raise ValueError(
-                        f"{path}: gives id {number} to {content!r}, {of_id[1]} to {of_id[0]!r}"
-                    )
-                if of_content[0] != number:
-                    raise ValueError(
-                        f"{path}: gives {content!r} the id {number}, {of_content[1]} gives it "
-                        f"{of_content[0]}"
-                    )
-                special |= {content} if is_special else set()
-        return {content: number for content, (number, _) in by_content.items()}, special
-
-    def _named(self, key):
-        """The id of a token that tokenizer_config.json names, or config.json has; or -1."""
-        text = self._read("tokenizer_config.json").get(key)
-        if text is None:
-            number = self._read("config.json").get(f"{key}_id")
-            number = number[0] if isinstance(number, list) and number else number
-            return number if number in self.added.values() else -1
-        return self.added.get(str(text.get("content") if isinstance(text, dict) else text), -1)
-
-    def _write(self, folder, condition, tokens, config, chat_template):
-        """Write tokenizer_config.json; returns the added `tokens` {id: text} as it has them."""
-        added = {
-            i: {"content": text} | PLAIN | {"special": text not in self.symbols}
-            for i, text in sorted(tokens.items())
-        }
-        lead, texts = " " if self.symbols else "", self.template._asdict()  # see _hugging_face
-        texts |= {"lead": lead, "before": lead + self.template.before, "condition": condition}
-        for name, text in (texts | {"system": self.template.prefix("", "system")}).items():
-            text = json.dumps(text, ensure_ascii=False)
-            chat_template = chat_template.replace(f"'{name.upper()}'", text)
-        config = config | {
+        folder, bos = Path(folder), self.special[self.bos]
+        tokens = sorted((self.special | {i: text for text, i in self.symbols.items()}).items())
+        added = {i: PLAIN | {"content": t, "special": i in self.special} for i, t in tokens}
+        unk = self.texts[self.unk] if self.unk >= 0 else None
+        config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "padding_side": "left",  # answers go on from the right end
+            "model_input_names": ["input_ids", "attention_mask"],  # else 4.x has token_type_ids
+            "bos_token": bos, "eos_token": self.template.end, "unk_token": unk,
+            "pad_token": unk or bos,  # never in a text that is supervised
+            "padding_side": "left",  # answers continue from the right end
             "clean_up_tokenization_spaces": False,
             "added_tokens_decoder": {str(i): token for i, token in added.items()},
-            "chat_template": chat_template,
-        }
+            "chat_template": self._chat_template(conditions, default),
+        }  # fmt: skip
+        if self.symbols:
+            config["add_prefix_space"] = False  # llama.cpp: the template puts it
         write_json(folder / "tokenizer_config.json", config)
-        return added
+        # As in training bos comes first in tokenizer("text"); the chat template writes its own.
+        parts = [{"SpecialToken": {"id": bos, "type_id": 0}}]
+        parts += [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+        start = {"type": "TemplateProcessing", "single": parts[:2], "pair": parts}
+        start["special_tokens"] = {bos: {"id": bos, "ids": [self.bos], "tokens": [bos]}}
+        write_json(folder / "tokenizer.json", self._hugging_face(added) | {"post_processor": start})
+        if self.file == SentencePiece.file:
+            shutil.copyfile(self.folder / self.file, folder / self.file)
+
+    def _chat_template(self, conditions, default):
+        template, lead, turns = self.template, " " if self.symbols else "", {}
+        for name, condition in (conditions | {c: c for c in conditions.values()}).items():
+            turns[name] = {"system": template.prefix("", "system")}
+            for role in ("user", "assistant"):
+                turns[name][role] = lead + template.prefix(condition, role)
+        values = {"TURNS": turns, "DEFAULT": default, "KNOWN": ", ".join(filter(None, turns))}
+        values |= {"PARTS": TEXT_PARTS, "LEAD": lead, "SPACE": template.space, "END": template.end}
+        values = {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
+        jinja = CHAT_TEMPLATE.replace("TEXT", self.jinja_text).replace("\n", "")
+        return re.sub("'([A-Z]+)'", lambda found: values[found[1]], jinja)
+
+
+PLAIN = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word", "special"), False)
+ADDED_FILES = {  # the files that list added tokens, and how each has their "id" and "content"
+    "added_tokens.json": lambda raw: [{"id": i, "content": text} for text, i in raw.items()],
+    "tokenizer_config.json": lambda raw: [
+        token | {"id": int(i)} for i, token in raw.get("added_tokens_decoder", {}).items()
+    ],
+    "tokenizer.json": lambda raw: raw.get("added_tokens") or [],
+}
+
+# The template in Jinja, on one line; words in capitals are replaced. SPACE, after the colon, is
+# SentencePiece's own; LEAD is the one before a turn, if no tokenizer puts it. vLLM leaves parts to
+# the template only if it finds a loop over m['content'].
+CHAT_TEMPLATE = """
+{% set turns = 'TURNS' %}{% set asked = condition | default(none) %}
+{% set asked = 'DEFAULT' if asked is none else asked %}{% if asked not in turns %}
+{{ raise_exception('condition ' ~ asked ~ ' was never trained here: it is one of ' ~ 'KNOWN') }}
+{% endif %}{% set turn = turns[asked] %}{{ bos_token }}
+{% set unread = 'the content of a message must be text, or a list of parts of text' %}
+{% for m in messages %}{% set role = m['role'] %}{% set content = m['content'] | default(none) %}
+{% if role not in turn or (role == 'system' and not loop.first) %}
+{{ raise_exception('a message of role ' ~ role ~ ' was never trained here: '
+ ~ 'one system message comes first, the others are of user and assistant') }}{% endif %}
+{% set found = namespace(text='') %}
+{% if content is string %}{% set found.text = content %}
+{% elif content is none or content is mapping or content is number %}
+{{ raise_exception(unread) }}{% else %}{% for part in m['content'] %}
+{% if part is string %}{% set found.text = found.text + part %}
+{% elif part['text'] is string and part['type'] | default('text') in 'PARTS' %}
+{% set found.text = found.text + part['text'] %}
+{% else %}{{ raise_exception(unread) }}{% endif %}{% endfor %}{% endif %}
+{% set text = TEXT %}{{ turn[role] }}
+{% if role == 'assistant' %}{% set text = text[1:] if text[:1] == ' ' else text %}{% generation %}
+{{ ('SPACE' if text else '') + text + 'END' }}{% endgeneration %}{% else %}
+{{ (('LEAD' if role == 'system' else 'SPACE') if text else '') + text + 'END' }}{% endif %}
+{% endfor %}{% if add_generation_prompt %}{{ turn['assistant'] }}{% endif %}
+"""
+# If the tokenizer joins spaces, so does the template: llama.cpp does not.
+JOINED = """found.text %}{% set found.text = '' %}{% for word in text.split(' ') %}{% if word %}
+{% set found.text = found.text + (' ' if found.text else '') + word %}{% endif %}{% endfor %}
+{% set text = found.text"""
 
 
 class SentencePiece(OfFolder):
@@ -242,151 +303,74 @@ class SentencePiece(OfFolder):
             raise ValueError(f"{path}: not a SentencePiece model: {error}") from None
         texts = [pieces.id_to_piece(i) for i in range(pieces.vocab_size())]
         merges, self.symbols, self.collapses_spaces = exact_merges(path, pieces)
-        self.warning = SPACES_COLLAPSE if self.collapses_spaces else None
+        if self.collapses_spaces:
+            self.warning, self.jinja_text = SPACES_COLLAPSE, JOINED
         self.unk = pieces.unk_id()
-        self.control = {i: texts[i] for i in range(len(texts)) if pieces.is_control(i)}
-        self.control[self.unk] = texts[self.unk]
-        self.bpe = {
-            "type": "BPE",
-            "unk_token": texts[self.unk],
-            "fuse_unk": True,
-            "byte_fallback": any(map(pieces.is_byte, range(len(texts)))),
-            "vocab": {text: i for i, text in enumerate(texts)},
-            "merges": merges,
-        }
+        self.bpe = {"type": "BPE", "unk_token": texts[self.unk], "fuse_unk": True}
+        self.bpe["byte_fallback"] = any(map(pieces.is_byte, range(len(texts))))
+        self.bpe |= {"vocab": {text: i for i, text in enumerate(texts)}, "merges": merges}
         self._set_pieces(texts)
+        # A text is never split at a piece that is also an added token, as training did not.
+        control = {i: texts[i] for i in range(len(texts)) if pieces.is_control(i) or i == self.unk}
+        self.special = control | {i: t for i, t in self.special.items() if i >= self.count}
         self._set_ends(pieces.bos_id(), pieces.eos_id())
+        self._check_spaces()
+
+    def _check_spaces(self):
+        """ValueError if a piece or a symbol has a space, or would take a part of an end of turn."""
+        other = f"the export would give other ids; {REFUSED}"
+        for text in sorted({*self.texts} - {*self.special.values(), *self.symbols}):
+            if "▁" in text.lstrip("▁"):
+                self._refuse(f"has a piece {text!r} across a space (split_by_whitespace=false): "
+                             f"{other}")  # fmt: skip
+        for text in self.symbols:
+            begins = any(self.template.end.startswith(text[k:]) for k in range(1, len(text)))
+            if {" ", "▁"} & {*text} or begins:
+                self._refuse(f"never splits {text!r}, which has a space or ends as "
+                             f"{self.template.end} begins: {other}")  # fmt: skip
 
     def turn_text(self, role, content):
-        """The text of a turn, after its prefix."""
-        return content
-
-    def _prefix(self, condition, role):
-        return self.encode(self.template.prefix(condition, role))
-
-    def encode(self, text):
-        """Ids of a text on its own, special tokens off: '<s>' in it is three characters."""
-        return self.pieces.encode(text)
+        # vLLM and llama.cpp return an answer with the space that SentencePiece puts before it.
+        return content.removeprefix(" ") if role == "assistant" else content
 
     def encode_many(self, texts):
-        """Ids of each text, as int32 arrays."""
         return self.pieces.encode(texts, num_threads=1, return_type="numpy")
 
     def decode(self, tokens):
-        """Text of ids; end-of-turn and other special tokens give none."""
         return self.pieces.decode([int(t) for t in tokens if t < self.count])
 
     def spell(self, tokens):
-        """Text of ids, with the space that a text starts with."""
         return " " * self.texts[tokens[0]].startswith("▁") + self.decode(tokens)
 
-    def save(self, folder, condition):
-        """Write the tokenizer for transformers and vLLM, with a chat template that gives our ids.
-
-        The template's default condition is `condition`; apply_chat_template(..., condition="GPT3")
-        selects another.
-        """
-        folder = Path(folder)
-        if self.file == SentencePiece.file:
-            shutil.copyfile(self.folder / self.file, folder / self.file)
-        # Texts are never split at the other added tokens, as training did not; their rows stay.
-        tokens = {i: text for text, i in self.added.items() if text in self.special}
-        tokens = {i: text for i, text in tokens.items() if i >= self.count} | self.control
-        tokens |= {i: text for text, i in self.symbols.items()} | self.names
-        unk = self.bpe["unk_token"]
-        config = {
-            "bos_token": self.names[self.bos],
-            "eos_token": END_OF_TURN,
-            "unk_token": unk,
-            "pad_token": unk or self.names[self.bos],  # never in a text that is supervised
-        } | ({"add_prefix_space": False} if self.symbols else {})  # llama.cpp: the template does
-        added = self._write(folder, condition, tokens, config, CHAT_TEMPLATE)
-        write_json(folder / "tokenizer.json", self._hugging_face(added, bool(self.symbols)))
-
-    def _hugging_face(self, added, only_at_start):
+    def _hugging_face(self, added):
         """The model in the format of Hugging Face's tokenizers.
 
         With symbols only the very start of a text gets its space, unless it has one: the
         normalizer would put one after each symbol as well. The template then has each turn's.
         """
-        bos = self.names[self.bos]
-        # <s> comes first in tokenizer("text"); the chat template writes its own.
-        start = {"SpecialToken": {"id": bos, "type_id": 0}}
-        first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-        replace = [PREPEND, REPLACE]
-        if self.collapses_spaces:
-            trim = {"type": "Replace", "pattern": {"Regex": r"\A +|[ ▁]+\z"}, "content": ""}
-            collapse = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
-            replace = [trim, collapse, *replace]
-        decoders = [
-            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-            {"type": "ByteFallback"},
-            {"type": "Fuse"},
-            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-        ]
+        spaces = SPACES
+        if self.collapses_spaces:  # in this order: a run of spaces takes a second \z quadratic time
+            joined = replace({"Regex": " {2,}"}, " ")
+            spaces = [joined, replace({"Regex": r"\A |[ ▁]+\z"}, ""), *spaces]
+        decoders = [replace({"String": "▁"}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
         vocabulary = {token["content"]: i for i, token in added.items()}  # else ids have no gaps
         return {
             "version": "1.0",
             "added_tokens": [{"id": i} | token for i, token in added.items()],
-            "normalizer": None if only_at_start else sequence(replace),
-            "pre_tokenizer": METASPACE if only_at_start else None,
-            "post_processor": {
-                "type": "TemplateProcessing",
-                "single": [start, first],
-                "pair": [start, first, second],
-                "special_tokens": {bos: {"id": bos, "ids": [self.bos], "tokens": [bos]}},
-            },
+            "normalizer": None if self.symbols else {"type": "Sequence", "normalizers": spaces},
+            "pre_tokenizer": METASPACE if self.symbols else None,
             "decoder": {"type": "Sequence", "decoders": decoders},
             "model": self.bpe | {"vocab": self.bpe["vocab"] | vocabulary},
         }
 
 
-NOTHING = {"type": None}
-PLAIN = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word", "special"), False)
-PREPEND = {"type": "Prepend", "prepend": "▁"}
-REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+def replace(pattern, content):
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+SPACES = [{"type": "Prepend", "prepend": "▁"}, replace({"String": " "}, "▁")]
 METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
-
-
-def sequence(normalizers):
-    return {"type": "Sequence", "normalizers": normalizers}
-
-
-# The template in Jinja, names in capitals being replaced. The space after the colon is
-# SentencePiece's own at the start of a text; vLLM and llama.cpp give it back at the start of an
-# answer, which then comes as history. LEAD is the space before a turn, if nothing else puts it.
-CHAT_TEMPLATE = (
-    "{% set condition = condition | default('CONDITION') %}{{ bos_token }}"
-    "{% for m in messages %}{% set text = m['content'] %}"
-    "{% if m['role'] == 'system' and loop.first %}"
-    "{{ 'SYSTEM' + ('LEAD' if text else '') + text + 'END' }}"
-    "{% elif m['role'] == 'user' %}{{ 'BEFORE' + (condition + ' User').strip() + 'AFTER' }}"
-    "{{ ('SPACE' if text else '') + text + 'END' }}"
-    "{% elif m['role'] == 'assistant' %}"
-    "{{ 'BEFORE' + (condition + ' Assistant').strip() + 'AFTER' }}{% generation %}"
-    "{{ ('' if text[:1] in ('', ' ') else 'SPACE') + text + 'END' }}{% endgeneration %}"
-    "{% else %}{{ raise_exception('a message of role ' ~ m['role'] ~ ' was never trained here: '"
-    " ~ 'one system message comes first, the others are of user and assistant') }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}"
-    "{{ 'BEFORE' + (condition + ' Assistant').strip() + 'AFTER' }}{% endif %}"
-)
-
-
-# The files that list added tokens, and what makes (content, id, whether special) of each.
-ADDED_FILES = {
-    "added_tokens.json": lambda raw: [(text, i, False) for text, i in raw.items()],
-    "tokenizer_config.json": lambda raw: [
-        (token["content"], int(i), token.get("special"))
-        for i, token in raw.get("added_tokens_decoder", {}).items()
-    ],
-    "tokenizer.json": lambda raw: [
-        (token["content"], token["id"], token.get("special"))
-        for token in raw.get("added_tokens") or []
-    ],
-}
-
-
-# ------------------------------------------------------------------ a tokenizer.json by itself
 
 
 class InPackage(OfFolder):
@@ -394,79 +378,68 @@ class InPackage(OfFolder):
 
     file, start = "tokenizer.json", ""
 
-    def encode(self, text):
-        """Ids of a text on its own, special tokens off: '<|eot_id|>' in it is seven pieces."""
-        return self.model.encode(self.start * bool(text) + text, add_special_tokens=False).ids
-
     def encode_many(self, texts):
-        """Ids of each text, as int32 arrays."""
         texts = [self.start * bool(text) + text for text in texts]
         found = self.model.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in found]
 
-    def _read_vocabulary(self, raw, odd_keys, odd=()):
-        """Its texts by id, and {text: id}; ValueError if it has gaps or the file asks for more."""
-        for key in [key for key in odd_keys if raw["model"].get(key)] + [*odd]:
-            self._refuse(f"asks for {key}, which is not implemented")
-        vocabulary = raw["model"]["vocab"]
-        texts = sorted(vocabulary, key=vocabulary.get)
-        if [*map(vocabulary.get, texts)] != [*range(len(texts))]:
+    def _set_vocabulary(self, raw, odd):
+        """_set_pieces, unless its ids have gaps or the file asks for one of `odd`."""
+        for key in odd:
+            if raw["model"].get(key, True):
+                self._refuse(f"asks for {key}, which is not implemented")
+        ids = raw["model"]["vocab"]
+        texts = sorted(ids, key=ids.get)
+        if [*map(ids.get, texts)] != [*range(len(texts))]:
             self._refuse("lacks an id")
-        return texts, vocabulary
+        self._set_pieces(texts)
 
-    def _check_forged(self, tokens):
-        """ValueError if a text gives the id of a special token {id: text}."""
-        for i, text in tokens.items():
-            if self.model.token_to_id(text) != i or i in self.encode(text):
+    def _check_forged(self):
+        """ValueError if a text gives the id of a special token."""
+        for i, text in self.special.items():
+            if self.model.token_to_id(text) not in (i, None) or i in self.encode(text):
                 self._refuse(f"any text can forge its special token {text!r}")
 
 
 class SentencePieceJson(InPackage, SentencePiece):
     """SentencePiece's BPE in Hugging Face's form: ids as those of its tokenizer.model."""
 
-    start = "▁"
-
     def __init__(self, folder, given, raw):
         self.folder, self.bpe = Path(folder), raw["model"]
         spaces = raw["normalizer"], raw["pre_tokenizer"]
         known = [(None, METASPACE | {"prepend_scheme": scheme}) for scheme in ("first", "always")]
-        known.append((sequence([PREPEND, REPLACE]), None))
+        known.append(({"type": "Sequence", "normalizers": SPACES}, None))
         if self.bpe["type"] != "BPE" or spaces not in known:
             self._refuse("no byte-level BPE, nor SentencePiece's with a space before each text, "
                          "as Llama 2's; no other kind is implemented")  # fmt: skip
-        texts, vocabulary = self._read_vocabulary(raw, [*ODD, "ignore_merges"])
-        listed = [token for token in raw["added_tokens"] if token["id"] < len(texts)]
-        self.control = {token["id"]: token["content"] for token in listed if token["special"]}
+        self._set_vocabulary(raw, [*ODD, "ignore_merges"])
+        listed = [token for token in raw["added_tokens"] if token["id"] < self.count]
         self.symbols = {token["content"]: token["id"] for token in listed if not token["special"]}
-        self.unk = vocabulary.get(self.bpe["unk_token"], -1)
-        every_byte = {f"<0x{byte:02X}>" for byte in range(256)} <= vocabulary.keys()
+        self.start = "▁" * bool(self.symbols)
+        self.unk = self.bpe["vocab"].get(self.bpe["unk_token"], -1)
+        every_byte = {f"<0x{byte:02X}>" for byte in range(256)} <= self.bpe["vocab"].keys()
         if self.unk < 0 and not (every_byte and self.bpe["byte_fallback"]):
             self._refuse("has no <unk>, and lacks one of the 256 bytes")
-        for text in vocabulary.keys() - {token["content"] for token in listed}:
-            if "▁" in text.lstrip("▁"):
-                self._refuse(f"has a piece {text!r} across a space: the export would give other "
-                             f"ids; {REFUSED}")  # fmt: skip
-        self._set_pieces(texts)
         self._set_ends(self._named("bos_token"), self._named("eos_token"))
+        self._check_spaces()
         symbols = {i: {"content": text} | PLAIN for text, i in self.symbols.items()}
-        self.model = type(given).from_str(json.dumps(self._hugging_face(symbols, True)))
-        self._check_forged(self.control)
+        self.model = type(given).from_str(json.dumps(self._hugging_face(symbols)))
+        self._check_forged()
 
     def decode(self, tokens):
-        """Text of ids; end-of-turn and other special tokens give none."""
-        of_text = [int(t) for t in tokens if t < self.count and int(t) not in self.control]
-        return self.model.decode(of_text)
+        return self.model.decode([int(t) for t in tokens if int(t) not in self.special])
 
 
 class ByteLevel(InPackage):
     """A byte-level BPE, as Llama 3's and SmolLM2's.
 
-    The text of a turn is trimmed, as in Llama 3's own code: transformers tokenizes all between two
-    special tokens at once, where white space would join what the prefix ends with. Of the added
-    tokens only the special ones are kept: the package splits any text at the others.
+    The text of a turn is trimmed, as in Llama 3's own code: transformers tokenizes everything
+    between two special tokens at once, where white space would join the end of the prefix. Of the
+    added tokens only the special ones are kept: the package splits any text at the others.
     """
 
     warning = "texts lose the white space at their ends, as in Llama 3's own template"
+    jinja_text = "found.text | trim"
 
     def __init__(self, folder, given, raw):
         self.folder = Path(folder)
@@ -475,72 +448,48 @@ class ByteLevel(InPackage):
         odd += ["add_prefix_space"] * last["add_prefix_space"]
         odd += [s["type"] for s in splits if s["type"] not in ("Split", "Digits")]
         odd += [s["type"] for s in splits if s.get("behavior") == "Removed"]
-        texts, vocabulary = self._read_vocabulary(raw, [*ODD, *ODD_IN_BYTES], odd)
-        self.missing = bytes(b for b, char in enumerate(BYTES) if char not in vocabulary)
-        self._set_pieces(texts)
+        self._set_vocabulary(raw, [*ODD, "unk_token", "byte_fallback", *odd])
+        self.missing = bytes(b for b, char in enumerate(BYTES) if char not in raw["model"]["vocab"])
         if self.added.keys() >= {*V36.tokens}:
             self.template = V36
-        self.control = {i: text for text, i in self.added.items()}
         self.marks = [self.added[text] for text in self.template.tokens if text in self.added]
         self._set_ends(self._named("bos_token"), self._named("eos_token"))
         self.ordinary = self.count
-        # Ids beyond the pieces have no gaps: where no special token is, a name fills it.
-        self.tokens = {i: f"<|not_used_{i}|>" for i in range(self.count, self.vocab_size)}
-        self.tokens |= {self.added[text]: text for text in self.special} | self.names
+        # Ids beyond the pieces have no gaps: if an id is no special token's, a name fills it.
+        gaps = {i: f"<|not_used_{i}|>" for i in range(self.count, self.vocab_size)}
+        self.special = gaps | self.special
         self.model = type(given)(given.model)  # neither cuts nor pads, nor has it added tokens
         self.model.pre_tokenizer, self.model.decoder = given.pre_tokenizer, given.decoder
-        if after := given.post_processor:
-            for step in [*after] if hasattr(after, "__getitem__") else [after]:
-                if hasattr(step, "trim_offsets"):  # the template's mask has an answer's space too
-                    step.trim_offsets = False
-            self.model.post_processor = after
-        self.model.add_special_tokens([text for _, text in sorted(self.tokens.items())])
+        self.model.add_special_tokens([text for _, text in sorted(self.special.items())])
         self.model.encode_special_tokens = True
-        self._check_forged(self.tokens)
+        self._check_forged()
 
-        def pieces(text):  # no merge goes across these
+        def pieces(text):  # no merge crosses these
             return [piece for piece, _ in self.model.pre_tokenizer.pre_tokenize_str(text)]
 
         prefixes = ("User:", "Assistant:") if self.template is V32 else ("\n\n",)
-        first = [self.template.space + chr(c) for c in STARTS if not chr(c).isspace()]
-        for before, text in itertools.product(prefixes, first):
+        for before, char in itertools.product(prefixes, STARTS):
+            text = self.template.space + char
             if pieces(before + text) != pieces(before) + pieces(text):
                 self._refuse(f"joins {before!r} and {text!r}, as no turn may")
 
     def turn_text(self, role, content):
-        """The text of a turn, after its prefix: ' Hi' after 'GPT4 User:', as in any text."""
         return (self.template.space * (role != "system") + content.strip()).rstrip()
 
-    def _prefix(self, condition, role):
-        if self.template is V32:
-            return self.encode(V32.prefix(condition, role))
-        start, end, _ = self.marks
-        name = "System" if role == "system" else f"{condition} {role.title()}".strip()
-        return [start, *self.encode(name), end, *self.encode("\n\n")]
-
     def decode(self, tokens):
-        """Text of a turn's ids; special tokens give none."""
         return self.spell(tokens).removeprefix(self.template.space)
 
     def spell(self, tokens):
-        """Text of ids, with the space that a text starts with."""
         return self.model.decode([int(t) for t in tokens], skip_special_tokens=True)
 
-    def save(self, folder, condition):
-        """As SentencePiece.save; tokenizer.json is the folder's but for its added tokens."""
-        bos, eot = self.names[self.bos], self.names[self.eot]
-        config = {"bos_token": bos, "eos_token": eot, "pad_token": bos}
-        trimmed = CHAT_TEMPLATE.replace("m['content'] %}", "m['content'] | trim %}")
-        self._write(Path(folder), condition, self.tokens, config, trimmed)
-        self.model.save(str(Path(folder) / self.file))
+    def _hugging_face(self, added):
+        return json.loads(self.model.to_str())
 
 
-# What a text may start with: all of Latin, and letters, digits, marks and signs of other kinds.
-STARTS = [*range(33, 592), *map(ord, "я字あ한ا४ª\u0301\u200b\u0e31№€¿“😀\U0001f3fd\ue000")]
-# What changes a text or makes its ids random; what a byte-level BPE has no use for.
-ODD = ["dropout", "continuing_subword_prefix", "end_of_word_suffix"]
-ODD_IN_BYTES = ["unk_token", "byte_fallback"]
-# The characters of a byte-level vocabulary that stand for the bytes 0 to 255: their own if it
-# prints, else one from 256 on.
+# All of Latin, and letters, digits, marks and signs of other kinds, that a text may start with.
+STARTS = [char for char in map(chr, range(33, 592)) if not char.isspace()]
+STARTS += "я字あ한ا४ª\u0301\u200b\u0e31№€¿“😀\U0001f3fd\ue000"
+ODD = ["dropout", "continuing_subword_prefix", "end_of_word_suffix"]  # these change texts or ids
+# The characters that stand for the bytes 0 to 255: their own if it prints, else one from 256 on.
 OTHERS = map(chr, range(256, 512))
 BYTES = [chr(b) if b != 32 and chr(b).isprintable() else next(OTHERS) for b in range(256)]

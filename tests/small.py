@@ -42,7 +42,8 @@ def make_random(llama, std=0.2):
 def export(llama, tokenizer, folder, conditioned=True, classes=loss.DEFAULT_CLASSES, **more):
     """A folder as train.py exports it; `more` goes into crlft.json."""
     model.save(llama, folder)
-    tokenizer.save(folder, "GPT4" if conditioned else "")
+    conditions = {name: c.condition * conditioned for name, c in classes.items()}
+    tokenizer.save(folder, conditions, conditions[loss.expert_class(classes)])
     classes = {name: dataclasses.asdict(c) for name, c in classes.items()}
     crlft = {"classes": classes, "conditioned": conditioned}
     crlft |= {"template": tokenizer.template.name} | more

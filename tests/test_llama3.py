@@ -212,11 +212,11 @@ def tokens_of(messages, tokenizer, name="gpt4"):
     return data.encode({"class": name, "messages": messages}, tokenizer, CLASSES)[0]
 
 
-def exported(folder, target, condition="GPT4"):
+def exported(folder, target):
     transformers = pytest.importorskip("transformers")
     ours = data.Tokenizer(folder)
     target.mkdir()
-    ours.save(target, condition)
+    ours.save(target, {name: source.condition for name, source in CLASSES.items()}, "GPT4")
     return ours, transformers.AutoTokenizer.from_pretrained(target)
 
 
@@ -236,7 +236,7 @@ def test_turns_are_openchats(pair):
         )
         parts = system, f"{user}Hi<eot>", assistant, "Ho<eot>"
     expected = [
-        part.replace("<eot>", f"{ours.names[ours.eot]}\n").replace("<bos>", BOS) for part in parts
+        part.replace("<eot>", f"{ours.special[ours.eot]}\n").replace("<bos>", BOS) for part in parts
     ]
     assert report.visible(tokens, ours) == "".join(expected)
     only = [token for token, on in zip(tokens, learned, strict=True) if on]
@@ -281,7 +281,9 @@ def test_plain_texts_and_special_tokens_of_an_export_are_the_folders(folder, pai
     transformers = pytest.importorskip("transformers")
     (ours, theirs), base = pair, transformers.AutoTokenizer.from_pretrained(folder)
     for text in texts[::7] + ["Hello", f"{BOS}Hello{END}"]:
-        assert theirs(text)["input_ids"] == base(text)["input_ids"]
+        ids = base(text, add_special_tokens=False)["input_ids"]
+        assert theirs(text)["input_ids"] == [ours.bos, *ids]
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ids
     assert len(theirs) == ours.vocab_size
     assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos, ours.eot)
     for text, number in base.get_added_vocab().items():
@@ -292,7 +294,7 @@ def test_plain_texts_and_special_tokens_of_an_export_are_the_folders(folder, pai
         assert getattr(again, field) == getattr(ours, field)
 
 
-def test_bos_is_put_before_a_text_where_the_folder_does_so(tmp_path):
+def test_bos_comes_first_once_in_texts_and_turns_though_the_folder_puts_it_too(tmp_path):
     bos, bpe = {"SpecialToken": {"id": BOS, "type_id": 0}}, small_bpe(tmp_path / "bpe")
     number = data.Tokenizer(bpe).bos
     parts = [bos, {"Sequence": {"id": "A", "type_id": 0}}]
@@ -320,7 +322,7 @@ def test_texts_are_not_split_at_added_tokens_that_are_not_special(tmp_path):
     ours, theirs = exported(edited(folder, edit), tmp_path / "out")
     ids = ours.encode("a <think>  plus plus plus plus b")
     assert len(ids) > 8 and max(ids) < ours.count
-    assert theirs("a <think>  b")["input_ids"] == ours.encode("a <think>  b")
+    assert theirs("a <think>  b")["input_ids"] == [ours.bos, *ours.encode("a <think>  b")]
     assert theirs.convert_tokens_to_ids("<|last|>") == ours.count + 3 == ours.eot - 1
 
 
@@ -361,7 +363,7 @@ WORDS = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
         (bpe({"a": 1}), "lacks an id"),
         (bpe({"a": 0}, ["a", "c"]), "not a tokenizer: "),
         ({"added_tokens": [{"id": "x", "content": "a"}]}, "not a tokenizer: "),
-        ({"added_tokens": [ADDED | {"id": 0, "content": "Hi"}]}, "gives id 0 to 'Hi'"),
+        ({"added_tokens": [ADDED | {"id": 0, "content": "Hi"}]}, "gives 'Hi' the id 0"),
         ({"truncation": 7}, "not a tokenizer: "),
     ],
     ids=lambda v: str(v)[:50],
@@ -527,7 +529,7 @@ def test_rows_never_trained_become_the_mean_of_the_pieces(
     plan = plan_of(settings, ranks, tmp_path)
     supervised = plan.dataset.index["supervised"].sum() / plan.dataset.lengths.sum() * 256
     assert plan.lr == pytest.approx(3e-4 / 5.3 * (supervised / 4e6) ** 0.5)  # OpenChat 3.6's
-    assert [tokenizer.names[token] for token in plan.untrained] == expected
+    assert [tokenizer.special[token] for token in plan.untrained] == expected
     said = f"untrained tokens, set to the mean of the others: {', '.join(expected)}"
     assert (said in " ".join(report.header(plan).split())) == bool(expected)
     llama, _ = train.build(plan, ranks)

@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 import struct
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -38,12 +39,15 @@ def code_mixed_eval(code_mixed):
 # ------------------------------------------------------------------------ the same ids and masks
 
 
-def exported(folder, target, condition="GPT4"):
+CONDITIONS = {name: source.condition for name, source in CLASSES.items()}
+
+
+def exported(folder, target, conditions=CONDITIONS, default="GPT4"):
     """Our tokenizer of a folder, and transformers' of what it saves."""
     transformers = pytest.importorskip("transformers")
     tokenizer = data.Tokenizer(folder)
     target.mkdir()
-    tokenizer.save(target, condition)
+    tokenizer.save(target, conditions, default)
     return tokenizer, transformers.AutoTokenizer.from_pretrained(target)
 
 
@@ -147,7 +151,7 @@ def test_transformers_special_tokens_are_ours(stories, tmp_path):
 @pytest.mark.parametrize("name", ["llama2", "stories", "sums"])
 def test_a_saved_tokenizer_reads_back_as_itself(name, request, tmp_path):
     ours = data.Tokenizer(request.getfixturevalue(name))
-    ours.save(tmp_path, "GPT4")
+    ours.save(tmp_path, CONDITIONS, "GPT4")
     again = data.Tokenizer(tmp_path)
     for field in ("bos", "eos", "eot", "vocab_size"):
         assert getattr(again, field) == getattr(ours, field)
@@ -155,7 +159,7 @@ def test_a_saved_tokenizer_reads_back_as_itself(name, request, tmp_path):
 
 @pytest.mark.parametrize("condition", ["", "Math Correct", 'it\'s "so" \\ {{ 1 }} {% x %} 😀'])
 def test_the_template_holds_any_condition(condition, stories, tmp_path):
-    ours, theirs = exported(stories, tmp_path / "out", condition)
+    ours, theirs = exported(stories, tmp_path / "out", {"a class": condition}, condition)
     ids = theirs.apply_chat_template(turns("Hi"), add_generation_prompt=True, return_dict=False)
     assert ids == data.encode_prompt([data.Message("user", "Hi")], ours, condition)
 
@@ -168,6 +172,201 @@ def test_transformers_decodes_what_we_decode(name, request, tmp_path):
             ids = [*ours.encode(text), ours.eot]
             assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
             assert name == "stories" or ours.decode(ids) == text  # stories' joins spaces
+
+
+# ---------------------------------------------------------- what the template takes, and refuses
+
+
+def small_bytes(folder, special=()):
+    from test_llama3 import BOS, END, small_bpe
+
+    return small_bpe(folder, [BOS, END, *special], llama3_split=bool(special))
+
+
+def headers(folder):
+    return small_bytes(folder, ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"])
+
+
+def with_symbols(folder):
+    return train_sentencepiece(folder, user_defined_symbols=["<think>", "plus"])
+
+
+def joins_spaces(folder):
+    return train_sentencepiece(folder, remove_extra_whitespaces=True)
+
+
+MADE = [train_sentencepiece, with_symbols, joins_spaces, small_bytes, headers]
+
+
+@pytest.fixture(params=[*MADE, "llama2"], ids=lambda kind: getattr(kind, "__name__", kind))
+def any_export(request, tmp_path):
+    """Our tokenizer of each kind, and transformers' of what it saves."""
+    if request.param == "llama2":
+        return exported(request.getfixturevalue("llama2"), tmp_path / "out")
+    return exported(request.param(tmp_path / "model"), tmp_path / "out")
+
+
+def drawn_content(rng):
+    """A text with odd spaces, or parts of it in each form that training reads."""
+    words = ["plus 1", " ", "  ", "    ", "\n", "▁x", "习", "", "\t", ":", " \n so"]
+    parts = rng.choices(words, k=4)
+    parts.insert(rng.randrange(5), "so")  # never blank
+    if rng.random() < 0.4:
+        return "".join(parts)
+    kinds = [{"type": "text"}, {"type": "input_text"}, {"type": "output_text"}, {}]
+    return [part if rng.random() < 0.3 else rng.choice(kinds) | {"text": part} for part in parts]
+
+
+def test_any_message_that_training_reads_has_its_ids_and_mask_in_the_template(any_export):
+    """Messages, parts, spaces at the start of an answer, classes and conditions are drawn."""
+    ours, theirs = any_export
+    rng = random.Random(0)
+    for _ in range(150):
+        messages = turns(*(drawn_content(rng) for _ in range(rng.choice([2, 4]))))
+        if rng.random() < 0.5:
+            messages.insert(0, {"role": "system", "content": drawn_content(rng)})
+        name = rng.choice(["gpt4", "gpt3.5"])
+        asked = [{"condition": {"gpt4": "GPT4", "gpt3.5": "GPT3"}[name]}, {"condition": name}]
+        asked += [{}, {"condition": None}] * (name == "gpt4")
+        found = theirs.apply_chat_template(
+            messages, **rng.choice(asked), return_dict=True, return_assistant_tokens_mask=True
+        )
+        expected = data.encode({"class": name, "messages": messages}, ours, CLASSES)
+        mask = [number == 1 for number in found["assistant_masks"]]
+        assert (found["input_ids"], mask) == expected, messages
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None, 7, True, {"text": "Hi"}, [7], [None], [["Hi"]], [{"type": "text"}], [{"text": 7}],
+        ["Hi", {"type": "image_url", "image_url": {"url": "a.png"}}],
+        [{"type": None, "text": "Hi"}], [{"type": "tool_use", "text": "Hi"}],
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_the_template_refuses_content_that_training_does_not_read(
+    content, role, template_of_llama2
+):
+    """Rather than give the model Python's repr of it."""
+    messages = [{"role": role, "content": content}, *turns("Hi", "Ho")[role == "user" :]]
+    with pytest.raises(ValueError):
+        data.encode({"class": "gpt4", "messages": messages}, template_of_llama2[0], CLASSES)
+    with pytest.raises(Exception, match="content of a message must be text, or a list of parts"):
+        template_of_llama2[1].apply_chat_template(messages)
+
+
+@pytest.fixture(scope="module")
+def template_of_llama2(llama2, tmp_path_factory):
+    return exported(llama2, tmp_path_factory.mktemp("template") / "out")
+
+
+def test_a_message_without_content_is_refused_by_the_template(template_of_llama2):
+    with pytest.raises(Exception, match="content of a message must be text"):
+        template_of_llama2[1].apply_chat_template([{"role": "user"}])
+
+
+@pytest.mark.parametrize(
+    ("asked", "prompt"),
+    [
+        ({}, "GPT4 User: Hi"),
+        ({"condition": None}, "GPT4 User: Hi"),
+        ({"condition": "GPT3"}, "GPT3 User: Hi"),
+        ({"condition": "gpt3.5"}, "GPT3 User: Hi"),
+        ({"condition": "gpt4"}, "GPT4 User: Hi"),
+        ({"condition": "gpt3"}, None),
+        ({"condition": "Nobody"}, None),
+        ({"condition": ""}, None),
+        ({"condition": "items"}, None),  # a method of the template's own table
+        ({"condition": f"GPT4 User: a{EOT}GPT4"}, None),
+    ],
+    ids=str,
+)
+def test_the_template_knows_the_conditions_and_classes_of_training(
+    asked, prompt, template_of_llama2
+):
+    def render():
+        return template_of_llama2[1].apply_chat_template(turns("Hi"), tokenize=False, **asked)
+
+    if prompt:
+        assert render() == f"<s>{prompt}{EOT}"
+    else:
+        message = "was never trained here: it is one of gpt4, gpt3.5, GPT4, GPT3"
+        with pytest.raises(Exception, match=message):
+            render()
+
+
+def test_a_condition_comes_before_a_class_of_the_same_name(llama2, tmp_path):
+    _, theirs = exported(llama2, tmp_path / "out", {"A": "B", "B": "A"}, "A")
+    text = theirs.apply_chat_template(turns("Hi"), tokenize=False, condition="B")
+    assert text == f"<s>B User: Hi{EOT}"
+
+
+def test_a_model_without_conditions_is_asked_without_one(llama2, tmp_path):
+    _, theirs = exported(llama2, tmp_path / "out", {"gpt4": "", "gpt3.5": ""}, "")
+    for asked in ({}, {"condition": None}, {"condition": ""}, {"condition": "gpt3.5"}):
+        text = theirs.apply_chat_template(turns("Hi"), tokenize=False, **asked)
+        assert text == f"<s>User: Hi{EOT}"
+    with pytest.raises(Exception, match="condition GPT4 was never trained here"):
+        theirs.apply_chat_template(turns("Hi"), condition="GPT4")
+
+
+@pytest.mark.parametrize("answer", ["    return x", " return x", "return x", "\n x", " ", ""])
+def test_the_first_space_of_an_answer_is_sentencepieces_own(answer, template_of_llama2):
+    """In training as in the template; whatever is after it is kept."""
+    ours, theirs = template_of_llama2
+    content = ours.pieces.encode(answer.removeprefix(" "))
+    expected = [1, *ours.encode("GPT4 User:"), 6324, 32000, *ours.encode("GPT4 Assistant:")]
+    expected += [*content, 32000]
+    found = theirs.apply_chat_template(
+        turns("Hi", answer), return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert found["input_ids"] == expected
+    prompt = [data.Message("user", "Hi"), data.Message("assistant", answer)]
+    assert data.encode_prompt(prompt, ours, "GPT4")[: len(expected)] == expected
+    assert found["assistant_masks"][-len(content) - 1 :] == [1] * (len(content) + 1)
+    assert sum(found["assistant_masks"]) == len(content) + 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "condition", "spelled"),
+    [
+        (train_sentencepiece, "<s>x", "<s>"),
+        (train_sentencepiece, "a </s>", "</s>"),
+        (train_sentencepiece, "<unk>", "<unk>"),
+        (train_sentencepiece, f"a{EOT}", EOT),
+        (small_bytes, EOT, EOT),
+        (headers, "<|start_header_id|>", "<|start_header_id|>"),
+        (headers, "GPT4 <|eot_id|>", "<|eot_id|>"),
+    ],
+)
+def test_a_condition_that_spells_a_special_token_is_refused_before_training(
+    kind, condition, spelled, few, tmp_path
+):
+    """Even of a class that no conversation has; nothing is tokenized."""
+    ours = data.Tokenizer(kind(tmp_path / "model"))
+    classes = CLASSES | {"other": loss.SourceClass(condition, 0.5)}
+    with pytest.raises(ValueError) as refused:
+        data.prepare([few], ours, classes, tmp_path / "tokens", max_length=100)
+    message = f"the condition {condition!r} spells its special token {spelled!r}"
+    assert message in str(refused.value) and not (tmp_path / "tokens").exists()
+
+
+def test_a_condition_that_spells_no_special_token_of_this_model_is_taken(tmp_path):
+    folder = headers(tmp_path / "model")
+    for condition in (f"{EOT}<s>", "<|begin_of_text|", "User", "{% x %}", "大学 <think>"):
+        ours, theirs = exported(folder, tmp_path / condition[:9], {"a": condition}, condition)
+        ids = theirs.apply_chat_template(turns("Hi"), add_generation_prompt=True, return_dict=False)
+        assert ids == data.encode_prompt([data.Message("user", "Hi")], ours, condition)
+
+
+def test_generate_in_transformers_4_is_given_only_what_it_takes(any_export):
+    """Its PreTrainedTokenizerFast adds token_type_ids, unless this list is in the file."""
+    _, theirs = any_export
+    config = json.loads((Path(theirs.name_or_path) / "tokenizer_config.json").read_text("utf-8"))
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]
+    assert [*theirs("Hi")] == ["input_ids", "attention_mask"]
 
 
 # -------------------------------------------------------------- the same ids, or a clear refusal
@@ -315,7 +514,7 @@ def test_runs_of_any_lengths_are_exported_exactly(tmp_path):
         pieces = [("q" * n, -9, NORMAL) for n in lengths]
         folder = with_pieces(base, tmp_path / f"{trial}", [*pieces, ("qe", 5, NORMAL)])
         ours = data.Tokenizer(folder)
-        ours.save(tmp_path, "GPT4")
+        ours.save(tmp_path, CONDITIONS, "GPT4")
         theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
         texts = [before + "q" * n + after for n in range(75) for before, after in EDGES]
         found = theirs.encode_batch(texts, add_special_tokens=False)
@@ -539,7 +738,7 @@ def test_a_tokenizer_json_has_the_ids_of_its_tokenizer_model(edit, symbols, tmp_
     for found, ids in zip(ours.encode_many(texts), expected.encode_many(texts), strict=True):
         assert found.tolist() == ids.tolist()
     assert_texts_have_our_ids(ours, theirs, texts[:-1])
-    for field in ("bos", "eos", "eot", "vocab_size", "count", "symbols", "eot_is_new", "names"):
+    for field in ("bos", "eos", "eot", "vocab_size", "count", "symbols", "eot_is_new", "special"):
         assert getattr(ours, field) == getattr(expected, field), field
     for text in texts[:-2]:
         ids = ours.encode(text)
@@ -638,10 +837,13 @@ def test_an_end_of_turn_in_tokenizer_json_alone_is_used(tmp_path):
     [
         (
             {"id": 301, "content": EOT},
-            "'<|end_of_turn|>' the id 301, added_tokens.json gives it 300",
+            "'<|end_of_turn|>' the id 301, added_tokens.json gives '<|end_of_turn|>' 300",
         ),
-        ({"id": 300, "content": "<pad>"}, "300 to '<pad>', added_tokens.json to '<|end_of_turn|>'"),
-        ({"id": 1, "content": "<pad>"}, "gives id 1 to '<pad>', tokenizer.model to '<s>'"),
+        (
+            {"id": 300, "content": "<pad>"},
+            "'<pad>' the id 300, added_tokens.json gives '<|end_of_turn|>' 300",
+        ),
+        ({"id": 1, "content": "<pad>"}, "gives '<pad>' the id 1, tokenizer.model gives '<s>' 1"),
     ],
 )
 def test_two_files_that_disagree_on_an_id_are_named(in_json, message, tmp_path):
@@ -699,11 +901,11 @@ def test_an_end_of_turn_that_is_an_ordinary_piece_is_refused(tmp_path):
         ({"tokenizer.model": b""}, "tokenizer.model: not a SentencePiece model"),
         ({"tokenizer.model": b"\x80\x04pickle"}, "tokenizer.model: not a SentencePiece model"),
         ({"added_tokens.json": b"{"}, "added_tokens.json: cannot be read"),
-        ({"added_tokens.json": b"[[1, 2]]"}, "added_tokens.json: cannot be read"),
+        ({"added_tokens.json": b"[[1, 2]]"}, "added_tokens.json: must hold a JSON object"),
         ({"added_tokens.json": b'{"<a>": "7"}'}, "id is not a whole number in range"),
         ({"added_tokens.json": b'{"<a>": -1}'}, "id is not a whole number in range"),
         ({"added_tokens.json": b'{"<a>": 99999999999}'}, "id is not a whole number in range"),
-        ({"tokenizer_config.json": b"[]"}, "tokenizer_config.json: cannot be read"),
+        ({"tokenizer_config.json": b"[]"}, "tokenizer_config.json: must hold a JSON object"),
         ({"tokenizer_config.json": b"\xff"}, "tokenizer_config.json: cannot be read"),
         ({"tokenizer_config.json": b'{"added_tokens_decoder": {"x": {}}}'}, "cannot be read"),
     ],
