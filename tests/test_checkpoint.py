@@ -789,9 +789,11 @@ def test_the_best_class_decides_wherever_it_is_in_the_table(
     for name, weight in expected.items():
         assert f"` {name} ` | ` {THREE[name].condition} User: ... ` | " in card
         assert re.search(rf"` {name} ` .*\| {weight:g} \|\n", card)
-    config = json.loads((out / "model" / "tokenizer_config.json").read_text())
-    assert "default('Best')" in config["chat_template"].replace('"', "'")
-    assert chat.Chat(out / "model", device="cpu").condition == "Best"
+    transformers = pytest.importorskip("transformers")
+    template = transformers.AutoTokenizer.from_pretrained(out / "model").apply_chat_template
+    asked = [{"role": "user", "content": "Hello"}]
+    assert "Best User: Hello" in template(asked, tokenize=False)
+    assert chat.Chat(out / "model", device="cpu").class_name == "best"
 
 
 # ------------------------------------------------------------------------------------- exports
