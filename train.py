@@ -275,9 +275,8 @@ def make_repeatable(config, ranks):
 def build(plan, ranks, with_weights=True):
     """The sharded network with its weights, and its optimizer.
 
-    Built without memory (meta), sharded block by block, then the root, which holds embeddings,
-    norm and head; only then allocated, and every rank reads its own rows. Weights, gradients and
-    AdamW's state are float32; with bf16 a block computes in bf16 on gathered copies.
+    Built without memory (meta), sharded block by block, then the root (embeddings, norm, head), and
+    only then allocated; each rank reads its rows. Weights, gradients, AdamW's state are float32.
     """
     config = plan.config
     with torch.device("meta"):
