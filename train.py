@@ -98,7 +98,7 @@ class Config:
     deterministic: bool = False  # the same bits in every run; always on for a CPU, slower on CUDA
     skip_bad: bool = False  # drop bad lines and count them, instead of stopping
     evaluate: bool = False  # only measure --model on --eval-data; needs no --data and no --out
-    dry_run: bool = False  # check everything, print plan, memory and a batch; train nothing
+    dry_run: bool = False  # check everything, print the plan; train nothing
     plan_ranks: int = 0  # with --dry-run: plan for this many ranks, none of which need be here
     plan_memory: float = 0  # with --dry-run: GiB of one rank's GPU
 
