@@ -98,7 +98,7 @@ class Config:
     deterministic: bool = False  # the same bits in every run; always on for a CPU, slower on CUDA
     skip_bad: bool = False  # drop bad lines and count them, instead of stopping
     evaluate: bool = False  # only measure --model on --eval-data; needs no --data and no --out
-    dry_run: bool = False  # check everything, print plan, memory and a batch; train nothing
+    dry_run: bool = False  # check everything, print the plan; train nothing
     plan_ranks: int = 0  # with --dry-run: plan for this many ranks, none of which need be here
     plan_memory: float = 0  # with --dry-run: GiB of one rank's GPU
 
@@ -275,9 +275,8 @@ def make_repeatable(config, ranks):
 def build(plan, ranks, with_weights=True):
     """The sharded network with its weights, and its optimizer.
 
-    Built without memory (meta), sharded block by block, then the root, which holds embeddings,
-    norm and head; only then allocated, and every rank reads its own rows. Weights, gradients and
-    AdamW's state are float32; with bf16 a block computes in bf16 on gathered copies.
+    Built without memory (meta), sharded block by block, then the root (embeddings, norm, head), and
+    only then allocated; each rank reads its rows. Weights, gradients, AdamW's state are float32.
     """
     config = plan.config
     with torch.device("meta"):

@@ -208,12 +208,13 @@ def what_would_fit(plan):
 def summary(dataset, classes, class_weights):
     """Lines of text: per class its conversations, supervised tokens, and share of the weight."""
     index, report = dataset.index, dataset.report
-    total = dataset.total_weight(slice(None), class_weights) or 1.0
+    total, weightless = dataset.total_weight(slice(None), class_weights) or 1.0, []
     out = ["class          condition      conversations       tokens   supervised   mean w  w mass"]
     for number, (name, source) in enumerate(classes.items()):
         of = np.flatnonzero(index["source_class"] == number)
         weight, supervised = dataset.total_weight(of, class_weights), dataset.total_weight(of, None)
         mean = weight / supervised if supervised else 0.0
+        weightless += [name] if len(of) and not weight else []
         out.append(
             f"{name:14} {source.condition:14} {len(of):13,} {int(index['length'][of].sum()):12,} "
             f"{supervised:12,.0f} {mean:8.4g} {weight / total:7.1%}"
@@ -230,10 +231,7 @@ def summary(dataset, classes, class_weights):
         shown = [f"{repr(key)[1:-1]} ({count:,})" for key, count in keys.most_common(12)]
         shown += [f"and {len(keys) - 12} other keys"] * (len(keys) > 12)
         out.append(f"not read: {', '.join(shown)}")
-    for number, name in enumerate(classes):
-        of = index["source_class"] == number
-        if of.any() and not dataset.total_weight(of, class_weights):
-            out.append(f"class {name} has weight 0, and is not trained on: raise --beta")
+    out += [f"class {n} has weight 0, and is not trained on: raise --beta" for n in weightless]
     paths = collections.Counter(source.path.resolve() for source in dataset.sources)
     out += [f"given {n} times: {path}" for path, n in paths.items() if n > 1]
     return out

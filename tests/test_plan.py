@@ -257,6 +257,11 @@ DO_NOT_FIT = {
         {"plan_ranks": 2, "plan_memory": 40, "recompute": 1},
         {"no --recompute and 4 ranks": ["no --recompute"]},
     ),
+    "a 16th of the tokens": (
+        {"plan_ranks": 8, "plan_memory": 20, "batch_tokens": 131072},
+        {"--batch-tokens 32768 --accumulate 4 and 128 ranks": ["--batch-tokens 32768"],
+         "--batch-tokens 8192 --accumulate 16": ["--batch-tokens 16384 --accumulate 8"]},
+    ),
     "nothing": (
         {"plan_ranks": 8, "plan_memory": 1},
         {"not even with 8192 ranks and --batch-tokens 32": ["8192 ranks and --batch-tokens 32"]},
@@ -358,6 +363,17 @@ def test_every_bin_of_a_compiled_run_has_the_planned_shape(files, ranks, tmp_pat
         assert batch.cu_seqlens[0] == 0 and batch.cu_seqlens[-1] == tokens
         assert (lengths >= 0).all() and lengths.max() <= longest
     assert offsets <= fullest + 7  # the backward of FlashAttention takes room for each
+
+
+def test_the_planned_shape_holds_evaluation_data_of_shorter_lines(files, ranks, tmp_path):
+    turns = [{"role": role, "content": "1"} for role in ("user", "assistant")]
+    short = tmp_path / "short.jsonl"
+    short.write_text((json.dumps({"class": "gpt4", "messages": turns}) + "\n") * 120)
+    plan = plan_of(files, ranks, tmp_path, compile=True, eval_data=short)
+    (fullest,) = data.pack(plan.eval_dataset.lengths, 512, 1, 0, 0)[0]
+    assert len(fullest) > plan.order.fullest + 2
+    batch = data.collate(plan.eval_dataset, fullest, plan.class_weights, plan.shape)
+    assert len(batch.cu_seqlens) == plan.shape[1]
 
 
 def test_the_compiled_recomputed_step_of_fixed_shape_learns_as_the_plain_one(

@@ -443,6 +443,7 @@ def test_few_steps_are_said_with_the_flag_that_makes_some_more(plan, settings):
 
 
 def test_many_steps_or_as_many_as_asked_for_are_not_few(plan):
+    assert "warning" not in report.schedule(plan(epochs=17))  # 102
     many = report.schedule(plan(epochs=20, max_steps=101))
     assert "warning" not in many and "steps 101, epochs 17; " in many
     assert "warning" not in report.schedule(plan(max_steps=3))
@@ -474,6 +475,9 @@ def test_a_dry_run_prints_the_plan_last_and_writes_nothing(few, tmp_path):
         (["--max-length", "9999"], "--max-length must be from 2 to --batch-tokens"),
         (["--plan-ranks", "8"], "--plan-ranks must be used with --dry-run"),
         (["--warmup-ratio", "-0.1"], "--warmup-ratio must be from 0 to 1"),
+        (["--adam-beta2", "1"], "--adam-beta2 must be at least 0 and below 1"),
+        (["--seed", "4294967296"], "--seed must be from 0 to 2^32 - 1"),
+        (["--keep", "0"], "--keep must be at least 1"),
     ],
 )
 def test_wrong_flags_are_named_before_anything_is_loaded(wrong, message, capsys):
