@@ -337,7 +337,7 @@ def describe_export(plan, folder, step):
     llama.cpp's converter takes a single number there.
     """
     config, tokenizer, dataset = plan.config, plan.tokenizer, plan.dataset
-    conditions = {name: c.condition * config.condition for name, c in plan.classes.items()}
+    conditions = {n: c.condition if config.condition else "" for n, c in plan.classes.items()}
     tokenizer.save(folder, conditions, conditions[expert_class(plan.classes)])
     ends = [token for token in (tokenizer.eot, tokenizer.eos) if token is not None and token >= 0]
     tokens = {"bos_token_id": tokenizer.bos, "eos_token_id": list(dict.fromkeys(ends))}

@@ -225,7 +225,8 @@ class OfFolder:
         parts += [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
         start = {"type": "TemplateProcessing", "single": parts[:2], "pair": parts}
         start["special_tokens"] = {bos: {"id": bos, "ids": [self.bos], "tokens": [bos]}}
-        write_json(folder / "tokenizer.json", self._hugging_face(added) | {"post_processor": start})
+        made = json.dumps(self._hugging_face(added) | {"post_processor": start}, ensure_ascii=False)
+        (folder / "tokenizer.json").write_text(made, encoding="utf-8")
         if self.file == SentencePiece.file:
             shutil.copyfile(self.folder / self.file, folder / self.file)
 
@@ -279,9 +280,7 @@ CHAT_TEMPLATE = """
 {% endfor %}{% if add_generation_prompt %}{{ turn['assistant'] }}{% endif %}
 """
 # If the tokenizer joins spaces, so does the template: llama.cpp does not.
-JOINED = """found.text %}{% set found.text = '' %}{% for word in text.split(' ') %}{% if word %}
-{% set found.text = found.text + (' ' if found.text else '') + word %}{% endif %}{% endfor %}
-{% set text = found.text"""
+JOINED = "found.text.split(' ') | reject('equalto', '') | join(' ')"
 
 
 class SentencePiece(OfFolder):

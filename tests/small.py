@@ -42,7 +42,7 @@ def make_random(llama, std=0.2):
 def export(llama, tokenizer, folder, conditioned=True, classes=loss.DEFAULT_CLASSES, **more):
     """A folder as train.py exports it; `more` goes into crlft.json."""
     model.save(llama, folder)
-    conditions = {name: c.condition * conditioned for name, c in classes.items()}
+    conditions = {name: c.condition if conditioned else "" for name, c in classes.items()}
     tokenizer.save(folder, conditions, conditions[loss.expert_class(classes)])
     classes = {name: dataclasses.asdict(c) for name, c in classes.items()}
     crlft = {"classes": classes, "conditioned": conditioned}
