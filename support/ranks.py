@@ -81,7 +81,10 @@ class Ranks:
         return [json.loads(bytes(text.tolist())) for text in texts]
 
     def all_do(self, function, task=""):
-        """[`function()` of each rank], as JSON; if it fails on one, outside collectives, on all."""
+        """[`function()` of each rank], as JSON; if it fails on one rank, all raise its error.
+
+        It must not fail in the middle of a collective, for which the other ranks would wait.
+        """
         value, problem = None, ""
         try:
             value = function()
