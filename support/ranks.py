@@ -30,6 +30,8 @@ STOP_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1  # t
 class Ranks:
     """The processes of this run: one per GPU, or any number on a CPU."""
 
+    holder = None  # the text of OUT/.lock while this run holds it
+
     def __init__(self):
         self.cuda = torch.cuda.is_available()
         backend, self.device = "gloo", torch.device("cpu")
@@ -54,7 +56,6 @@ class Ranks:
         self.first = self.rank == 0
         self.line = StatusLine(sys.stdout, seconds=1.0)
         self.signalled = None  # when the first signal to stop came
-        self.holder = None  # the text of OUT/.lock while this run holds it
 
     def thread(self):
         """An executor of one thread, on this rank's device: a thread starts with device 0."""
@@ -80,7 +81,10 @@ class Ranks:
         return [json.loads(bytes(text.tolist())) for text in texts]
 
     def all_do(self, function, task=""):
-        """[`function()` of each rank], as JSON; if it fails on one, outside collectives, on all."""
+        """[`function()` of each rank], as JSON; if it fails on one rank, all raise its error.
+
+        It must not fail in the middle of a collective, for which the other ranks would wait.
+        """
         value, problem = None, ""
         try:
             value = function()
