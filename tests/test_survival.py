@@ -52,7 +52,7 @@ def test_the_readmes_line_goes_on_with_the_same_bits(few, tmp_path, ranks, preci
         ("export", 4),
         ("publish", 1),
         ("publish", 2),
-        ("commit", 3),  # the second epoch's
+        ("commit", 1),  # the second epoch's
         ("evaluate", 2),
         ("publish", 3),
     ]:
@@ -353,7 +353,7 @@ def test_other_weights_of_the_same_shape_are_another_run(few, tmp_path):
     settings = flags(few, out, model=folder, random_weights=None, max_steps=2)
     succeeds(settings)
     weights = load_file(folder / "model.safetensors")
-    weights["model.embed_tokens.weight"][30, 7] += 1e-3  # one number in the middle
+    weights["model.embed_tokens.weight"][33, 7] += 1e-3  # one number of the middle row
     save_file(weights, folder / "model.safetensors")
     refused(settings + ["--max-steps", 3], "weights of --model")
 
