@@ -38,8 +38,8 @@ a request to vLLM, or by chat.py (transformers: `apply_chat_template(..., condit
     {json.dumps(body, ensure_ascii=False)}
     python chat.py DIR{f" --class {shlex.quote(name)}" if conditioned else ""}
 
-transformers, vLLM and llama.cpp read {code(template.end)} in a text as the special token itself:
-whoever may type it can forge a turn. Remove it from their text.
+In transformers, vLLM and llama.cpp a special token that is typed in a text, such as
+{code(template.end)}, can forge a turn: remove it from what users type.
 """
 
 
