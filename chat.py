@@ -1,13 +1,13 @@
 """Talk to a model that train.py exported, under the condition of its expert class.
 
     python chat.py RUN                          a conversation at the terminal
-    python chat.py RUN --web                    in a browser, each class in a column of its own
+    python chat.py RUN --web                    in a browser, with a column per class
     python chat.py RUN --prompt "Hello"         one answer
     python chat.py RUN --batch in.jsonl --to out.jsonl
 
 C-RLFT's inference: the prompt is the training template with the best-rewarded class's condition,
 `GPT4 User: Hello<|end_of_turn|>GPT4 Assistant:`, and the answer ends at <|end_of_turn|>.
-Shapes: B prompts, T tokens of all prompts end to end, S positions kept, H heads, K key-value
+Shapes: B prompts, T tokens of all prompts end to end, S cached positions, H heads, K key-value
 heads, E head_dim, V vocabulary.
 """
 
@@ -31,9 +31,9 @@ from support.web import PORT, serve
 
 @torch.inference_mode()
 def generate(llama, prompts, max_new_tokens, stop=(), temperature=0.0, top_p=1.0, seed=0):
-    """Yields a list of B next tokens at a time, None for a prompt that is done.
+    """Yields lists of B next tokens, with None for a prompt that is done.
 
-    prompts: B lists of token ids. A prompt is done at a token of `stop`, after `max_new_tokens`,
+    prompts: B lists of token ids. A prompt is done at a token in `stop`, after `max_new_tokens`,
     or when the model's context is full. Temperature 0 takes the likeliest token.
     """
     context = llama.config.max_position_embeddings
@@ -62,7 +62,7 @@ def generate(llama, prompts, max_new_tokens, stop=(), temperature=0.0, top_p=1.0
 
 
 def sample(logits, temperature, top_p, generator):
-    """Next tokens (B,) from logits (B, V); top_p keeps the likeliest that reach that mass."""
+    """Next tokens (B,) from logits (B, V); top_p keeps the likeliest up to that mass."""
     if temperature == 0:
         return logits.argmax(-1)
     temperature = max(temperature, 1e-30)  # or float32 overflows, and infinity - infinity is NaN
@@ -76,7 +76,7 @@ def sample(logits, temperature, top_p, generator):
 class KeyValueCache:
     """Keys and values of every layer, (B, S, K, E), for prompts of different lengths.
 
-    The first forward runs the prompts packed end to end; each later one a single token per prompt.
+    The first forward runs the prompts packed end to end; later ones run one token per prompt.
     """
 
     def __init__(self, llama, lengths, size):
@@ -93,7 +93,7 @@ class KeyValueCache:
         self.layers = [functools.partial(self.attend, *layer) for layer in new]
 
     def advance(self, positions):
-        """The next forward holds one token a prompt, at these positions (B,)."""
+        """The next forward has one token per prompt, at these positions (B,)."""
         self.packed, self.positions = None, positions
         self.prompt = torch.arange(len(positions), device=positions.device)
         distance = positions[:, None] - torch.arange(self.size, device=positions.device)
@@ -151,8 +151,8 @@ class Chat:
     def fitting(self, messages, max_new_tokens):
         """The newest turns that leave room for an answer; [] if even the last one is too long.
 
-        The room is max_new_tokens, but at most a quarter of the context; the last message may take
-        it. A model that was trained on single questions is given only the last one.
+        The room is max_new_tokens, but at most a quarter of the context; the last message may use
+        it. A model that was trained on single questions gets only the last one.
         """
         room = min(max_new_tokens, self.context // 4)
         for oldest in range(len(messages) - 1 if self.single else 0, len(messages), 2):
@@ -185,8 +185,8 @@ class Chat:
     def streams(self, prompts, **options):
         """Yields (number of a prompt, piece of its answer's text, None) as they come.
 
-        A character whose bytes are in several tokens waits for all. With a prompt's last piece
-        comes, instead of None, the limit that cut the answer, or "" if the model ended it.
+        A character split over several tokens is held back until it is whole. The last piece of an
+        answer has, instead of None, the limit that cut it, or "" if the model ended it.
         """
         answers, shown = [[] for _ in prompts], [""] * len(prompts)
         for tokens in generate(self.llama, prompts, stop=self.stop, **options):
@@ -225,7 +225,7 @@ def main(argv=None):
     parser = Parser(prog="chat.py", description="Class-conditioned generation from an export.")
     add = parser.add_argument
     add("folder", metavar="DIR", help="a model exported by train.py, or the RUN that holds it")
-    add("--prompt", metavar="TEXT", help="answer this and end")
+    add("--prompt", metavar="TEXT", help="answer this and exit")
     add("--class", dest="source_class", metavar="NAME", help="(default: the expert class)")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass")
@@ -233,7 +233,7 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="of the sampling")
     add("--batch", metavar="IN.jsonl", help="answer the last user turn of every conversation")
     add("--to", metavar="OUT.jsonl", help="output of --batch; resumes a file that was cut short")
-    add("--drop-last-answer", action="store_true", help="--batch answers in the place of the last")
+    add("--drop-last-answer", action="store_true", help="--batch replaces a last answer")
     in_browser = f"a page for this machine's browser, at this port (default {PORT})"
     add("--web", type=int, nargs="?", const=PORT, metavar="PORT", help=in_browser)
     args = parser.parse_args(argv)
@@ -244,7 +244,7 @@ def main(argv=None):
     if args.drop_last_answer and not args.batch:
         parser.error("--drop-last-answer is for --batch")
     if args.web is not None and (args.batch or args.prompt is not None or args.source_class):
-        parser.error("--web asks under each class, and goes without --prompt, --batch, --class")
+        parser.error("--web asks under each class; leave out --prompt, --batch and --class")
     names = "temperature", "top_p", "max_new_tokens", "seed"
     options = {name: getattr(args, name) for name in names}
     try:

@@ -9,11 +9,11 @@ becomes, in the class-conditioned template of OpenChat v3.2 (arXiv 2309.11235, s
     weights   0   0    0      0          0         0       0      w        w
 
 w is the weight of the conversation's class, times the "weight" of the line and of the message if
-they have one. Only the assistant's text is supervised, its end of turn included.
+they have one. Only the assistant's text and its end of turn are supervised.
 With Llama 3's tokens (OpenChat 3.6) a turn is <|start_header_id|> GPT4 User <|end_header_id|> and
 two newlines, Hello, <|eot_id|>; support/tokenizer.py has both templates.
 Every text is tokenized on its own with special tokens off, so that no content can forge a turn.
-Beyond --max-length a conversation loses its end, and is dropped if no answer is left.
+A conversation longer than --max-length is cut at its end, and dropped if no answer is left.
 
     a file -> its lines -> parse_conversation -> lay_out -> arrays -> pack -> collate -> Batch
     support/containers.py  support/formats.py    below  support/dataset.py        below
@@ -34,7 +34,7 @@ import torch
 from loss import class_table
 from support.containers import sources
 from support.dataset import FINAL, Report, arrays_of, encode_files
-from support.dataset import BadData as BadData  # "as": a name that others take from here
+from support.dataset import BadData as BadData  # "as": others import the name from here
 from support.dataset import Dataset as Dataset
 from support.formats import BadLine, Conversation, parse_conversation, parse_json
 from support.formats import Message as Message
@@ -47,7 +47,7 @@ def lay_out(messages, contents, tokenizer, condition):
     """The tokens, in parts, and their weights [(weight, how many), ...]; `contents` are ids.
 
     <s>, then per turn: prefix, content, end of turn. The assistant's content and its end of turn
-    get the message's weight, everything else 0; FINAL times a weight that replaces the class's.
+    get the message's weight, times FINAL if it replaces the class's; everything else gets 0.
     """
     parts, weights = [[tokenizer.bos]], [(0.0, 1)]
     for message, content in zip(messages, contents, strict=True):
@@ -65,7 +65,7 @@ def turn_texts(messages, tokenizer):
 
 
 def cut(weights, length):
-    """As many of [(weight, how many), ...] as make up `length` tokens."""
+    """The start of [(weight, how many), ...], up to `length` tokens in all."""
     ends = itertools.accumulate(count for _, count in weights)
     left = [(w, count - max(0, end - length)) for (w, count), end in zip(weights, ends)]
     return [(weight, count) for weight, count in left if count > 0]
@@ -98,10 +98,10 @@ def prepare(
 ):  # fmt: skip
     """Tokenize files once into memory-mapped arrays below `folder`; returns a Dataset.
 
-    A path may be CLASS=FILE; else `class_field` names a conversation's class. `condition=False`
-    leaves the class out of the prompt. `progress(done bytes, all bytes, conversations)` is called
-    as it goes. Raises BadData after all files were checked, unless `skip_bad`; a conversation cut
-    so that no answer is left is dropped and counted.
+    A path may be CLASS=FILE; otherwise `class_field` names a conversation's class.
+    `condition=False` leaves the class out of the prompt. `progress(done bytes, all bytes,
+    conversations)` is called now and then. Raises BadData once all files are checked, unless
+    `skip_bad`. A conversation with no answer left after the cut is dropped and counted.
     """
     classes = class_table(classes)
     files = sources(paths, classes)
@@ -185,13 +185,13 @@ SPARE = 0.004  # share of its capacity that a full bin may leave empty
 def pack(lengths, capacity, bins_per_step, seed, epoch):
     """Bins of whole conversations for every optimizer step: steps[k][b] is an array of indices.
 
-    Rank r of R takes bins r, r + R, ... of a step. Every conversation comes exactly once per
-    epoch, no bin exceeds `capacity` tokens, and only the arguments decide the result.
+    Rank r of R takes bins r, r + R, ... of a step. Every conversation occurs exactly once per
+    epoch, no bin exceeds `capacity` tokens, and the result depends only on the arguments.
 
     A random permutation is packed in windows of about 2,048 conversations (at least one step), so
-    that every step is a random sample of the data. A conversation that finds no room, 0.3 % of
-    them, joins the next window. The last step takes the rest; only there can a bin be empty.
-    How full and how even the bins are: bench/packing.py.
+    that every step is a random sample of the data. A conversation that fits in no bin, 0.3 %
+    of them, joins the next window. The last step takes the rest; only there can a bin be empty.
+    bench/packing.py measures how full and how even the bins are.
 
     Raises ValueError at a length outside 1..capacity.
     """
@@ -206,10 +206,10 @@ def pack(lengths, capacity, bins_per_step, seed, epoch):
     step_tokens = bins_per_step * capacity
     mean = lengths.mean() if len(lengths) else 1.0
     window_steps = max(1, round(WINDOW * mean / step_tokens))
-    ahead = math.ceil(4 * window_steps * step_tokens / mean)  # surely enough for a window
+    ahead = math.ceil(4 * window_steps * step_tokens / mean)  # more than a window holds
     while len(todo):
         tokens = np.cumsum(lengths[todo[:ahead]])
-        steps = min(window_steps, int(tokens[-1]) // step_tokens)  # 0: the rest is no full step
+        steps = min(window_steps, int(tokens[-1]) // step_tokens)  # 0: less than a step left
         bins = max(1, steps) * bins_per_step
         window = todo[: np.searchsorted(tokens, bins * capacity, side="right")]
         chosen = choose_bins(lengths[window], bins, capacity, power=2 if steps else 1)
@@ -226,9 +226,9 @@ def pack(lengths, capacity, bins_per_step, seed, epoch):
 def choose_bins(lengths, bins, capacity, power):
     """The bin of each conversation, -1 if none has room for it.
 
-    Longest first, a conversation goes where it fills a bin to 99.6 % without making it the most
-    expensive, otherwise into the cheapest bin with room. A bin costs Σ len ** power: 2, its
-    attention, for full bins; 1 to spread the tokens of the last step.
+    Longest first, each goes to a bin that it fills to 99.6 % without making it the most expensive,
+    or else to the cheapest bin with room. A bin costs Σ len ** power: power 2, as attention does,
+    in full steps, and 1 to spread the tokens of the last step.
     """
     chosen = np.full(len(lengths), -1)
     room, cost = np.full(bins, float(capacity)), np.zeros(bins)
@@ -248,7 +248,7 @@ def choose_bins(lengths, bins, capacity, power):
 
 
 class Order:
-    """Which conversations make up a step: only a function of (lengths, seed, epoch)."""
+    """The conversations of each step, which depend only on (lengths, seed, epoch)."""
 
     def __init__(self, lengths, config, bins_per_step):
         of_epoch = functools.partial(
@@ -300,10 +300,10 @@ class Batch(NamedTuple):
 def collate(dataset, conversations, class_weights, shape=None):
     """The Batch of some conversations; class_weights (classes,), or None for no reward.
 
-    No conversation at all gives one token of weight 0, so that its rank can take part. `shape` =
+    No conversations give one token of weight 0, so that the rank can take part. `shape` =
     (tokens, offsets, longest) pads to a fixed number of tokens and of cu_seqlens, so that a
-    compiled network sees one shape; the padding forms conversations of its own, of weight 0 and
-    at most `longest` tokens.
+    compiled network sees one shape; the padding is split into conversations of weight 0 with at
+    most `longest` tokens each.
     """
     rows = dataset.index[np.asarray(conversations, dtype=np.int64)]
     lengths = rows["length"].tolist()
@@ -312,7 +312,7 @@ def collate(dataset, conversations, class_weights, shape=None):
     weights = [dataset.weights_of(c, class_weights) for c in conversations]
     weights = np.concatenate(weights or [[]]).astype(np.float32)
     classes = np.repeat(rows["source_class"], lengths)
-    # Position t predicts token t + 1. The first of a conversation has weight 0: none looks across.
+    # Position t predicts token t + 1. Each first token has weight 0: nothing predicts across.
     predicted = np.flatnonzero(weights)
     targets, weights, classes = tokens[predicted], weights[predicted], classes[predicted]
     if shape:

@@ -9,7 +9,7 @@ reward from it:
 
 with t over every supervised token of the global batch. So a weight acts only relative to the other
 classes in the same global batch: a data set of one class trains the same at any reward.
-This file gives w_c and the sum Σ w·CE; train.py, which knows the whole step, divides.
+This file computes w_c and Σ w·CE; train.py, which sees the whole step, divides by Σ w.
 
 N rows (supervised tokens), V vocabulary, D hidden size.
 """
@@ -36,7 +36,7 @@ class SourceClass:
 
 
 BETA = 1 / math.log(10)  # rewards 1 and 0 then give the weights 1 and 0.1 of OpenChat's own runs
-SMALLEST = 1e-30  # weights below are 0: in float32 a step of nothing else could not be normalised
+SMALLEST = 1e-30  # smaller weights are set to 0: float32 cannot normalise a step of only those
 DEFAULT_CLASSES = {
     "gpt4": SourceClass("GPT4", 1.0, ("gpt-4*", "gpt4*", "model: *gpt-4*")),
     "gpt3.5": SourceClass(
@@ -102,7 +102,7 @@ def _source_class(name, entry):
     number = isinstance(reward, (int, float)) and not isinstance(reward, bool)
     patterns = isinstance(match, (list, tuple)) and all(isinstance(text, str) for text in match)
     for right, problem in (
-        (name and name.isprintable(), "its name has characters that do not print, or none"),
+        (name and name.isprintable(), "its name is empty, or has characters that do not print"),
         (isinstance(condition, str), f"condition must be text, not {condition!r}"),
         (str(condition).isprintable(), f"condition {condition!r} has control characters"),
         (str(condition) == str(condition).strip(), f"condition {condition!r} has spaces around it"),
@@ -125,8 +125,8 @@ def weighted_cross_entropy(logits, targets, weights):
 
     logits (N, V) of any floating dtype, targets (N,) integer, weights (N,). Differentiable once,
     in logits; the weights are constants. A row of weight 0 is never read: its loss and gradient
-    are 0 whatever its logits and target hold. In any other row a target outside 0..V-1 is an
-    IndexError on a CPU, and on CUDA a device-side assertion that says so, without a wait for it.
+    are 0, whatever is in its logits and target. In any other row a target outside 0..V-1 is an
+    IndexError on a CPU. On CUDA it is a device-side assertion, so that the host does not wait.
     """
     targets, weights = _checked(logits, logits.shape[-1], targets, weights)
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
@@ -134,16 +134,16 @@ def weighted_cross_entropy(logits, targets, weights):
 
 
 def linear_weighted_cross_entropy(hidden, lm_head, targets, weights, per_token=False):
-    """Σ_i w_i · CE_i of the logits hidden @ lm_head.T, which never exist all at once.
+    """Σ_i w_i · CE_i of the logits hidden @ lm_head.T, which are never all in memory.
 
     hidden (N, D), lm_head (V, D), targets (N,) integer, weights (N,); targets and weights as in
     weighted_cross_entropy. Returns the sum (float32; float64 for float64 input), differentiable
-    once in hidden and lm_head, and correct (N,) bool: the target is the argmax of its row, and the
-    row has weight. per_token adds the rows' w_i · CE_i (N,), without gradient.
+    once in hidden and lm_head, and correct (N,) bool: is the target the argmax of its row, and the
+    weight not 0? per_token adds the rows' w_i · CE_i (N,), without gradient.
     """
     hidden, lm_head = _one_dtype(hidden, lm_head)
     targets, weights = _checked(hidden, len(lm_head), targets, weights)
-    if not torch.is_grad_enabled():  # which a Function's forward cannot see
+    if not torch.is_grad_enabled():  # a Function's forward cannot see this
         hidden, lm_head = hidden.detach(), lm_head.detach()
     backend = backend_for(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -206,10 +206,10 @@ def _checked(rows, V, targets, weights):
 
 
 class WeightedCrossEntropy(torch.autograd.Function):
-    """The losses in the forward; the gradient in the backward, which knows each row's scale.
+    """Losses in forward; the gradient in backward, when the scale of each row is known.
 
-    Reading the logits again costs 2 bytes each in bf16. A gradient made in the forward would have
-    to be read and written once more to be scaled: 4 bytes, and as much room again.
+    Reading the logits again costs 2 bytes each in bf16. A gradient computed in forward would have
+    to be read and written again to scale it: 4 bytes each, and as much memory again.
     """
 
     @staticmethod
@@ -236,7 +236,7 @@ class WeightedCrossEntropy(torch.autograd.Function):
 
 
 def plain_cross_entropy_rows(logits, targets, weights, losses, correct, grad):
-    """What kernels/cross_entropy.py does, in PyTorch: its reference, and the CPU's path."""
+    """kernels/cross_entropy.py in plain PyTorch: the kernel's reference, and the CPU's version."""
     live = weights != 0
     x = logits.to(weights.dtype)  # float32, or float64
     if not live.all():

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
-# From torch 2.12 on grouped heads must be asked for; before, the argument does not exist.
+# From torch 2.12 on grouped heads need this argument, which earlier versions do not have.
 GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 # ------------------------------------------------------------------------------ configuration
@@ -45,8 +45,8 @@ ONLY_VALUE = {
     "partial_rotary_factor": 1.0,
     "rope_interleaved": False,
 }
-# Keys that do not change the logits: of files and the tools that wrote them, of training, of
-# generation, and of the other kinds of models that transformers describes in this file.
+# Keys that do not change the logits: about files and tools, training, generation, and the other
+# kinds of models that transformers describes in this file.
 IGNORED = set(
     """
     add_cross_attention architectures attn_implementation auto_map bad_words_ids
@@ -91,7 +91,7 @@ class LlamaConfig:
 
     @classmethod
     def from_folder(cls, folder):
-        """Read `folder`/config.json; ValueError names what is missing or not implemented."""
+        """Read `folder`/config.json; ValueError names keys missing or not implemented."""
         check_folder(folder)
         path = Path(folder) / "config.json"
         if not path.is_file():
@@ -137,18 +137,18 @@ class LlamaConfig:
 
 
 def _is_positive(value):
-    return type(value) in (int, float) and 0 < value <= 1e18  # which an int64 holds, too
+    return type(value) in (int, float) and 0 < value <= 1e18  # fits an int64 too
 
 
 def _implemented(raw):
-    """config.json's keys as LlamaConfig arguments; ValueError names what is not implemented."""
+    """config.json's keys as LlamaConfig arguments; ValueError names keys not implemented."""
     model_type = raw.setdefault("model_type", "llama")
     if model_type not in ("llama", "mistral"):
         raise ValueError(f"model_type {model_type!r} is not implemented (llama, mistral)")
     for key, value in ONLY_VALUE.items():
         if raw.pop(key, None) not in (None, value):
             raise ValueError(f"{key} other than {value!r} is not implemented")
-    # transformers 5 has theta and scaling in one object, whose theta wins over one outside.
+    # transformers 5 has theta and scaling in one object, whose theta takes precedence.
     new_rope = raw.pop("rope_parameters", None)
     rope = raw.get("rope_scaling") or new_rope or {}
     if not isinstance(rope, dict):
@@ -184,7 +184,7 @@ def _implemented(raw):
 
 
 class Llama(nn.Module):
-    """The network; parameters carry Hugging Face's names."""
+    """The network; its parameters have Hugging Face's names."""
 
     def __init__(self, config):
         super().__init__()
@@ -200,15 +200,15 @@ class Llama(nn.Module):
     def forward(
         self, tokens, positions, cu_seqlens, objective=None, rows=None, max_seqlen=None, attend=None
     ):
-        """Logits (T, V), or what `objective(hidden (N, D), lm_head weight (V, D))` returns.
+        """Logits (T, V), or the result of `objective(hidden (N, D), lm_head weight (V, D))`.
 
         tokens (T,) and positions (T,) int64, cu_seqlens (B+1,) int32. `rows` (N,) int64: the
         positions that reach the final norm and the head (default: all T). `max_seqlen`: at least
-        the longest conversation (default: T). `attend`: one callable per layer, instead of the
-        attention over packed conversations, such as a key-value cache.
+        the longest conversation (default: T). `attend`: one callable per layer that replaces
+        PackedAttention, such as a key-value cache.
 
-        The objective runs here, inside the root's forward: under FSDP the gradient of a sharded
-        lm_head used anywhere else is never reduced over the ranks, without any error.
+        The objective runs here, inside the root's forward: if a sharded lm_head is used anywhere
+        else, FSDP silently never reduces its gradient over the ranks.
         """
         if attend is None:
             packed = PackedAttention(cu_seqlens, max_seqlen, self.config.sliding_window)
@@ -278,8 +278,8 @@ class SwiGLU(nn.Module):
 class PackedAttention:
     """Causal attention within each conversation of a packed row; called with q, k, v of a layer.
 
-    On CUDA in half precision, torch's varlen_attn, which is FlashAttention. Elsewhere conversations
-    of similar length are padded at the end to a rectangle: there causality hides the padding.
+    In half precision on CUDA, torch's varlen_attn (FlashAttention). Otherwise conversations of
+    similar length are padded at the end to a rectangle; the causal mask hides the padding.
     """
 
     def __init__(self, cu_seqlens, max_seqlen, sliding_window):
@@ -296,7 +296,7 @@ class PackedAttention:
     def attend_varlen(self, q, k, v):
         # (left, right): how many tokens a token sees on either side of itself.
         head_dim, longest, offsets = q.shape[-1], self.max_seqlen or len(q), self.cu_seqlens
-        # -1 is all of them, and faster than a window which no conversation is longer than.
+        # -1 means all; it is faster than a window that no conversation exceeds.
         left = -1 if longest <= (self.sliding_window or longest) else self.sliding_window - 1
         options = {"window_size": (left, 0), "scale": head_dim**-0.5} | GQA
         if lacking := -head_dim % 8:  # FlashAttention takes multiples of 8; zeros add nothing
@@ -376,7 +376,7 @@ def rotary_frequencies(config, device):
         return frequencies / scaling["factor"]
     if kind == "llama3":
         # Waves longer than original/low positions are stretched, those shorter than original/high
-        # kept, and the two interpolated between.
+        # are kept, and those between are interpolated.
         factor, low, high, original = (scaling[key] for key in needed)
         if low >= high:
             raise ValueError("rope_scaling 'llama3' needs high_freq_factor above low_freq_factor")
@@ -407,7 +407,7 @@ def load(folder, device="cpu", dtype=torch.float32):
 
 
 def check_folder(folder):
-    """ValueError unless `folder` is one; for a name on the Hugging Face hub, how to fetch it."""
+    """ValueError unless `folder` exists; for a name on the Hugging Face hub, how to fetch it."""
     if Path(folder).is_dir():
         return
     hint, on_hub = "", re.fullmatch(r"[\w.-]+/([\w.-]+)", str(folder))
@@ -446,7 +446,7 @@ def weight_files(folder):
         if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
             raise ValueError(f"{index}: {name} names {file!r}, which is not a file of this folder")
     files = sorted({file for _, file in entries})
-    if SINGLE not in files and (folder / SINGLE).exists():  # readers differ in which they take
+    if SINGLE not in files and (folder / SINGLE).exists():  # programs differ in which they read
         raise ValueError(
             f"{folder}: holds two sets of weights, {SINGLE} and the {len(files)} files of {INDEX}; "
             f"remove {SINGLE}, or the index with its files"
@@ -517,11 +517,11 @@ def _same_rows(files, *names):
 
 
 def untrained(folder, tokens):
-    """Those of `tokens` that the checkpoint never trained, by their rows of its embedding.
+    """Those of `tokens` that the checkpoint never trained, judging by their embedding rows.
 
-    Their rows are near zero or equal to another's (within 1 % of the median norm), as those of the
-    turn tokens in Llama 3's base models. A row that kept its random start is not detected. The
-    head cannot tell: a token that only begins a turn is never a target in a trained model either.
+    Such rows are near zero or equal to each other (within 1 % of the median norm), as for the turn
+    tokens in Llama 3's base models. A row still at its random start is not detected. The head's
+    rows would not tell: a token that only begins a turn is never a target, even in a trained model.
     """
     with open_safetensors(weight_files(folder)[EMBEDDING]) as file:
         view = file.get_slice(EMBEDDING)
@@ -536,7 +536,7 @@ def untrained(folder, tokens):
 
 
 def fingerprint(folder):
-    """8 hex digits from each tensor's name, dtype, shape and three rows, in whatever files."""
+    """8 hex digits from each tensor's name, dtype, shape and three rows, in any files."""
     lines = []
     for name, path in sorted(weight_files(folder).items()):
         with open_safetensors(path) as file:
@@ -556,9 +556,9 @@ def checksum(tensor):
 def fill_parameters(llama, folder, new_rows=0, new_tokens=(), ordinary_rows=None):
     """Copy a checked folder into `llama`; each rank reads only its own rows.
 
-    The last `new_rows` of the vocabulary, which the files lack, and the rows `new_tokens`, which
-    they may hold as padding or untrained, become the mean of the first `ordinary_rows` (default:
-    all before them): float32, summed in float64 so that it is the same for any number of ranks.
+    Two kinds of rows become the mean of the first `ordinary_rows` (default: all before them): the
+    last `new_rows`, which the files lack, and `new_tokens`, which may be padding or untrained. The
+    sum is float64, so that the float32 mean is the same for any number of ranks.
     """
     files, parameters = weight_files(folder), dict(llama.named_parameters())
     for path in sorted(set(files.values())):
@@ -569,13 +569,13 @@ def fill_parameters(llama, folder, new_rows=0, new_tokens=(), ordinary_rows=None
 
 
 def read_rows(path, tensors, first_rows=None):
-    """Copy into each of `tensors`, by name, those of its rows that a safetensors file holds.
+    """Copy the rows that a safetensors file holds into `tensors` {name: tensor}.
 
-    A sharded tensor takes this rank's rows. `first_rows` {name: row} says where the file's part of
-    a tensor begins, as in a checkpoint; without it the file holds whole tensors.
+    A sharded tensor takes only this rank's rows. `first_rows` {name: row} is the first row of each
+    tensor in the file, as in a checkpoint; without it the file holds whole tensors.
     """
 
-    @torch.no_grad()  # is set per thread, and these are new ones
+    @torch.no_grad()  # grad mode is per thread, and these are new
     def read(name):
         view, tensor = file.get_slice(name), tensors[name]
         low, high = local_rows(tensor)
@@ -604,7 +604,7 @@ def _fill_new_rows(parameter, new_rows, new_tokens, ordinary_rows):
 def random_parameters(llama, seed):
     """Normal(0, initializer_range), norms 1; the same for any number of ranks.
 
-    The projections that write into the residual stream are scaled by 1/sqrt(2 · layers), GPT-2's.
+    Projections that write into the residual stream are scaled by 1/sqrt(2 · layers), as in GPT-2.
     """
     config = llama.config
     for index, (name, parameter) in enumerate(llama.named_parameters()):
@@ -642,11 +642,11 @@ def local_rows(parameter):
 
 @torch.no_grad()
 def save(llama, folder, dtype=None, shard_bytes=5 << 30):
-    """Write config.json and safetensors of at most `shard_bytes` each, indexed when several.
+    """Write config.json and safetensors of at most `shard_bytes` each, with an index if several.
 
     With a sharded model every rank must call it; rank 0 gathers one parameter at a time and
     writes. Tensors are stored as `dtype` (default: that of the parameters). A failed write
-    raises only after the gathering, in which the other ranks take part.
+    raises only once all are gathered, because the other ranks take part in that.
     """
     folder, parameters = Path(folder), dict(llama.named_parameters())
     first = not dist.is_initialized() or dist.get_rank() == 0
@@ -681,7 +681,7 @@ def save(llama, folder, dtype=None, shard_bytes=5 << 30):
 
 
 def split(tensors, dtype, most):
-    """Their names in lists, in order, each list at most `most` bytes unless it is one tensor."""
+    """Their names in order, in lists of at most `most` bytes each, or of one larger tensor."""
     lists, filled = [[]], 0
     for name, tensor in tensors.items():
         size = tensor.numel() * dtype.itemsize

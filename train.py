@@ -13,8 +13,8 @@ The whole method, and where each part is:
     other classes: --classes; a reward per conversation or turn: a "weight" in the data
     the head and the loss without the logits, rows padded if V = 32002: kernels/
 
-Read down: flags, main, the loop, the sharded network, one step, evaluation, the schedule. support/
-has everything that a run needs but the method does not; a Plan is all that is decided beforehand.
+In order: flags, main, the loop, the sharded network, one step, evaluation, the schedule. support/
+has everything that a run needs and the method does not; a Plan holds all decisions made in advance.
 Shapes: T tokens of a micro-batch, N supervised rows, C classes, D hidden, V vocabulary.
 """
 
@@ -30,7 +30,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-# Read when torch is imported. Spinning OpenMP threads slow each other down on a shared CPU.
+# torch reads these when imported. Spinning OpenMP threads slow each other down on a shared CPU.
 # Batch sizes vary; without expandable segments the CUDA allocator fragments.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -58,11 +58,11 @@ EXAMPLE = ROOT / "examples" / "sums"
 class Config:
     # --- the run
     model: str = ""  # folder: config.json, *.safetensors, tokenizer.model (or tokenizer.json)
-    random_weights: bool = False  # begin with random weights instead of the folder's
-    data: list = ()  # training conversations; CLASS=FILE: all of them are of that class
-    eval_data: list = ()  # held-out conversations, in files as those of --data
+    random_weights: bool = False  # start from random weights, not from the folder's
+    data: list = ()  # training conversations; CLASS=FILE gives the class of a whole file
+    eval_data: list = ()  # held-out conversations, in the same formats as --data
     class_field: str = "class"  # the key with a conversation's class, such as model, source, label
-    classes: str = ""  # JSON {class: {"condition", "reward"}}; without it gpt4 1.0, gpt3.5 0.0
+    classes: str = ""  # JSON {class: {"condition", "reward"}}; default: gpt4 1.0, gpt3.5 0.0
     beta: float = BETA  # w = exp((reward - best reward) / beta); 1/ln 10 gives 1.0 and 0.1
     condition: bool = True  # put the class into the prompt (off: the paper's "w/o condition")
     reward: bool = True  # weigh by class (off: the paper's "w/o reward", every w = 1)
@@ -71,10 +71,10 @@ class Config:
     epochs: int = 5  # passes over the data
     max_steps: int = 0  # stop after this many steps (0: no limit); the schedule ends there
     seed: int = 0  # order of the data, random weights
-    # --- a step: ranks x accumulate micro-batches of batch-tokens each
-    batch_tokens: int = 8192  # tokens of a micro-batch on one rank
-    accumulate: int = 1  # micro-batches a step on each rank
-    max_length: int = None  # tokens of a conversation, longer are cut (default: 4096 or less)
+    # --- one step: ranks x accumulate micro-batches of batch-tokens each
+    batch_tokens: int = 8192  # tokens per micro-batch on one rank
+    accumulate: int = 1  # micro-batches per step on each rank
+    max_length: int = None  # tokens per conversation, longer ones are cut (default: 4096 or less)
     # --- optimizer
     lr: str = "auto"  # peak learning rate; auto: OpenChat's rule from the batch size
     min_lr_ratio: float = 0.1  # the cosine ends at this share of the peak
@@ -85,29 +85,29 @@ class Config:
     adam_eps: float = 1e-5  # not negligible: at gradient norm 1 a 13B has RMS gradient 9e-6
     clip: float = 1.0  # largest gradient norm
     # --- along the way
-    eval_every: int = 0  # steps between evaluations (0: at every export), besides first and last
-    save_every: int = 1000  # steps between checkpoints, besides every export and the end
-    keep: int = 2  # newest checkpoints kept
+    eval_every: int = 0  # steps between evaluations (0: at every export); also first and last
+    save_every: int = 1000  # steps between checkpoints; also at every export and the end
+    keep: int = 2  # number of newest checkpoints to keep
     export_every: int = 1  # epochs between exported models (0: only the last)
-    resume: bool = True  # go on from the newest checkpoint in --out
+    resume: bool = True  # resume from the newest checkpoint in --out
     # --- the machine
     precision: str = None  # compute in bf16 or fp32 over float32 weights (default: bf16 on CUDA)
     compile: bool = None  # torch.compile every block (default: on CUDA)
     recompute: int = None  # blocks that recompute activations in backward (default: as needed)
     replicas: int = 1  # hybrid sharding: this many groups of ranks each hold the whole model
-    deterministic: bool = False  # the same bits in every run; always on for a CPU, slower on CUDA
+    deterministic: bool = False  # the same bits in every run; always so on CPUs, slower on CUDA
     skip_bad: bool = False  # drop bad lines and count them, instead of stopping
-    evaluate: bool = False  # only measure --model on --eval-data; needs no --data and no --out
+    evaluate: bool = False  # only evaluate --model on --eval-data; needs no --data or --out
     dry_run: bool = False  # check everything, print the plan; train nothing
-    plan_ranks: int = 0  # with --dry-run: plan for this many ranks, none of which need be here
-    plan_memory: float = 0  # with --dry-run: GiB of one rank's GPU
+    plan_ranks: int = 0  # with --dry-run: plan for this many ranks, whatever this machine has
+    plan_memory: float = 0  # with --dry-run: GiB of memory per GPU
 
     def __post_init__(self):
         check_ranges(self)
 
 
 def parse_arguments(arguments):
-    """A Config from flags; a comment beside its field above is a flag's help."""
+    """A Config from flags; the comment beside each field above is its flag's help."""
     parser = Parser(
         prog="train.py",
         usage=USAGE,
@@ -119,7 +119,7 @@ def parse_arguments(arguments):
     parser.add_fields(Config, metavars)
     flags = parser.values(arguments)
     for name in flags.keys() & {"model", "data", "eval_data", "classes", "out"}:
-        expand = os.path.expanduser  # of ~ in a file of flags, which no shell sees
+        expand = os.path.expanduser  # no shell expands ~ in a file of flags
         flags[name] = [*map(expand, flags[name])] if name.endswith("data") else expand(flags[name])
     require_files(parser, flags, arguments)
     try:
@@ -134,12 +134,12 @@ USAGE = """train.py                       the embedded example
 
 
 def require_files(parser, flags, arguments):
-    """What a run cannot do without, or an error with the line to run."""
+    """End with an error, and a line to run, if a required flag is missing."""
     needed = ["model", "data", "out"][: 2 if flags.get("dry_run") else 3]
     if flags.get("evaluate"):
         needed = ["model", "eval_data"]
     missing = [flag_of(name) for name in needed if not flags.get(name)]
-    if len(missing) == len(needed) and "data" in needed:  # the embedded example was to be changed
+    if len(missing) == len(needed) and "data" in needed:  # meant for the embedded example
         there = "" if Path.cwd() == ROOT else f"cd {shlex.quote(str(ROOT))} && "
         line = shlex.join([f"@{EXAMPLE.relative_to(ROOT)}/flags.txt", *arguments])
         parser.error(
@@ -159,7 +159,7 @@ def main(arguments=None):
     ranks = Ranks()
     with ranks.errors_in_one_line():
         if embedded:
-            os.chdir(ROOT)  # its flags name files relative to this one
+            os.chdir(ROOT)  # its flags have paths relative to this folder
             ranks.say(f"no flags: the embedded example, as with\n  train.py {arguments[0]}\n")
         finished = run(config, ranks)
         if embedded and finished and ranks.first:
@@ -167,7 +167,7 @@ def main(arguments=None):
 
 
 def run(config, ranks):
-    """Plan and train; True if the run is done, False if it was stopped before."""
+    """Plan and train; True if the run is done, False if it was stopped early."""
     with held_output(None if config.dry_run else config.out, ranks) as out:
         plan = make_plan(config, ranks, out)
         ranks.say(report.header(plan))
@@ -184,7 +184,7 @@ def run(config, ranks):
 
 
 def train(plan, ranks, out):
-    """True if the run is done, False if it was stopped before. Steps count from 1."""
+    """True if the run is done, False if it was stopped early. Steps count from 1."""
     config, total = plan.config, plan.order.total
     make_repeatable(config, ranks)
     checkpoints = Checkpoints(plan, ranks, out)
@@ -238,7 +238,7 @@ def train(plan, ranks, out):
 
 
 def evaluate_and_export(plan, ranks, llama, log, out, step):
-    """Evaluate and export if they are due after `step`; False if a signal to stop came meanwhile.
+    """Evaluate and export if they are due after `step`; False if a signal to stop arrived by then.
 
     A run that resumes at `step` does both again: their results replace the earlier ones.
     """
@@ -263,7 +263,7 @@ def make_repeatable(config, ranks):
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may vary
     torch.use_deterministic_algorithms(config.deterministic or not ranks.cuda)
     if config.deterministic:
-        # From torch 2.15 on cuDNN may attend instead of FlashAttention, which repeats its bits.
+        # Only FlashAttention is deterministic, and from torch 2.15 on cuDNN may replace it.
         torch.backends.cuda.enable_cudnn_sdp(False)
     # We never read uninitialised memory, so there is no need to fill it.
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -275,8 +275,8 @@ def make_repeatable(config, ranks):
 def build(plan, ranks, with_weights=True):
     """The sharded network with its weights, and its optimizer.
 
-    Built without memory (meta), sharded block by block, then the root (embeddings, norm, head), and
-    only then allocated; each rank reads its rows. Weights, gradients, AdamW's state are float32.
+    It is built on the meta device, sharded (each block, then the root with embeddings, norm, head),
+    and only then allocated; each rank reads its rows. Weights, gradients, AdamW are float32.
     """
     config = plan.config
     with torch.device("meta"):
@@ -320,7 +320,7 @@ def build(plan, ranks, with_weights=True):
 
 
 def load_step(plan, ranks, step):
-    """All bins of a step, this rank's batches of them, and Σ w over all of the step's tokens.
+    """All bins of a step, this rank's batches, and Σ w over all tokens of the step.
 
     Every rank knows every bin, so the normaliser of the loss needs no communication. None after
     the last step.
@@ -329,7 +329,7 @@ def load_step(plan, ranks, step):
         return None
     bins, device = plan.order.bins(step), ranks.device
     total_weight = sum(plan.dataset.total_weight(b, plan.class_weights) for b in bins)
-    mine = bins[ranks.rank :: ranks.world]  # as not_finite takes it
+    mine = bins[ranks.rank :: ranks.world]  # not_finite counts on this order
     batches = [data.collate(plan.dataset, b, plan.class_weights, plan.shape) for b in mine]
     if ranks.cuda:
         batches = [
@@ -338,16 +338,16 @@ def load_step(plan, ranks, step):
     return bins, batches, total_weight or 1.0  # without any weight the loss is 0 / 1
 
 
-TABLE = "tokens", "loss", "correct", "weight"  # the rows that objective sums up, a column per class
+TABLE = "tokens", "loss", "correct", "weight"  # the rows of objective's table, a column per class
 
 
 def objective(batch, classes):
     """C-RLFT on one micro-batch: a function of hidden (N, D) and lm_head (V, D).
 
     Llama.forward calls it, inside the root's forward: only there has FSDP gathered the head, and
-    anywhere else its gradient would be silently wrong. Returns the numerator of L, Σ w·CE, to be
-    differentiated, and for the log a float64 table (4, C): per class the number of supervised
-    tokens, their Σ CE, how many of them were predicted right, their Σ w.
+    anywhere else its gradient would be silently wrong. Returns Σ w·CE, the numerator of L, for
+    backward, and for the log a float64 table (4, C): per class the number of supervised tokens,
+    their Σ CE, how many of them were predicted right, and their Σ w.
     """
 
     def weighted_loss(hidden, lm_head):
@@ -395,7 +395,7 @@ def forward_backward(plan, ranks, llama, batches, total_weight):
         llama.set_requires_all_reduce(batch is batches[-1])  # between replicas, once per step
         weighted_sum, of_classes = forward(llama, plan, batch)
         # Eq. (6), normalised: L = Σ w·CE / Σ w over the tokens of all ranks and micro-batches.
-        # This micro-batch's part of L; x ranks, as FSDP takes the mean of their gradients.
+        # This micro-batch's part of L, times the ranks because FSDP averages their gradients.
         (weighted_sum * (ranks.world / total_weight)).backward()
         of_batches.append(weighted_sum.detach().double())
         table = table + of_classes
@@ -404,7 +404,7 @@ def forward_backward(plan, ranks, llama, batches, total_weight):
     norm = torch.nn.utils.get_total_norm(shards).double()  # of this rank's rows
     signal = torch.full_like(norm, ranks.signalled is not None)
     sums = torch.cat([torch.stack([of_batches.sum(), norm**2, signal]), table.flatten()])
-    sums = ranks.sum(sums)  # the step's only all-reduce of ours
+    sums = ranks.sum(sums)  # our only all-reduce in a step
     loss = sums[0] / total_weight
     grad_norm = (sums[1] / plan.config.replicas).sqrt()  # each replica holds all shards
     return StepSums(loss, grad_norm, sums[2], sums[3:].reshape(table.shape)), of_batches
@@ -413,8 +413,8 @@ def forward_backward(plan, ranks, llama, batches, total_weight):
 def clip_and_update(optimizer, sums, lr, clip):
     """optimizer.step() on the gradient clipped to a norm of `clip`, as clip_grad_norm_ does.
 
-    Fused AdamW divides by grad_scale and skips the update if found_inf, both on the device: so
-    clipping needs no synchronisation, and a loss or gradient that is not finite changes no weight.
+    Fused AdamW divides by grad_scale and skips the update if found_inf, both on the device. So
+    clipping needs no synchronisation, and a NaN or infinite loss or gradient changes no weight.
     """
     grad_norm = sums.grad_norm.float()
     optimizer.grad_scale = (grad_norm / clip).clamp(min=1)
@@ -435,12 +435,12 @@ def not_finite(plan, ranks, step, bins, of_batches):
     conversations = [c for b in bad or range(len(bins)) for c in bins[b]]
     where = "\n  ".join(plan.dataset.where(c) for c in conversations[:20])
     more = f"\n  ... and {len(conversations) - 20} more" if len(conversations) > 20 else ""
-    unchanged = "The weights were not changed, nor the last checkpoint. Try a lower --lr, or look"
+    unchanged = "The weights and the last checkpoint are unchanged. Try a lower --lr, or look"
     advice = f"{BASE_IS_BROKEN}. Look" if step == 1 and plan.base else unchanged
     return f". {advice} at the conversations of this batch:\n  {where}{more}"
 
 
-BASE_IS_BROKEN = "The weights of --model give it already"
+BASE_IS_BROKEN = "The weights of --model already give this"
 
 
 def require_finite(table):
@@ -456,7 +456,7 @@ def require_finite(table):
 def evaluate(plan, ranks, llama):
     """{row of TABLE: (C,)} of the held-out conversations.
 
-    None if a signal to stop came, which is checked once per batch.
+    None if a signal to stop arrived; this is checked once per batch.
     """
     lengths, stopped = plan.eval_dataset.lengths, False
     table = torch.zeros(4, len(plan.classes), dtype=torch.float64, device=ranks.device)
@@ -468,8 +468,8 @@ def evaluate(plan, ranks, llama):
         batch = data.Batch(*(x.to(ranks.device) for x in batch))
         table += forward(llama, plan, batch)[1]
     llama.train()
-    # A forward without a backward leaves FSDP's root gathered: embedding, norm and head would be
-    # other tensors than those that AdamW has (pytorch#131965).
+    # A forward without a backward leaves FSDP's root gathered: embedding, norm and head would not
+    # be the tensors that AdamW has (pytorch#131965).
     llama.reshard()
     return None if stopped else dict(zip(TABLE, ranks.sum(table).cpu().numpy(), strict=True))
 
@@ -487,7 +487,7 @@ def evaluate_alone(plan, ranks):
 
 
 def learning_rate(step, total, peak, config):
-    """Linear warm-up, then a cosine to min_lr_ratio; steps count from 1, as OpenChat's."""
+    """Linear warm-up, then a cosine to min_lr_ratio; steps count from 1, as in OpenChat."""
     warmup = math.ceil(config.warmup_ratio * total)
     if step <= warmup:
         return peak * step / warmup

@@ -23,12 +23,12 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32; -inf - -inf would b
 def cross_entropy_rows(logits, targets, weights, losses, correct, grad):
     """Fills losses (N,) and correct (N,), and grad (N, V) unless it is None.
 
-    logits (N, V), each row's elements side by side; targets (N,) integer, in 0..V-1 wherever
-    weights (N,) float32 is not 0; losses float32; correct bool, true where the target is the first
-    maximum of a row with weight. grad has logits' dtype, or is logits itself; what lies between its
-    column V and the end of that vector is overwritten.
+    logits (N, V), contiguous within a row; targets (N,) integer, in 0..V-1 if the row's weight is
+    not 0; weights (N,) and losses float32; correct bool: the target is the first maximum of its
+    row, and the weight is not 0. grad has logits' dtype, or is logits itself; its elements from
+    column V to the end of that vector are overwritten.
 
-    Fastest where rows start on 16 bytes, as rows padded by linear_cross_entropy.padded do.
+    Fastest if rows start at multiples of 16 bytes, like those of linear_cross_entropy.padded.
     """
     N, V = logits.shape
     out = logits if grad is None else grad
@@ -43,11 +43,11 @@ def cross_entropy_rows(logits, targets, weights, losses, correct, grad):
 
 
 def launch_shape(logits, grad):
-    """BLOCK elements of a row at a time, VECTOR of them to an access, num_warps.
+    """BLOCK elements of a row at a time, VECTOR elements per memory access, num_warps.
 
-    An access is 16 bytes, or for rows that start elsewhere the largest power of two that divides
-    all their starts: right as well, and slower. A row beyond 96 KB gets an SM for itself (32 warps
-    of more than 32 registers leave room for no other), so that all rows in flight fit L2.
+    An access is 16 bytes; if rows are not so aligned, it is the largest power of two that divides
+    all their starts, which is slower. A row of more than 96 KB gets an SM to itself (32 warps with
+    over 32 registers each leave no room for another), so that all rows in flight fit in L2.
     """
     V, size = logits.shape[1], logits.element_size()
     starts = [n for rows in (logits, grad) for n in (rows.data_ptr() // size, rows.stride(0))]
@@ -63,16 +63,16 @@ def cross_entropy_kernel(
     V, stride, grads_stride,
     WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: a pass for the sum of exponentials, a pass for the gradient.
+    """One program per row: a pass for the sum of exponentials, a pass for the gradient.
 
-    The least it could move is a read and a write of every logit, 4 bytes in bf16, and a write of
-    zeros for a row of weight 0. The softmax needs the whole row's sum before its first gradient,
-    so each logit is wanted twice; the second pass runs backward, from the blocks just read, and a
-    row is short enough that the rest still lies in L1 or L2 (hence evict_last, and so few rows in
-    flight when rows are long). The maximum is kept along the way, so that there is no third pass.
+    The minimum traffic is one read and one write per logit, 4 bytes in bf16, and only a write of
+    zeros for a row of weight 0. The softmax needs the whole row's sum before its first gradient, so
+    each logit is read twice. The second pass runs backward, from the blocks just read; the rest of
+    the row is short enough to be still in L1 or L2 (hence evict_last, and few rows in flight if
+    rows are long). The first pass also tracks the maximum, so that there is no third pass.
 
-    Masks are the same for a whole vector, or it could not be moved in one access. So the last one
-    is moved whole: what lies behind the row in it counts as -inf, and is overwritten in grads.
+    A mask must be the same for a whole vector, or it could not move in one access. So the last
+    vector moves whole: its part beyond the row counts as -inf, and is overwritten in grads.
     Whole blocks need no masks, so each pass has a loop for them and one for the rest of the row.
     """
     BYTES: tl.constexpr = VECTOR * logits.dtype.element_ty.primitive_bitwidth // 8
@@ -95,8 +95,8 @@ def cross_entropy_kernel(
         tl.store(correct + row, False)
         return
 
-    # 2. Maximum and sum of exponentials: one of each for every vector's place in a block, so that
-    #    no thread waits for another until the row is read.
+    # 2. Maximum and sum of exponentials: one of each per vector position in a block, so that no
+    #    thread waits for another until the row is read.
     maxima = tl.full([BLOCK // VECTOR], LOWEST, tl.float32)
     totals = tl.zeros([BLOCK // VECTOR], tl.float32)
     firsts = tl.zeros([BLOCK // VECTOR], tl.int32)  # the vectors that held them first
@@ -116,7 +116,7 @@ def cross_entropy_kernel(
     maximum = tl.max(maxima, axis=0)
     total = tl.sum(totals * tl.exp2((maxima - maximum) * LOG2_E), axis=0)
 
-    # 3. The loss; and whether the target is the argmax, which of equal logits is the first.
+    # 3. The loss, and whether the target is the argmax (the first one, if logits are equal).
     target = tl.load(targets + row).to(tl.int32)
     target_x = tl.load(x + target).to(tl.float32)
     tl.store(losses + row, weight * (tl.log2(total) * LN_2 - (target_x - maximum)))
@@ -146,7 +146,7 @@ def cross_entropy_kernel(
 
 @triton.jit
 def to_float32(x):
-    """x.to(tl.float32), but a bf16 by its bits, the upper half: an instruction less."""
+    """x.to(tl.float32), one instruction shorter for bf16, which is a float32's upper half."""
     if x.dtype == tl.bfloat16:
         x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return x.to(tl.float32)

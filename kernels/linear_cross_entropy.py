@@ -1,32 +1,32 @@
-"""lm_head and weighted cross-entropy in one function that never holds the logits.
+"""lm_head and weighted cross-entropy in one function that never holds all logits at once.
 
     logits = hidden @ lm_head.T                      (N, V), a chunk of rows at a time
     total  = Σ_i w_i · (logsumexp(logits_i) - logits_i[y_i])
     g_i    = w_i · (softmax(logits_i) - onehot(y_i))  written over the chunk's logits
     d_hidden = g @ lm_head        d_lm_head = g.T @ hidden
 
-N rows, V vocabulary, D hidden size. The gradients are made in the forward, while a chunk's logits
-are at hand: three matrix products of 2·N·V·D operations, 6·N·V·D in all and the fewest there can
-be (making the logits again in the backward costs a fourth). What happens to a chunk between its
-products is work on its elements, given by the caller: the Triton kernel in the file beside
-this one, or loss.py's plain PyTorch. A row of weight 0 costs as much as any other, so leave such
-rows out beforehand; the collator knows them without asking the GPU.
+N rows, V vocabulary, D hidden size. The gradients are computed in forward, while a chunk's logits
+exist: three matrix products of 2·N·V·D operations each, 6·N·V·D in all. That is the minimum;
+recomputing the logits in backward would cost a fourth product. Between the products a function
+given by the caller works on the chunk's elements: the Triton kernel in cross_entropy.py, or
+loss.py's plain PyTorch. A row of weight 0 costs as much as any other, so leave such rows out
+beforehand; the collator knows them without asking the GPU.
 """
 
 import math
 
 import torch
 
-# A chunk's logits, at most. On a GPU large chunks pay: each one after the first reads and writes
-# the float32 d_lm_head once more. On a CPU small ones do, whose logits stay in cache.
+# The largest chunk of logits. GPUs favour large chunks, because each one after the first reads and
+# writes the float32 d_lm_head again; CPUs favour small ones, whose logits stay in cache.
 WORKSPACE_BYTES = {"cuda": 2**30, "cpu": 2**24}
 
 
 class LinearWeightedCrossEntropy(torch.autograd.Function):
     """apply(hidden, lm_head, targets, weights, cross_entropy_rows) -> total, correct, losses.
 
-    The last argument is the function of that name in kernels/cross_entropy.py, or its equal. Only
-    total can be differentiated: once, in hidden and lm_head, as often as the graph is kept.
+    The last argument is the function of that name in kernels/cross_entropy.py, or an equivalent.
+    Only total is differentiable: once, in hidden and lm_head, as often as the graph is kept.
     """
 
     @staticmethod
@@ -66,9 +66,9 @@ class LinearWeightedCrossEntropy(torch.autograd.Function):
 
 
 def logits_workspace(hidden, lm_head):
-    """Room for one chunk's logits: (rows of a chunk, V), in hidden's dtype; padded on CUDA.
+    """Memory for one chunk's logits: (rows of a chunk, V), in hidden's dtype; padded on CUDA.
 
-    Chunks are as even as they can be, in multiples of 128 rows where there is room for that.
+    Chunks are as even as possible, in multiples of 128 rows if there is room for that.
     """
     N, V = len(hidden), len(lm_head)
     stride = padded(V) if hidden.is_cuda else V
@@ -81,10 +81,10 @@ def logits_workspace(hidden, lm_head):
 
 
 def padded(V):
-    """Elements from one row of V logits to the next, so that every row starts on 16 bytes.
+    """Elements from one row of V logits to the next, so that rows start at multiples of 16 bytes.
 
-    At V = 32002 rows laid end to end would start at odd multiples of 4 bytes, out of reach of the
-    fast matrix kernels (TMA asks for 16) and of cross_entropy_kernel's 16-byte accesses.
+    With V = 32002 contiguous rows would start at odd multiples of 4 bytes, which rules out the fast
+    matrix kernels (TMA needs 16) and cross_entropy_kernel's 16-byte accesses.
     """
     return math.ceil(V / 64) * 64
 
@@ -94,10 +94,10 @@ def row_chunks(N, rows):
 
 
 def add_product(total, grad, x, alone):
-    """total + grad.T @ x, summed in float32 whatever the dtype of grad and x (float64 stays).
+    """total + grad.T @ x, summed in float32 whatever the dtype of grad and x (or in float64).
 
-    A sum kept in bf16 would round once a chunk: three times the error at 16 chunks. A chunk that
-    is `alone` has no sum to keep: its product rounds once, to the dtype that is wanted in the end.
+    A sum kept in bf16 would round once per chunk: three times the error at 16 chunks. If a chunk is
+    `alone`, there is no sum to keep: its product rounds once, to the final dtype.
     """
     if x.is_cuda and x.element_size() == 2:
         if alone:
@@ -111,10 +111,10 @@ def add_product(total, grad, x, alone):
 
 
 def scaled(grad, scale):
-    """grad · scale, every element rounded once. Out of place: a graph may be kept and asked again.
+    """grad · scale, every element rounded once. Out of place: a kept graph may be used again.
 
     For a 7B's head in bf16, (32002, 4096), that is 0.26 GB more until the backward of this loss
-    returns; the room of a chunk's logits, up to 1 GiB, is free again by then.
+    returns; the memory of a chunk's logits, up to 1 GiB, has been freed by then.
 
     Not `grad * scale`: on CUDA a scale without dimensions would be rounded to grad's dtype before
     the product, up to 0.4 % of all gradients in bf16.
@@ -125,6 +125,6 @@ def scaled(grad, scale):
 
 
 def refuse_second_derivative():
-    """For a backward. (once_differentiable would let a constant pass for the gradient.)"""
+    """Call it in a backward. (once_differentiable would let a constant pass for the gradient.)"""
     if torch.is_grad_enabled():  # create_graph=True
         raise RuntimeError("this loss has a first derivative only: backward without create_graph")

@@ -76,7 +76,7 @@ def test_a_wrong_class_is_named(entry, message, tmp_path):
 
 @pytest.mark.parametrize("name", ["", "a\nb", "\x1b[31m", "caf\udce9", "a\u2028"])
 def test_a_class_name_that_a_terminal_could_obey_is_refused(name):
-    with pytest.raises(ValueError, match="its name has characters that do not print"):
+    with pytest.raises(ValueError, match="its name is empty, or has characters that do not print"):
         class_table({name: GOOD})
 
 

@@ -1049,7 +1049,7 @@ def nan(tmp_path_factory):
 
 def test_nan_in_the_base_is_said_before_the_first_step(nan, few, tmp_path):
     """Found by the first step, or before it by the evaluation, whose line is JSON."""
-    words = "The weights of --model give it already"
+    words = "The weights of --model already give this"
     settings = {"model": nan, "random_weights": None}
     shown = processes.refused(processes.flags(few, tmp_path / "a", **settings), words, ranks=2)
     assert "step 1: loss nan" in shown and f"{few}:" in shown and "--lr" not in shown
@@ -1070,7 +1070,7 @@ def test_nan_in_the_base_is_said_before_the_first_step(nan, few, tmp_path):
 def test_nan_in_what_is_only_evaluated_ends_with_1(nan, few):
     flags = ["--evaluate", "--model", nan, "--eval-data", few]
     shown = processes.refused(flags, "the loss on --eval-data is not finite")
-    assert "The weights of --model give it already" in shown
+    assert "The weights of --model already give this" in shown
 
 
 # ----------------------------------------------------------------------- SmolLM2, but for its size
