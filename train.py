@@ -112,7 +112,7 @@ def parse_arguments(arguments):
         prog="train.py",
         usage=USAGE,
         description="C-RLFT: class-conditioned, reward-weighted fine-tuning of a Llama.",
-        epilog="@FILE reads flags from a file; those of the command line win.",
+        epilog="@FILE reads flags from a file; the command line overrides it.",
         argument_default=argparse.SUPPRESS,  # Config has the defaults
     )
     metavars = {"model": "DIR", "out": "RUN", "classes": "FILE", "class_field": "KEY"}
