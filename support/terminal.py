@@ -1,4 +1,4 @@
-"""chat.py at the terminal: questions, commands, and the conversation that they make."""
+"""chat.py at the terminal: questions, commands, and the conversation so far."""
 
 import contextlib
 import shlex
@@ -14,7 +14,7 @@ A question that begins with a slash needs a space before it."""
 
 
 def converse(chat, options):
-    """Until Ctrl-D, /quit, or Ctrl-C twice at the prompt."""
+    """Chat until Ctrl-D, /quit, or Ctrl-C twice at the prompt."""
     with contextlib.suppress(ImportError):  # history, editing; a paste of many lines is one text
         import readline
 
@@ -48,7 +48,7 @@ def typed():
 class Talk:
     def __init__(self, chat, options):
         self.chat, self.options = chat, options
-        self.messages = []  # at its end a question and its answer
+        self.messages = []  # ends with a question and its answer
 
     def condition(self):
         chat = self.chat
