@@ -23,7 +23,7 @@ def converse(chat, options):
     print(f"{chat.folder}: {millions:,.1f}M parameters, context {chat.context:,} tokens")
     print(talk.condition())
     if chat.single:
-        print("it was trained on single questions: each is asked afresh, without those before it")
+        print("trained on single questions: each is asked without the earlier ones")
     print("/help lists the commands, Ctrl-D ends")
     while (text := typed()) is not None:
         if text.strip() in ("/quit", "/exit", "quit", "exit"):
@@ -55,7 +55,7 @@ class Talk:
         asked = f'asked as "{chat.prefix(chat.class_name, "user")} ..."'
         others = ", ".join(name for name in chat.names if name != chat.class_name)
         if not others:
-            return f"{asked}: it was trained without conditions, or only on one class"
+            return f"{asked}: trained without conditions, or on only one class"
         return f"class {chat.class_name}, {asked}; others: {others}"
 
     def command(self, name, rest=""):

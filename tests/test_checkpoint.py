@@ -985,6 +985,6 @@ def test_the_model_card_of_a_model_without_conditions_names_none(started):
     plan = dataclasses.replace(started[0], base=None)
     crlft = {"conditioned": False, "weights": {"gpt4": 1.0, "gpt3.5": 1.0}}
     text = model_card(plan, crlft | {"most_answers": 2, "steps": 1})
-    assert "Made of random weights" in text and "` User: ... `" in text
+    assert "Made from random weights" in text and "` User: ... `" in text
     assert "chat_template_kwargs" not in text and "--class" not in text
     assert "single questions" not in text
