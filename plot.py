@@ -1,12 +1,12 @@
-"""Curves of one or more runs, drawn from their metrics.jsonl.
+"""Plots one or more runs from their metrics.jsonl.
 
     python plot.py RUN                  RUN/curves.png
     python plot.py RUN [RUN...]         overlaid, in the first one's curves.png
     python plot.py RUN --to FILE.png
 
 Panels: loss and token accuracy by class (lines: training, smoothed; dots: held out), each class's
-share of a step's weight, learning rate, gradient norm, tokens per second. A class has the same
-colour in all panels, a run the same line style.
+share of a step's weight, learning rate, gradient norm, tokens per second. In all panels a class
+has one colour, and a run one line style.
 """
 
 import itertools
@@ -44,7 +44,7 @@ BY_CLASS, BY_RUN = list(PANELS)[:3], list(PANELS)[3:]
 
 def draw(runs, path):
     """All curves of `runs`, [(name, (steps, evaluations))], into a PNG."""
-    from matplotlib.figure import Figure  # no pyplot: it would look for a window system
+    from matplotlib.figure import Figure  # not pyplot, which looks for a window system
     from matplotlib.ticker import PercentFormatter
 
     figure = Figure((12, 6.5), layout="constrained")
@@ -78,7 +78,7 @@ def draw(runs, path):
 
 
 def as_label(text):
-    """A text as matplotlib shows it: no formula, and not left out of the legend."""
+    """Text that matplotlib shows as it is: not as a formula, nor left out of the legend."""
     return " " * text.startswith("_") + text.replace("$", r"\$")
 
 

@@ -112,7 +112,7 @@ def parse_arguments(arguments):
         prog="train.py",
         usage=USAGE,
         description="C-RLFT: class-conditioned, reward-weighted fine-tuning of a Llama.",
-        epilog="@FILE reads flags from a file; those of the command line win.",
+        epilog="@FILE reads flags from a file; the command line overrides it.",
         argument_default=argparse.SUPPRESS,  # Config has the defaults
     )
     metavars = {"model": "DIR", "out": "RUN", "classes": "FILE", "class_field": "KEY"}
@@ -228,7 +228,7 @@ def train(plan, ranks, out):
             stopped = stopped or not evaluate_and_export(plan, ranks, llama, log, out, step)
     if stopped:
         checkpoints.save(llama, optimizer, done)
-        ranks.say(f"stopped after step {done}, as asked; the same command resumes from here")
+        ranks.say(f"stopped after step {done} by a signal; the same command resumes from here")
         return False
     checkpoints.finish()
     ranks.say(f"done: the model is {out / 'model'}, the metrics {out / 'metrics.jsonl'}")

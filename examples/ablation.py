@@ -5,11 +5,11 @@
     python examples/ablation.py                  the table, and the axes over three seeds: 30 more
     python examples/ablation.py --task sums      the same on another task
 
-A run is train.py by its own flags, in a process of its own, in runs/ablation/TASK-VERSION/NAME. Its
-score.json is kept there, so the command goes on where it stopped. A score is the share of the
-held-out questions whose answer is exactly the expert's, asked by chat.py under a class's condition.
+A run is train.py with its own flags, in its own process, in runs/ablation/TASK-VERSION/NAME. Its
+score.json is kept there, so an interrupted command resumes. A score is the share of the held-out
+questions whose answer is exactly the expert's, asked by chat.py under a class's condition.
 
-    --axes steps share ratio      what is varied: training length; the share of each class's data
+    --axes steps share ratio      things to vary: training length; the share of each class's data
                                   (Fig. 6); the weight of the sub-optimal class, exp((alpha-1)/beta)
 """
 
@@ -77,7 +77,7 @@ class Run:
     divided_before: bool = False  # the weights divided by their sum before the loss, not after
 
     def folder(self, out):
-        """OUT/TASK-VERSION/600steps-seed0-reward=False: named by what is not the default."""
+        """OUT/TASK-VERSION/600steps-seed0-reward=False: named by its non-defaults."""
         default = Run(self.task, self.steps, self.seed)
         fields = dataclasses.asdict(self).items()
         changed = [f"{key}={value}" for key, value in fields if value != getattr(default, key)]
@@ -136,8 +136,8 @@ def part(lines, shares, seed):
 def finish(runs, out, jobs, judge=None, names=None):
     """{run: its score}, `jobs` runs at a time; those that have a score.json are not run again.
 
-    judge(run, folder) gives a score, without it `answers`; names {run: what it is called here}.
-    RuntimeError where a run fails, with the end of its log; all others are then stopped.
+    judge(run, folder) gives a score (default: `answers`); names {run: its name in the output}.
+    RuntimeError, with the end of its log, if a run fails; all others are then stopped.
     """
     runs, names = list(dict.fromkeys(runs)), names or {}
     waiting = [run for run in runs if not (run.folder(out) / "score.json").exists()]
@@ -183,7 +183,7 @@ def in_short(score):
 
 
 def work(run, out, judge):
-    """What a process of its own does: train.py, what it prints in log.txt; then the score."""
+    """Runs in its own process: train.py, with its output in log.txt, and then the score."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who started it
     folder, began = run.folder(out), time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
@@ -219,7 +219,7 @@ def dividing_before(wanted):
 
 
 def answers(run, folder):
-    """What `ask` finds, and of noisy what `slips` finds."""
+    """The result of `ask`, and for noisy that of `slips` as well."""
     task = ROOT / run.task
     score = ask(folder / "model", task / "eval.jsonl")
     if run.task == "examples/noisy":
@@ -312,7 +312,7 @@ STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 95 %, 1 to 
 def interval(shares, questions):
     """(mean, half-width of its 95 % interval): over seeds, or Wilson's for a single run.
 
-    Wilson's, the larger of its two sides, as it is not nothing where all or none are right.
+    Of Wilson's the larger of its two sides, because it is not 0 if all or none are right.
     """
     mean = statistics.fmean(shares)
     if len(shares) == 1:
@@ -325,7 +325,7 @@ def interval(shares, questions):
 
 
 def cell(runs, scores, condition=EXPERT, how="greedy"):
-    """(mean, half-width) over the runs of one table cell; None where it was not asked."""
+    """(mean, half-width) over the runs of one table cell; None if it was not asked."""
     kept = [scores[run] for run in runs]
     if condition not in kept[0]:
         return None
@@ -450,7 +450,7 @@ def draw_table(rows, scores, path, title):
         for y, runs in enumerate(rows.values()):
             for offset, name, colour, label in bars(runs[0]):
                 mean, half = cell(runs, scores, name, how)
-                reach = [[min(half, mean)], [min(half, 1 - mean)]]  # within what can be
+                reach = [[min(half, mean)], [min(half, 1 - mean)]]  # within 0 to 1
                 panel.barh(
                     y + offset, 100 * mean, 0.38, xerr=100 * np.array(reach), color=colour,
                     capsize=2, label=label,
@@ -465,7 +465,7 @@ def draw_table(rows, scores, path, title):
 
 
 def bars(run):
-    """[(offset, condition, colour, label)] of a row's bars: one where there is no condition."""
+    """[(offset, condition, colour, label)] of a row's bars: one if there is no condition."""
     if not run.condition:
         return [(0.2, EXPERT, BARE, "asked without a condition")]
     return [
@@ -585,7 +585,7 @@ def draw(args, rows, parts, noise, scores):
     title = f"{args.task}, {args.steps} steps; bars: {bars}"
     draw_table(rows, scores, folder / f"{name}-table.png", title)
     seeds = f"{args.axis_seeds} seeds" if args.axis_seeds > 1 else "one seed"
-    title = f"{args.task}, {args.steps} steps where not said otherwise, {seeds}; bars: 95 %"
+    title = f"{args.task}, {args.steps} steps unless stated otherwise, {seeds}; bars: 95 %"
     if parts:
         draw_axes(parts, scores, folder / f"{name}-axes.png", title)
     if noise:

@@ -188,7 +188,7 @@ PAGE = """<!doctype html>
 <p><code id="sum"></code></p>
 <h2>4. The gradient</h2>
 <p>The gradient of L is a sum of one vector per class, and the bars are their lengths: the longer
-  the vector, the more its class decides where the step goes.</p>
+  the vector, the more its class decides the direction of the step.</p>
 <div id="gradients"></div>
 <p id="angle"></p>
 <h2>5. The effect of the step</h2>

@@ -1,7 +1,7 @@
 """chat.py --batch: the conversations of a file, each with the model's answer at its end.
 
-Reads the files that train.py reads. Writes a line per conversation, in the order of the input:
-its other keys, and under "messages" its turns and the answer. A run that was cut short resumes.
+Reads the files that train.py reads. Writes one line per conversation, in the order of the input:
+its other keys, and its turns and the answer under "messages". An interrupted run resumes.
 """
 
 import json
@@ -56,9 +56,9 @@ def read_prompts(chat, path, drop_last_answer):
 
 
 def continue_after(out, target, asked):
-    """How many prompts `out` answers, in whole batches, as these are sampled together.
+    """How many prompts `out` answers, in whole batches, because a batch is sampled together.
 
-    The rest is removed; ValueError if `out` holds anything but answers to the first prompts.
+    The rest is removed. ValueError if `out` has anything but answers to the first prompts.
     """
     out.seek(0)
     written = out.read().splitlines(True)
@@ -68,7 +68,7 @@ def continue_after(out, target, asked):
     done = len(whole) if len(whole) == len(asked) else len(whole) // BATCH * BATCH
     out.truncate(sum(map(len, whole[:done])))
     if done:
-        say(f"{done}/{len(asked)} were answered before")
+        say(f"{done}/{len(asked)} were already answered")
     return done
 
 

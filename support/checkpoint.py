@@ -1,18 +1,18 @@
 """The folders of a run: checkpoints to resume from, and exported models.
 
-    OUT/checkpoints/step-N/    float32 weights and AdamW's state, each rank its rows, as safetensors
-        state.json             which rows each file holds, their checksums, and of which run
+    OUT/checkpoints/step-N/    float32 weights and AdamW's state as safetensors, each rank its rows
+        state.json             the rows in each file, their checksums, and the run's identity
     OUT/epoch-K/               an exported Hugging Face folder, written after its step's checkpoint
-    OUT/model                  a link to the export of the least loss, or to the last
+    OUT/model                  a link to the export with the lowest loss, or to the last
 
-A folder is written under a temporary name, synced, and renamed on rank 0 once all have written: so
-under its own name it is complete. A save that fails ends the run, and leaves the earlier ones.
+A folder is written under a temporary name, synced, and renamed by rank 0 once all ranks have
+written, so its final name means that it is complete. A failed save ends the run, and leaves the
+earlier checkpoints intact.
 
-A resumed run ends with the same bits, because a step depends on nothing but the weights and
-AdamW's two moments, saved in float32 as they are, and on its number, which decides the learning
-rate, AdamW's bias correction and the conversations (data.pack). The arithmetic repeats on a CPU,
-and on CUDA under --deterministic. The evaluation and the export due at a step follow its
-checkpoint, and a run resumed there makes both again.
+A resumed run ends with the same bits, because a step depends only on the weights and AdamW's two
+moments, saved unchanged in float32, and on its number, which decides the learning rate, AdamW's
+bias correction and the conversations (data.pack). The arithmetic repeats on a CPU, and on CUDA with
+--deterministic. A step's evaluation and export follow its checkpoint: a resumed run repeats both.
 """
 
 import contextlib
@@ -36,14 +36,14 @@ from support.files import model_folder, of_type, read_export, reading, sync
 from support.flags import flag_of
 from support.model_card import model_card
 
-FILE_SIZE = 4 << 30  # bytes: how much a rank on a GPU copies into host memory at a time
+FILE_SIZE = 4 << 30  # bytes that a rank on a GPU copies into host memory at a time
 MOMENTS = "exp_avg", "exp_avg_sq"  # AdamW's state of a parameter, apart from its step count
 REMOVE = "remove that folder to resume from the one before"
 EXPORT = re.compile(r"epoch-\d+")
 
 
 class Checkpoints:
-    """OUT/checkpoints/step-N; any number of ranks reads the files of any other number."""
+    """OUT/checkpoints/step-N; any number of ranks can read the files of any other number."""
 
     def __init__(self, plan, ranks, out):
         self.plan, self.ranks, self.out = plan, ranks, out
@@ -98,7 +98,7 @@ class Checkpoints:
             shutil.rmtree(doomed, ignore_errors=True)
 
     def finish(self):
-        """Record that all is done that was due after the last step, and on which --eval-data."""
+        """Record that everything due after the last step is done, and on which --eval-data."""
         if self.ranks.first:
             (self.folder / f"step-{self.saved}" / "finished").write_text(str(self.plan.eval_name))
 
@@ -169,8 +169,8 @@ class Checkpoints:
 def state_tensors(llama, optimizer):
     """{name: tensor}: each parameter and its AdamW moments; RuntimeError if one has none.
 
-    FSDP2 replaces a module's parameters with plain tensors while it is gathered, as the root is
-    after a forward without a backward. AdamW does not know those.
+    While a module is gathered, as the root is after a forward without a backward, FSDP2 replaces
+    its parameters with plain tensors, which AdamW does not know.
     """
     found = {}
     for name, parameter in llama.named_parameters():
@@ -220,7 +220,7 @@ def check_rows(files, shapes):
     for rows in files.values():
         for name, (first, count, _) in rows.items():
             if name not in shapes:
-                raise ValueError(f"{name} is not of this network")
+                raise ValueError(f"{name} does not belong to this network")
             found[name].append((first, first + count))
     for name, shape in shapes.items():
         end = 0
@@ -246,7 +246,7 @@ def check_sums(path, rows):
 
 
 def recipe(plan):
-    """{flags: their values} of all that identifies a run: a checkpoint of another is refused."""
+    """{flags: their values} that identify a run: a checkpoint with others is refused."""
     config = plan.config
     return as_json({
         "--data, --model, --max-length, --no-condition": plan.dataset.folder.name,
@@ -261,7 +261,7 @@ def recipe(plan):
 
 
 def as_json(value):
-    """A value as it is after writing and reading it."""
+    """A value as it is after writing it to JSON and reading it back."""
     return json.loads(json.dumps(value))
 
 
@@ -276,12 +276,12 @@ def check_recipe(folder, saved, now):
             different.append(f"\n  {key}: saved {before!r}, now {here!r}")
     if different:
         hint = "give the saved values, or a new --out:"
-        raise ValueError(f"{folder} is of a different run; {hint}{''.join(different)}")
+        raise ValueError(f"{folder} belongs to a different run; {hint}{''.join(different)}")
 
 
 def changed_flags(saved, config):
     """Flags that differ from the saved run's: the results change, but it is the same run."""
-    # An older version may lack some, and acted as by default.
+    # An older version may lack some flags; it used what is now the default.
     default, now = as_json([dataclasses.asdict(of) for of in (type(config)(), config)])
     return [
         f"{flag_of(name)} {before!r}, now {now[name]!r}"
@@ -302,7 +302,7 @@ def read_state(folder):
             for first, count, crc32 in rows.values():
                 of_type(first, int), of_type(count, int), of_type(crc32, int)
         if f"step-{state['step']}" != folder.name:
-            raise ValueError(f"it is of step {state['step']}")
+            raise ValueError(f"it belongs to step {state['step']}")
     return state
 
 
@@ -333,8 +333,8 @@ def write_export(plan, ranks, llama, out, step, losses):
 def describe_export(plan, folder, step):
     """The files beside the weights: tokenizer, generation_config.json, crlft.json, README.md.
 
-    An answer ends at either of two tokens, as in chat.py. config.json names only the end of turn:
-    llama.cpp's converter takes a single number there.
+    An answer ends at either of two tokens, as in chat.py. config.json names only the end of turn,
+    because llama.cpp's converter accepts only one number there.
     """
     config, tokenizer, dataset = plan.config, plan.tokenizer, plan.dataset
     conditions = {n: c.condition if config.condition else "" for n, c in plan.classes.items()}
@@ -357,7 +357,7 @@ def describe_export(plan, folder, step):
 
 
 def replace_export(aside, folder, step, losses):
-    """Rename an export into its place, and point OUT/model at the best one, which it returns."""
+    """Rename an export into its place, point OUT/model at the best one, and return that."""
     out, older = folder.parent, folder.with_name(f".{folder.name}.old")
     for path in [*aside.iterdir(), aside]:
         sync(path)
@@ -375,9 +375,9 @@ def replace_export(aside, folder, step, losses):
 
 
 def best_export(out, step, losses):
-    """(folder name, why) of the export with the least of `losses` {step: loss}, else of the last.
+    """(folder name, why) of the export with the lowest of `losses` {step: loss}, or of the last.
 
-    Exports beyond `step`, made before the run went back to an older checkpoint, do not count.
+    Exports beyond `step`, from before the run went back to an older checkpoint, do not count.
     """
     exports = {e.steps: name for name, e in exports_of(out).items() if e.steps <= step}
     evaluated = [steps for steps in exports if math.isfinite(losses.get(steps) or math.inf)]
@@ -386,7 +386,7 @@ def best_export(out, step, losses):
     best = min(evaluated, key=lambda steps: (losses[steps], -steps))
     others = ", ".join(sorted(exports[steps] for steps in exports.keys() - set(evaluated)))
     unknown = f"; not evaluated on this --eval-data: {others}" if others else ""
-    return exports[best], f"the least expert loss, {losses[best]:.4f}{unknown}"
+    return exports[best], f"the lowest expert loss, {losses[best]:.4f}{unknown}"
 
 
 def exports_of(out):
@@ -396,10 +396,10 @@ def exports_of(out):
 
 
 def evaluation_config(config):
-    """The Config with which --evaluate is planned, and its class table.
+    """The Config for planning --evaluate, and its class table.
 
-    An export is measured as it was trained: with its own classes, with or without condition, cut
-    at its own length. Every token counts alike: with another --beta a class could have weight 0.
+    An export is measured as it was trained: with its own classes, with or without conditions, cut
+    at its own length. All tokens count equally: with a different --beta a class could weigh 0.
     """
     folder = model_folder(config.model)
     export = read_export(folder)
@@ -418,8 +418,8 @@ def check_ownership(out, epochs, has_checkpoints):
     started = (out / "metrics.jsonl").exists() and not (out / "checkpoints").exists()
     if not has_checkpoints and (started or exports):
         raise ValueError(
-            f"{out} holds the log or the exports of a run, but none of its checkpoints, and would "
-            f"be overwritten: put {out}/checkpoints/step-N back, or give a new --out"
+            f"{out} has the log or exports of a run, but none of its checkpoints, and would be "
+            f"overwritten: put {out}/checkpoints/step-N back, or give a new --out"
         )
     if os.path.lexists(link) and not (link.is_symlink() and EXPORT.fullmatch(os.readlink(link))):
         raise ValueError(
@@ -428,7 +428,7 @@ def check_ownership(out, epochs, has_checkpoints):
         )
     for folder in (out / f"epoch-{epoch}" for epoch in range(1, epochs + 1)):
         if os.path.lexists(folder) and folder.name not in exports:
-            raise ValueError(f"{folder} is not an export, and the run makes one there: move it")
+            raise ValueError(f"{folder} is not an export, but the run writes one there: move it")
 
 
 def clear_leftovers(out):

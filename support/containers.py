@@ -3,7 +3,7 @@
     sources(arguments) -> Source, its path and shape -> blocks -> Block of raw lines or items
 
 Lines are read in a stream. Any other file is read whole, which takes 2 to 5 times its size in
-memory. What is not JSON raises a one-line error that says how to convert it.
+memory. Anything that is not JSON raises a one-line error that says how to convert it.
 """
 
 import contextlib
@@ -38,14 +38,14 @@ class Source:
 
 
 def sources(arguments, classes):
-    """A Source per 'FILE' or 'CLASS=FILE'; ValueError says what a file is, how to convert it."""
+    """A Source per 'FILE' or 'CLASS=FILE'; ValueError names other formats and how to convert."""
     found = []
     for argument in map(str, arguments):
         name, equals, path = argument.partition("=")
         if equals and name in classes:
             path = Path(path).expanduser()
         elif equals and classes and "/" not in name and not os.path.exists(argument):
-            raise ValueError(f"{argument}: {name!r} is no class of the table: {', '.join(classes)}")
+            raise ValueError(f"{argument}: {name!r} is not one of the classes {', '.join(classes)}")
         else:
             name, path = None, Path(argument)
         found.append(Source(path, name, _shape(path)))
@@ -71,11 +71,11 @@ TABLES = {".csv": PANDAS.format("csv(FILE)"), ".tsv": PANDAS.format("csv(FILE, s
 
 def _shape(path):
     if "://" in str(path) or re.match(r"https?:/", str(path)):
-        raise ValueError(f"{path}: is an address: download it first, files are read more than once")
+        raise ValueError(f"{path}: is a URL: download it first, files are read more than once")
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; name the files in it")
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: is a pipe or a device, and files are read more than once")
+        raise ValueError(f"{path}: is a pipe or a device, but files are read more than once")
     with opened(path) as (file, _):
         head = file.read(LONGEST)
     found = [known for start, known in FOREIGN.items() if re.match(start, head, re.DOTALL)]
@@ -93,7 +93,7 @@ def opened(path):
             zipped = disk.peek(2)[:2] == b"\x1f\x8b"
             yield (gzip.GzipFile(fileobj=disk) if zipped else disk), disk
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: is broken as a gzip file: {error}") from None
+        raise ValueError(f"{path}: is a damaged gzip file: {error}") from None
     except OSError as error:
         hint = ""
         if path.suffix not in (".json", ".jsonl", ".gz") and len(path.parts) == 2:
@@ -193,7 +193,7 @@ class _Text:
                 self.beside[key] = self.value()
                 if self.peek() != "}":
                     self.take(",")
-        except ValueError:  # parse_json then names the fault of the line
+        except ValueError:  # parse_json will name the line's fault
             return "lines"
         several_lines = "\n" in self.text[start : self.at]
         self.at, self.beside = start, {}
@@ -218,7 +218,7 @@ class _Text:
             self.at += shape == "data"
             if self.peek():
                 one = "array" if shape == "array" else "object with 'data'"
-                raise ValueError(f"something follows the one {one} that a file may be")
+                raise ValueError(f"something follows the {one}, and a file may have only one")
         except ValueError as error:
             place = f"{path}: item {number or 1}, character {self.at:,}"
             fault = str(error).split(": line")[0]

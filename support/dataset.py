@@ -3,7 +3,7 @@
     files -> Blocks -> encoder (data.Encoder), a process per core -> three arrays and done.json
 
 done.json is written last and has the arrays' checksums: if it is missing or they differ, the arrays
-are made again. The folder is named after the SHA-256 of the very bytes that were tokenized.
+are rebuilt. The folder is named after the SHA-256 of the bytes that were tokenized.
 """
 
 import collections
@@ -29,13 +29,13 @@ import numpy as np
 from support.containers import blocks
 from support.files import sync
 
-FORMAT = 3  # of the arrays, and of the reading of files: changes with either
+FORMAT = 3  # changes with the arrays' format, or with how files are read
 SHOWN_CAUSES, SHOWN_PLACES = 20, 5  # of bad lines
 NAMED_KEYS = 100  # different keys that are counted as not read
-MANY = 64 << 20  # bytes from which on several processes tokenize; below, starting them is slower
+MANY = 64 << 20  # bytes from which several processes are faster in spite of their start-up time
 
 # The weight stored with a token. Above 0: a factor on the weight of its class. Below 0: FINAL times
-# a weight that replaces the class's, as OpenChat's "items" give it. 0: not supervised.
+# a weight that replaces the class's, as in OpenChat's "items". 0: not supervised.
 FINAL = -1.0
 # A row per conversation: its first token, how many, the number of its class, how many are
 # supervised, the sums of their factors and of their final weights, its file, its line or item.
@@ -47,13 +47,13 @@ ARRAYS = {"tokens": np.dtype("<i4"), "weights": np.dtype("<f4"), "index": INDEX}
 
 
 class BadData(ValueError):
-    """Lines that cannot be trained on, by cause, with places and count, and a way out."""
+    """Lines that cannot be trained on, by cause, with their places and count; how to fix it."""
 
     def __init__(self, report, good):
         lines = f"{report['bad']:,} bad line{'s' * (report['bad'] > 1)}:"
         hint = "Fix them, or pass --skip-bad to drop and count them."
         if not good:
-            hint = "No line is good. docs/DATA.md has a table of the shapes that are read."
+            hint = "No line is good. docs/DATA.md has a table of the supported formats."
         super().__init__("\n".join([lines, *problem_lines(report), hint]))
 
 
@@ -73,10 +73,10 @@ def problem_lines(report):
 def encode_files(sources, encoder, settings, folder, *, skip_bad=False, progress=None):
     """Encode Sources into arrays below `folder`, once; returns a Dataset.
 
-    The arrays are keyed by the content of the files and by `settings` (JSON): everything that the
-    encoder's work depends on. `encoder(block)` returns (arrays_of its conversations, Report).
-    `progress(done bytes, all bytes, conversations)` is called as it goes. Raises BadData after all
-    files were read, unless `skip_bad`.
+    The arrays are keyed by the files' content and by `settings` (JSON), which is everything that
+    the result depends on. `encoder(block)` returns (arrays_of its conversations, Report).
+    `progress(done bytes, all bytes, conversations)` is called now and then. Raises BadData once
+    all files are read, unless `skip_bad`.
     """
     digests = [source.sha256() for source in sources]
     settings = [FORMAT, settings, [(s.source_class, s.shape) for s in sources], skip_bad, digests]
@@ -143,7 +143,7 @@ def _commit(folder, report):
 
 
 def _is_whole(folder):
-    """Are the arrays there, as they were written? If they are damaged, prints so."""
+    """Do the arrays exist, as they were written? Prints a line if they are damaged."""
     if not (folder / "done.json").exists():
         return False
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
@@ -170,7 +170,7 @@ class Report:
     answer_cut: int = 0  # dropped: no answer is left
     weightless: int = 0  # dropped: no answer has a weight above 0
     unknown: int = 0  # tokens of <unk>
-    lost_bytes: int = 0  # of texts, that give no token
+    lost_bytes: int = 0  # bytes of text that give no token
     bad: int = 0  # lines
     other_causes: int = 0  # bad lines that are not among `problems`
     problems: dict = dataclasses.field(default_factory=dict)  # by file and cause
@@ -209,7 +209,7 @@ class Report:
 
 
 def encode_blocks(blocks, encoder, size):
-    """(block, its encoding) in order; from MANY bytes on, in a process per core."""
+    """(block, its encoding) in order; for MANY bytes or more, in one process per core."""
     processes = process_count()
     if size < MANY or processes == 1:
         yield from ((block, encoder(block)) for block in blocks)
@@ -225,11 +225,11 @@ def encode_blocks(blocks, encoder, size):
                 ahead.extend(itertools.islice(submitted, 1))
     except BrokenProcessPool:
         hint = "perhaps for lack of memory: run it again"
-        raise OSError(f"a process that tokenized was killed, {hint}") from None
+        raise OSError(f"a tokenizing process was killed, {hint}") from None
 
 
 def process_count():
-    """A process per core that this one may use; each takes some 300 MB."""
+    """One per core that this process may use; each takes about 300 MB."""
     allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
     return min(len(allowed(0)), 32)
 
@@ -237,7 +237,7 @@ def process_count():
 def _start_process(encoder):
     global _encoder
     _encoder = encoder
-    gc.disable()  # its many objects form no cycles, and looking for some takes a sixth of the time
+    gc.disable()  # its many objects form no cycles, and looking for them takes a sixth of the time
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -297,10 +297,10 @@ class Dataset:
         return class_weights[rows["source_class"]] * rows["factors"] + rows["final"]
 
     def most_answers(self, end_of_turn):
-        """The most answers that a conversation has; 1 if all are single questions.
+        """The most answers in any conversation; 1 if all are single questions.
 
-        By the ends of turn before its last token: one in `u [a]`, two in `s u [a]`, three in
-        `u a u [a]`, cut short or not.
+        Counted by the ends of turn before the last token: one in `u [a]`, two in `s u [a]`, three
+        in `u a u [a]`, whether it was cut or not.
         """
         starts, is_end = self.index["start"], self.tokens == end_of_turn
         ends = np.add.reduceat(is_end, starts, dtype=np.int64) - is_end[starts + self.lengths - 1]
@@ -320,6 +320,6 @@ class Dataset:
         return np.where(weights < 0, FINAL * weights, of_class * weights).astype(np.float32)
 
     def where(self, conversation):
-        """file:line, or file: item, of a conversation, for messages."""
+        """A conversation's "file:line" or "file: item", for messages."""
         row = self.index[conversation]
         return self.sources[row["file"]].where(row["line"])

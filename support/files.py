@@ -1,4 +1,4 @@
-"""Files that must survive a kill, and how those that a run leaves are read."""
+"""Writing files that must survive a kill, and reading those that a run leaves."""
 
 import contextlib
 import errno
@@ -12,11 +12,11 @@ from loss import class_table
 
 
 def sync(path):
-    """Have the disk hold a file or folder before going on."""
+    """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError as error:  # some network disks cannot do that with a folder
+    except OSError as error:  # some network disks cannot sync a folder
         if not (os.path.isdir(path) and error.errno in (errno.EINVAL, errno.ENOTSUP)):
             raise
     finally:
@@ -25,7 +25,7 @@ def sync(path):
 
 @contextlib.contextmanager
 def reading(path, hint=""):
-    """Anything odd that is found in a JSON file becomes a ValueError that names it."""
+    """Anything wrong in a JSON file becomes a ValueError that names the file."""
     odd = OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError
     try:
         yield
@@ -43,7 +43,7 @@ CURVES = "lr", "grad_norm", "tokens_per_second", "loss", "accuracy", "weight_sha
 
 
 def read_metrics(path):
-    """The lines of a metrics.jsonl, each a dict, without a last one that is half written."""
+    """The lines of a metrics.jsonl, each a dict, except a last line that is incomplete."""
     lines, texts = [], path.read_bytes().split(b"\n") if path.exists() else []
     for number, text in enumerate(texts, start=1):
         with reading(f"{path}:{number}"):
@@ -61,7 +61,7 @@ def read_metrics(path):
 
 
 def model_folder(folder):
-    """The folder itself, or the model in it if it is a run's."""
+    """The folder itself, or, if it is a run's, the model in it."""
     folder, inner = Path(folder), Path(folder) / "model"
     is_run = (inner / "crlft.json").exists() and not (folder / "crlft.json").exists()
     return inner if is_run else folder
@@ -73,7 +73,7 @@ class Export(NamedTuple):
     classes: dict  # {name: SourceClass}
     conditioned: bool  # was the class in the prompt?
     weights: dict  # {name: weight}; {} in older exports
-    most_answers: int  # the most that one of its training conversations had; 0: unknown
+    most_answers: int  # the most in one of its training conversations; 0: unknown
     steps: int | None  # of training; None in a folder that no run exported
     max_length: int | None  # tokens of its training conversations, if limited by a flag
 

@@ -1,4 +1,4 @@
-"""The flags of the commands: a wrong one is an error of one line, with the nearest right one."""
+"""Command-line flags: a wrong one is a one-line error that suggests the nearest known flag."""
 
 import argparse
 import dataclasses
@@ -19,9 +19,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, arguments=None):
         arguments = sys.argv[1:] if arguments is None else arguments
-        before_texts = [*arguments, "--"].index("--")  # after "--" come texts
+        before_texts = [*arguments, "--"].index("--")  # no flags after "--"
         known = self._option_string_actions
-        # A wrong flag is an error before a missing one: it may be that one, misspelt.
+        # Report a wrong flag before a missing one: it may be the same one, misspelt.
         for flag in (argument.split("=")[0] for argument in arguments[:before_texts]):
             if flag.startswith("--") and " " not in flag and flag not in known:
                 near = difflib.get_close_matches(flag, known, 1, cutoff=0.7)
@@ -38,9 +38,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
     def add_fields(self, config, metavars):
-        """A flag per field of a dataclass: a comment beside it is its help, one above it a group.
+        """A flag per field of a dataclass: the comment beside it is its help, `# ---` a group.
 
-        metavars: {field: the name of its value in the help}, if its type does not say enough.
+        metavars: {field: the name of its value in the help}, if its type is not enough.
         """
         fields, group = {field.name: field for field in dataclasses.fields(config)}, self
         lines = r"^    (?:# --- (.*)|(\w+): .*?  # (.*))$"
@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
             group.add_argument(flag_of(name), help=comment.replace("%", "%%"), **options)
 
     def values(self, arguments):
-        """{field: value} of the flags given; those of the command line win over an @FILE's."""
+        """{field: value} of the flags given; the command line overrides an @FILE."""
         from_files, others = [], []
         for argument in arguments:
             if not argument.startswith("@"):

@@ -1,8 +1,8 @@
-"""The shapes that people's files have, turned into one checked conversation.
+"""The formats of people's files, turned into one checked conversation.
 
     a line's bytes -> parse_json -> parse_conversation -> Conversation
 
-Every key is used, refused, or returned in `not_read` and counted; a fault is a BadLine.
+Every key is used, refused, or returned in `not_read` and counted. Errors raise BadLine.
 """
 
 import collections
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 # A line has its conversation as a list of messages under one of these keys,
 LISTS = "messages", "conversations", "conversation", "items"
-# or as a question, with its context appended, and an answer: each a text or a list of messages.
+# or as a question, followed by its context, and an answer: each text or a list of messages.
 QUESTIONS, CONTEXTS = ("instruction", "prompt", "question", "query"), ("input", "context")
 ANSWERS = "output", "completion", "response"
 SYSTEMS = "system", "system_prompt"  # the system message, with any of them
@@ -46,7 +46,7 @@ LONGEST = 16 << 20  # bytes of a line, or of an item of an array
 
 
 class BadLine(ValueError):
-    """The fault of a line; `cause` is the same text for all lines with this fault."""
+    """An error in a line; `cause` is the same text for all lines with the same error."""
 
     def __init__(self, text, cause=None):
         super().__init__(text)
@@ -57,7 +57,7 @@ class Message(NamedTuple):
     role: str  # system, user or assistant
     content: str
     weight: float = 1.0  # of an assistant's: a factor on the weight of its class
-    final: bool = False  # `weight` replaces that of the class, and any role may have it
+    final: bool = False  # `weight` replaces the class's, and any role may have one
 
 
 class Conversation(NamedTuple):
@@ -103,9 +103,9 @@ DECODER = json.JSONDecoder(object_pairs_hook=_without_repeats)
 def parse_conversation(line, classes, class_field="class", file_class=None):
     """A checked Conversation from one decoded JSON line.
 
-    Its class is named by `class_field`, or is `file_class` if the file has one; two that disagree
-    are an error. A message weighs its class's weight x the line's "weight" x its own; in OpenChat's
-    "items" its own is final, as it includes the class's.
+    Its class is named by `class_field`, or is `file_class` if the file has one; it is an error if
+    they disagree. A message's weight is its class's x the line's "weight" x its own; in OpenChat's
+    "items" its own weight is final, because it includes the class's.
     """
     messages, not_read = parse_messages(line, {class_field})
     source_class = _source_class(line, classes, class_field, file_class)
@@ -136,7 +136,7 @@ def parse_messages(line, obeyed=()):
         try:
             message, keys = _message(role, raw, final)
             if factor != 1 and message and message.final:
-                raise BadLine("its weight is final in 'items': remove the weight of the line")
+                raise BadLine("its weight is final in 'items': remove the line's weight")
             if message and message.role == "assistant":
                 message = message._replace(weight=_checked_weight(message.weight * factor))
         except BadLine as error:
@@ -169,7 +169,7 @@ def is_empty(value):
 
 
 def _one_of(keys):
-    """The keys, of which a line may have one."""
+    """The keys, of which a line may have only one."""
     if len(keys) > 1:
         raise BadLine(f"both {keys[0]!r} and {keys[1]!r}: keep the one that is meant")
     return keys
@@ -323,7 +323,7 @@ def _check_keys(given, obeyed, prefix, more=()):
 
 
 def check_file_keys(beside):
-    """The keys beside a file's list of conversations; BadLine if each of them should have one."""
+    """The keys beside a file's list of conversations; BadLine if it belongs in each of these."""
     for key in beside.keys() & {*LINE_KEYS, "data"}:
         if not is_empty(beside[key]):
             hint = "put it into each of them, or give the class of all as CLASS=FILE"
@@ -398,7 +398,7 @@ def _named_class(key, value, names):
 
 
 def _matching_class(key, value, classes):
-    """The class that a field's value names or, without regard to case, whose pattern it fits."""
+    """The class that a field's value names, or whose pattern it matches (ignoring case)."""
     if isinstance(value, (dict, list)):
         raise BadLine(f"{key!r} must be text, a number, true or false, not {_kind(value)}")
     text = value if isinstance(value, str) else json.dumps(value)

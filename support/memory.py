@@ -1,4 +1,4 @@
-"""An estimate of the memory that a rank's GPU needs at the peak of a step, before one is rented.
+"""Estimates, before you rent a GPU, how much of its memory a rank needs at the peak of a step.
 
 Tested against the memory of small networks on a CPU (tests/test_plan.py).
 """
@@ -30,21 +30,21 @@ def estimate(network, size, recompute):
     kv = network.num_key_value_heads * (network.head_dim + lacking)
     cut = network.num_attention_heads * network.head_dim if lacking else 0
     # Saved for backward, per token: the inputs of block and attention, q, k, v, the attention's
-    # output, and the MLP's two products; if not compiled, also all that a compiled block makes
-    # again from these: the outputs of both norms, the MLP's SiLU and product, their intermediates.
+    # output, and the MLP's two products; if not compiled, also what a compiled block recomputes
+    # from these: the outputs of both norms, the MLP's SiLU and product, their intermediates.
     block = width * (2 * d + 2 * q + cut + 2 * kv + 2 * f + (0 if size.compiled else 4 * d + 2 * f))
     matrices = 1 if network.tie_word_embeddings else 2  # embedding and head
     embedding = network.vocab_size * d
     per_block = (parameters - matrices * embedding) // network.num_hidden_layers
-    # Backward reaches the recomputed blocks last: the others' memory is free again by then.
+    # Backward reaches the recomputed blocks last: by then the others' memory has been freed.
     stored = max(network.num_hidden_layers - recompute, 1) * block + recompute * width * d
-    # For one block at a time: gradients, 3 f for its MLP, and all that a compiled one makes again.
+    # For one block at a time: gradients, 3 f for its MLP, and all that a compiled one recomputes.
     once = 6 * d + 3 * f + (2 * d + f if size.compiled else 0)
     return {
         "parameters": 4 * parameters // shards,
         "gradients": 4 * parameters // shards,
         "AdamW": 8 * parameters // shards,
-        # And a block's gradients on their way: in float32, gathered and as a rank keeps them.
+        # Plus a block's gradients in float32 during the reduction: whole, and this rank's shard.
         "gathered blocks": width * (matrices * embedding + 2 * per_block)
         + 4 * (per_block + per_block // shards),
         "activations": t * (stored + width * once),
@@ -62,7 +62,7 @@ def of_a_rank(planned_gib):
 
 
 def blocks_to_recompute(network, size, available):
-    """The fewest blocks, or all, with which the estimate is within 90 % of the available bytes."""
+    """The fewest blocks that bring the estimate within 90 % of the available bytes, or all."""
     for recompute in range(network.num_hidden_layers):
         if not available or total(network, size, recompute) <= 0.9 * available:
             return recompute

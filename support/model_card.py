@@ -1,4 +1,4 @@
-"""README.md of an exported model: how it was made, how to ask it under each condition."""
+"""README.md of an exported model: how it was made, and how to prompt it under each condition."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import torch
 
 
 def model_card(plan, crlft):
-    """Its text. Names of classes and files become code spans, so none can break the markdown."""
+    """The text. Names of classes and files become code spans, so none can break the markdown."""
     template, conditioned, rows = plan.tokenizer.template, crlft["conditioned"], ""
     for name, source in plan.classes.items():
         condition = source.condition if conditioned else ""
@@ -20,11 +20,11 @@ def model_card(plan, crlft):
     body |= {"chat_template_kwargs": {"condition": condition}} if conditioned else {}
     base = code(Path(plan.config.model).resolve().name) if plan.base else "random weights"
     files = ", ".join(code(source.path.name) for source in plan.dataset.sources)
-    single = "\nTrained on single questions: leave out what was said before."
+    single = "\nTrained on single questions: leave out earlier turns."
     return f"""\
 # A model fine-tuned by C-RLFT
 
-Made of {base} by class-conditioned, reward-weighted fine-tuning
+Made from {base} by class-conditioned, reward-weighted fine-tuning
 ([arXiv 2309.11235](https://arxiv.org/abs/2309.11235)): {crlft["steps"]:,} steps,
 {len(plan.dataset):,} conversations of {files}, PyTorch {torch.__version__}.
 All flags are in crlft.json.{single if crlft["most_answers"] == 1 else ""}

@@ -2,7 +2,7 @@
 
     flags -> classes, tokenizer, network -> tokenized data -> order of the steps -> memory
 
-make_plan reads it top to bottom, and whatever is wrong with the input raises there.
+make_plan does this from left to right; any error in the input is raised there.
 """
 
 import dataclasses
@@ -37,22 +37,22 @@ class Plan:
     dataset: Dataset
     eval_dataset: Dataset | None
     order: data.Order
-    # --- flags that were left to us, decided
+    # --- decisions on flags that were left open
     bf16: bool
     compile: bool
-    flash: bool  # does FlashAttention attend?
+    flash: bool  # is FlashAttention used?
     max_length: int
     lr: float  # the peak
     shape: tuple | None  # (tokens, offsets, longest) of every batch if blocks are compiled
     # --- how the weights are loaded
     base: str | None  # fingerprint of --model's weights; None: random weights
-    new_rows: int  # that the vocabulary gains over the checkpoint's
+    new_rows: int  # of the vocabulary that the checkpoint lacks
     untrained: list  # turn tokens whose rows in the checkpoint look untrained
     # --- memory
     recompute: int  # blocks whose activations are recomputed in backward
     size: memory.Size
     memory: dict  # {part: bytes per rank}
-    available: int  # bytes a rank has; 0: not limited here
+    available: int  # bytes per rank; 0: no limit known
 
     @property
     def fits(self):
@@ -79,7 +79,7 @@ class Plan:
 
 
 def make_plan(config, ranks, out):
-    """The Plan of a run; whatever is wrong with the input raises here. Tokenizes the data."""
+    """The Plan of a run. Tokenizes the data; any error in the input is raised here."""
     table = DEFAULT_CLASSES
     if config.evaluate:
         config, table = evaluation_config(config)
@@ -99,17 +99,17 @@ def make_plan(config, ranks, out):
     new_rows = rows - read.vocab_size
     pretrained = not config.random_weights and model.has_weights(config.model)
     if not (pretrained or config.random_weights or config.dry_run):  # which needs none
-        hint = "" if config.evaluate else "; --random-weights begins with random ones"
+        hint = "" if config.evaluate else "; --random-weights starts from random ones"
         raise ValueError(f"{config.model}: no *.safetensors there{hint}")
     if pretrained:
         model.check_weights(config.model, network, new_rows)
     new = pretrained and not read_export(Path(config.model))  # an export has all its rows
     untrained = model.untrained(config.model, tokenizer.marks) if new else []
 
-    cuda = ranks.cuda or config.plan_memory > 0  # a GPU is planned for, here or not
+    cuda = ranks.cuda or config.plan_memory > 0  # the plan is for a GPU, even if none is here
     bf16 = (config.precision or ("bf16" if cuda else "fp32")) == "bf16"
     flash = cuda and bf16 and model.flash_takes(network.head_dim)
-    # Only FlashAttention has fixed shapes; with anything else each batch would be compiled anew.
+    # Only FlashAttention has fixed shapes; anything else would compile again for every batch.
     compile = flash if config.compile is None else config.compile
     context = network.max_position_embeddings
     max_length = length_limit(config.max_length, config.batch_tokens, context)
@@ -159,16 +159,16 @@ def make_plan(config, ranks, out):
 
 
 def identity_of_weights(config, ranks):
-    """Their fingerprint; ValueError if the machines of a run have different weights."""
+    """The weights' fingerprint; ValueError if it differs between the machines of a run."""
     first_of_machine = int(os.environ.get("LOCAL_RANK", 0)) == 0 and not config.dry_run
     found = set(ranks.gather(model.fingerprint(config.model) if first_of_machine else ""))
     if len(found - {""}) > 1:
-        raise ValueError(f"--model {config.model}: not every machine has the same weights there")
+        raise ValueError(f"--model {config.model}: the weights differ between machines")
     return max(found) or "not read"
 
 
 def length_limit(max_length, batch_tokens, context):
-    """The tokens at which a conversation is cut: --max-length, by default 4096 or less.
+    """The number of tokens to cut a conversation at: --max-length, by default 4096 or less.
 
     `context` is the model's max_position_embeddings, None if it is not known.
     """
@@ -178,7 +178,7 @@ def length_limit(max_length, batch_tokens, context):
 
 
 def auto_lr(network, tokenizer, supervised_tokens):
-    """OpenChat's rule: 3e-4 · sqrt(supervised tokens a step / 4e6); Mistral / 6, Llama 3 / 5.3."""
+    """OpenChat's 3e-4 · sqrt(supervised tokens per step / 4e6); Mistral / 6, Llama 3 / 5.3."""
     llama = 5.3 if tokenizer.template.name == "openchat_3.6" else 1
     divisor = 6 if network.model_type == "mistral" else llama
     return 3e-4 / divisor * math.sqrt(supervised_tokens / 4e6)

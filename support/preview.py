@@ -26,8 +26,8 @@ def main(argv=None):
     add("--class-field", default="class", metavar="KEY", help="the field that names its class")
     add("--beta", type=float, default=BETA, help="w = exp((reward - best reward) / beta)")
     add("--max-length", type=int, help="tokens; longer ones are cut (default: as in train.py)")
-    add("--batch-tokens", type=int, default=8192, help="tokens a bin, for the packing's figures")
-    add("--ranks", type=int, default=1, help="bins a step: ranks x --accumulate in train.py")
+    add("--batch-tokens", type=int, default=8192, help="tokens per bin, for the packing figures")
+    add("--ranks", type=int, default=1, help="bins per step: ranks x --accumulate of train.py")
     add("--show", type=int, default=4, metavar="N", help="conversations to show")
     add("--skip-bad", action="store_true", help="drop bad lines and count them")
     args = parser.parse_args(argv)
@@ -76,7 +76,7 @@ def run_preview(args):
 
 
 LEGEND = r"""supervised: ⟦between these⟧, with its weight w
-a special token's name that is spelled in a text is shown as <\s>"""
+the name of a special token, if spelled out in a text, is shown as <\s>"""
 
 
 def preview(dataset, conversation, tokenizer, classes, class_weights):

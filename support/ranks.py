@@ -1,8 +1,8 @@
-"""The processes of a run: how they talk to each other, how they end, and the folder they share.
+"""The processes of a run: how they communicate, how they end, and the folder they share.
 
-The handler of a signal to stop only sets a flag. In a step the flag rides in the all-reduce of the
-loss, in an evaluation the ranks ask each other before every batch. So all ranks know at the same
-point: they finish the step or leave the evaluation, save after the same step, and exit with 0.
+The handler of a signal to stop only sets a flag. In a step the flag is part of the loss's
+all-reduce; in an evaluation the ranks ask each other before every batch. So all ranks learn of it
+at the same point: they finish the step or leave the evaluation, save, and exit with 0.
 """
 
 import contextlib
@@ -51,14 +51,14 @@ class Ranks:
             )  # fmt: skip
         except RuntimeError as error:
             sys.exit(f"error: the ranks cannot be connected: {error}")
-        # The ranks wait for rank 0 while it tokenizes, and for each other's files: hours at times.
+        # The ranks wait for rank 0 to tokenize, and for each other's files: sometimes for hours.
         self.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=2))
         self.first = self.rank == 0
         self.line = StatusLine(sys.stdout, seconds=1.0)
         self.signalled = None  # when the first signal to stop came
 
     def thread(self):
-        """An executor of one thread, on this rank's device: a thread starts with device 0."""
+        """An executor of one thread, on this rank's device: new threads start on device 0."""
         use_device = functools.partial(torch.cuda.set_device, self.device) if self.cuda else None
         return ThreadPoolExecutor(1, initializer=use_device)
 
@@ -83,7 +83,7 @@ class Ranks:
     def all_do(self, function, task=""):
         """[`function()` of each rank], as JSON; if it fails on one rank, all raise its error.
 
-        It must not fail in the middle of a collective, for which the other ranks would wait.
+        It must not fail in the middle of a collective: the other ranks would wait for it.
         """
         value, problem = None, ""
         try:
@@ -101,7 +101,7 @@ class Ranks:
         return self.all_do(lambda: function() if self.first else None, task)[0]
 
     def listen(self):
-        """From here on a signal to stop only sets a flag; a second one ends the process at once."""
+        """From now on a signal to stop only sets a flag; a second one ends the process at once."""
         for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
                 signal.signal(number, self._signal)
@@ -120,13 +120,13 @@ class Ranks:
         return bool(self.sum(signalled))
 
     def check_lock(self, out):
-        """ValueError if another run has taken `out` since this one locked it: it was removed."""
+        """ValueError if `out` was removed since this run locked it, and another run has it now."""
         if self.holder and (seen := read_lock(out)) not in (None, self.holder):
             raise ValueError(f"{out} was removed, and is now held by another run ({seen})")
 
     @contextlib.contextmanager
     def errors_in_one_line(self):
-        """Errors that a user can act on end the run in one line, all others in a traceback."""
+        """Errors that a user can fix end the run with one line, all others with a traceback."""
         try:
             yield
             self.finish()
@@ -134,7 +134,7 @@ class Ranks:
             self.stop(f"error: {error}")
         except KeyboardInterrupt:
             self.stop("interrupted")
-        except RuntimeError as error:  # gloo says only in its message that a rank is gone
+        except RuntimeError as error:  # only gloo's message tells that a rank is gone
             signs = "Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out"
             if not isinstance(error, dist.DistError) and not any(s in str(error) for s in signs):
                 raise
@@ -156,10 +156,10 @@ class Ranks:
 
 
 def fresh_store(store, rank, world):
-    """`store` under a new prefix, because after a restart it still holds the dead ranks' keys.
+    """`store` under a new prefix, because after a restart it still has the dead ranks' keys.
 
     New ranks would wait for the addresses of dead ones (pytorch#135712), and torchrun's restart
-    count differs between machines. So rank 0 draws a prefix, and answers with it to each rank
+    count differs between machines. So rank 0 draws a random prefix, and gives it to each other rank
     under a name that this rank has just drawn.
     """
     if rank:
@@ -200,7 +200,7 @@ def held_output(path, ranks):
 
 
 def lock_folder(out, say):
-    """OUT/.lock, open and locked; its text names the process that holds it."""
+    """OUT/.lock, open and locked; its text names the process that has locked it."""
     out.mkdir(parents=True, exist_ok=True)
     lock = open(out / ".lock", "a")
     try:

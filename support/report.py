@@ -28,7 +28,7 @@ class StatusLine:
     Everything else is printed by `say`, or after `end`: both first end the refreshed line.
     """
 
-    current = None  # the one with the cursor on its refreshed line, as there is one terminal
+    current = None  # the StatusLine that has the cursor, as there is only one terminal
 
     def __init__(self, stream, seconds):
         self.stream, self.seconds, self.shown = stream, seconds, 0.0
@@ -57,7 +57,7 @@ class StatusLine:
     def _print(self, text, end="\n"):
         try:
             print(text, end=end, file=self.stream, flush=True)
-        except OSError:  # the terminal is closed, or `tee` has ended: the run goes on without it
+        except OSError:  # the terminal is closed, or `tee` has ended: the run continues
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def say_in_handler(self, text):
@@ -118,7 +118,7 @@ def header(plan):
     if tokenizer.warning:
         out.append(tokenizer.warning)
     if plan.eval_name == plan.dataset.folder.name and not config.evaluate:
-        out.append("warning: --eval-data is --data; it should be other, held-out data")
+        out.append("warning: --eval-data is --data; it should be different, held-out data")
     return "\n".join([*out, "", *summary(plan.dataset, plan.classes, plan.class_weights), ""])
 
 
@@ -126,15 +126,15 @@ def schedule(plan):
     """Text about the weights in a step, the number of steps, and the optimizer."""
     config, order, out, expert = plan.config, plan.order, [], expert_class(plan.classes)
     if list(plan.classes).index(expert) not in plan.dataset.index["source_class"]:
-        out.append(f"warning: no conversation of the expert class {expert}, which chat.py asks for")
+        out.append(f"warning: no conversation of the expert class {expert}, chat.py's default")
     first_epoch = order.pack(0)[: order.total]
     out += weight_by_step(plan.dataset, first_epoch, plan.classes, plan.class_weights)
     if order.total <= FEW_STEPS and order.total != config.max_steps:
-        times = 1 << (FEW_STEPS // order.total).bit_length()  # as many are enough
+        times = 1 << (FEW_STEPS // order.total).bit_length()  # that many make enough
         tokens, longest = config.batch_tokens // times, plan.dataset.lengths.max()
         whole = tokens >= (config.max_length or longest)  # no conversation would be cut
         flag = f"--batch-tokens {tokens}" if whole else f"--epochs {times * config.epochs}"
-        out.append(f"warning: few steps, {order.total}; {flag} makes some {times * order.total}")
+        out.append(f"warning: few steps ({order.total}); {flag} makes about {times * order.total}")
     if config.random_weights and config.lr == "auto":
         out.append("warning: OpenChat's learning rate is for pretrained weights; try --lr 3e-3")
     rule = " (OpenChat's rule)" if config.lr == "auto" else ""
@@ -147,7 +147,7 @@ def schedule(plan):
     ])  # fmt: skip
 
 
-FEW_STEPS = 100  # as few train hardly anything
+FEW_STEPS = 100  # so few train hardly anything
 
 
 def resources(plan):
@@ -183,7 +183,7 @@ def _needed(plan):
 
 
 def what_would_fit(plan):
-    """The error of a plan that does not fit: with how many ranks or tokens it would."""
+    """The error of a plan that does not fit; it says with how many ranks or tokens it would."""
     config, size, ways = plan.config, plan.size, []
     found = memory.sizes_that_fit(plan.network, size, plan.available)
     if found:  # the most tokens, or the fewest ranks
@@ -231,7 +231,7 @@ def summary(dataset, classes, class_weights):
         shown = [f"{repr(key)[1:-1]} ({count:,})" for key, count in keys.most_common(12)]
         shown += [f"and {len(keys) - 12} other keys"] * (len(keys) > 12)
         out.append(f"not read: {', '.join(shown)}")
-    out += [f"class {n} has weight 0, and is not trained on: raise --beta" for n in weightless]
+    out += [f"class {n} has weight 0 and is not trained on: raise --beta" for n in weightless]
     paths = collections.Counter(source.path.resolve() for source in dataset.sources)
     out += [f"given {n} times: {path}" for path, n in paths.items() if n > 1]
     return out
@@ -250,7 +250,7 @@ COUNTED = {  # of dataset.report, each printed unless it is 0
 def weight_by_step(dataset, steps, classes, class_weights):
     """Lines of text: each class's share of the weight per step, in the first epoch.
 
-    L = Σ w·CE / Σ w is over the tokens of one step: without any of the best class, 0.1 acts as 1.
+    L = Σ w·CE / Σ w is over the tokens of one step: if none is of the best class, 0.1 acts as 1.
     """
     if class_weights is None or len(set(class_weights)) == 1:  # all tokens count alike
         return []
@@ -289,7 +289,7 @@ def visible(tokens, tokenizer):
 
 
 def harmless(text, names):
-    """A text without anything that looks like a special token, a mark or an escape sequence."""
+    """Text with nothing that looks like a special token, a mark or an escape sequence."""
     for name in names.values():
         text = text.replace(name, name[0] + "\\" + name[1:])  # <\s>
     hidden = {"⟦", "⟧"}.union(c for c in text if not c.isprintable()) - {"\n", "\t"}
@@ -311,7 +311,7 @@ class Log:
         ranks.first_does(self._go_on)
 
     def _go_on(self):
-        """Keep the lines of the steps done, without the evaluation that is made again."""
+        """Keep the lines of the steps done, except an evaluation that will be repeated."""
         keep = []
         for line in read_metrics(self.path) if self.start else ():
             ours = "eval" in line and line.get("eval_data") == self.plan.eval_name
@@ -372,7 +372,7 @@ class Log:
             with open(self.path, "ab", buffering=0) as file:  # a new one if it was moved
                 self.unwritten = self.unwritten[file.write(self.unwritten) :]
         except (OSError, ValueError) as error:
-            if not waiting:  # it is not said again at each step
+            if not waiting:  # warn once, not at each step
                 self.ranks.say(f"warning: {self.path}: {error}; kept for later")
 
     def evaluation(self, step, table):
@@ -385,7 +385,7 @@ class Log:
         self.ranks.say(f"evaluation at step {step}: {'  '.join(each)}")
 
     def expert_losses(self):
-        """{step: the best-rewarded class's held-out loss} of the evaluations on this data."""
+        """{step: held-out loss of the class with the highest reward}, on this evaluation data."""
         expert = expert_class(self.plan.classes)
         found = self.evaluations.items()
         return {step: classes.get(expert, {}).get("loss") for step, classes in found}
@@ -425,7 +425,7 @@ PEAK_FLOPS = {  # dense bf16, by a part of torch.cuda.get_device_name(); NVIDIA'
 
 
 def peak_flops(name):
-    """Of the first entry that is a part of `name`; None if the device is not listed."""
+    """The first entry of PEAK_FLOPS whose key is in `name`; None if the device is not listed."""
     return next((PEAK_FLOPS[key] for key in PEAK_FLOPS if key in name), None)
 
 

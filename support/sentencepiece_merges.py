@@ -1,6 +1,6 @@
-"""Hugging Face's form of a SentencePiece model, or why it would give other ids there.
+"""Hugging Face's form of a SentencePiece model, or the reason why its ids would differ there.
 
-Most of the differences show only in the model's own proto, not in SentencePieceProcessor.
+Most of the differences are visible only in the model's proto, not in SentencePieceProcessor.
 """
 
 import io
@@ -17,9 +17,9 @@ NORMAL, USER_DEFINED, UNUSED = 1, 4, 5
 def exact_merges(path, processor):
     """(merges, symbols, collapses_spaces) of a SentencePieceProcessor.
 
-    merges [[left, right], ...] have the first to be merged first; symbols {text: id} are matched in
-    a text before any merge; collapses_spaces: several spaces become one, those at the ends none.
-    ValueError, naming `path`, if Hugging Face's form would give other ids.
+    merges [[left, right], ...] are in the order of merging; symbols {text: id} are matched in a
+    text before any merge; collapses_spaces: several spaces become one, and those at the ends none.
+    ValueError, naming `path`, if Hugging Face's form would give different ids.
     """
     pieces, specs = [], {TRAINER: {}, NORMALIZER: {}}
     for number, value in fields(processor.serialized_model_proto()):
@@ -66,7 +66,7 @@ def fields(message):
     """(number, int or bytes) of a protobuf message: protobuf.dev/programming-guides/encoding."""
     stream = io.BytesIO(message)
 
-    def varint():  # seven bits per byte, the lowest first; its eighth says that more follow
+    def varint():  # seven bits per byte, lowest first; the eighth means that more follow
         byte = stream.read(1)[0]
         return byte if byte < 128 else byte - 128 + (varint() << 7)
 
@@ -81,8 +81,8 @@ def merges_of(ids, score_of):
 
     A merge is every split of a piece into two that merges can make. SentencePiece merges the
     highest score first, then the leftmost; Hugging Face the first in this list, then the leftmost.
-    If only one piece has a score there is no choice: of its splits only the one that completes
-    SentencePiece's own merging of that piece ever occurs, as no merge crosses a piece's bounds.
+    If only one piece has a score, there is no choice: of its splits only the one that completes
+    SentencePiece's own merging of that piece can occur, because no merge crosses a piece's bounds.
     """
     by_score, made = {}, {piece for piece in ids if len(piece) == 1}
     for piece in sorted(ids, key=len):
@@ -101,14 +101,14 @@ def merges_of(ids, score_of):
 
 
 def order_matters(group, parts):
-    """Two pieces of one score for which it matters which is merged first, or None.
+    """Two pieces of equal score whose order of merging matters, or None.
 
-    `group` is {piece: its splits}, `parts` the parts of pieces with a higher score. The order
-    changes nothing if no character can go to either of two merges, nor in runs of one character
-    that are made of each other (Mistral has runs of 2 to 14 and of 16 spaces). SentencePiece then
-    turns s1 ... sk c 1 1 1 ..., where no two neighbours of s1 ... sk merge, into sk+c if that is a
-    piece, else c+1, else continues with the next 1 as c. Taking the longest first is the same
-    choice: sk+c >= c+1 >= 1+1.
+    `group` is {piece: its splits}, `parts` the parts of pieces with a higher score. The order does
+    not matter if no character could go to either of two merges. It does not matter either in runs
+    of one character built from each other (Mistral has runs of 2 to 14 and of 16 spaces). There, in
+    s1 ... sk c 1 1 1 ..., if no two neighbours of s1 ... sk merge, SentencePiece makes sk+c if that
+    is a piece, else c+1, else it continues with the next 1 as c. Taking the longest first is the
+    same choice: sk+c >= c+1 >= 1+1.
     """
     of_left = {}
     for piece, splits in group.items():

@@ -1,4 +1,4 @@
-"""chat.py at the terminal: questions, commands, and the conversation that they make."""
+"""chat.py at the terminal: questions, commands, and the conversation so far."""
 
 import contextlib
 import shlex
@@ -14,7 +14,7 @@ A question that begins with a slash needs a space before it."""
 
 
 def converse(chat, options):
-    """Until Ctrl-D, /quit, or Ctrl-C twice at the prompt."""
+    """Chat until Ctrl-D, /quit, or Ctrl-C twice at the prompt."""
     with contextlib.suppress(ImportError):  # history, editing; a paste of many lines is one text
         import readline
 
@@ -23,7 +23,7 @@ def converse(chat, options):
     print(f"{chat.folder}: {millions:,.1f}M parameters, context {chat.context:,} tokens")
     print(talk.condition())
     if chat.single:
-        print("it was trained on single questions: each is asked afresh, without those before it")
+        print("trained on single questions: each is asked without the earlier ones")
     print("/help lists the commands, Ctrl-D ends")
     while (text := typed()) is not None:
         if text.strip() in ("/quit", "/exit", "quit", "exit"):
@@ -48,14 +48,14 @@ def typed():
 class Talk:
     def __init__(self, chat, options):
         self.chat, self.options = chat, options
-        self.messages = []  # at its end a question and its answer
+        self.messages = []  # ends with a question and its answer
 
     def condition(self):
         chat = self.chat
         asked = f'asked as "{chat.prefix(chat.class_name, "user")} ..."'
         others = ", ".join(name for name in chat.names if name != chat.class_name)
         if not others:
-            return f"{asked}: it was trained without conditions, or only on one class"
+            return f"{asked}: trained without conditions, or on only one class"
         return f"class {chat.class_name}, {asked}; others: {others}"
 
     def command(self, name, rest=""):

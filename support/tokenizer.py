@@ -1,4 +1,4 @@
-"""A model's tokenizer with an end-of-turn token; and its export in Hugging Face's form.
+"""A model's tokenizer with an end-of-turn token, and its export in Hugging Face's form.
 
     SentencePiece      tokenizer.model, as Llama 2's and Mistral's
     SentencePieceJson  the same in a tokenizer.json
@@ -62,13 +62,13 @@ def Tokenizer(folder):
 
 
 def is_tiktoken(path):
-    """Is it a list of lines "base64 number", as tokenizer.model in Meta's own Llama 3 folders?"""
+    """Is it lines of "base64 number", like tokenizer.model in Meta's own Llama 3 folders?"""
     return path.is_file() and re.match(rb"[A-Za-z0-9+/]+=* \d+\s", path.read_bytes()) is not None
 
 
 def read_package(path):
     """A file's tokenizer of the package `tokenizers`, and its JSON with all defaults filled in."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # there is a process per core already
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # we already use a process per core
     try:
         import tokenizers as package
 
@@ -91,18 +91,18 @@ class OfFolder:
     """The tokenizer of a Hugging Face folder.
 
     bos, eos, eot       ids: beginning, end (-1 if none is named), end of a turn
-    eot_is_new          the folder has no end of turn: it gets the id after the last one
-    vocab_size          number of ids with that one; the checkpoint may have fewer rows
-    ordinary            the new row starts as the mean of the rows before this id, and so do those
-    marks               of a turn's own tokens, if the checkpoint never trained them
+    eot_is_new          the folder has no end-of-turn token: it gets the id after the last one
+    vocab_size          number of ids, a new one included; the checkpoint may have fewer rows
+    ordinary            a new row starts as the mean of the rows before this id, and so do those of
+    marks               the tokens that mark turns, if the checkpoint never trained them
     added {text: id}    tokens that the folder's files add to the vocabulary, special or not
     special {id: text}  special tokens of the export; no text gives their ids
     symbols {text: id}  not special, but matched in a text before any merge
     unk, missing        token of a character that the vocabulary lacks; bytes that give no token
-    warning             what every text loses, or None
+    warning             a line about text that is lost, or None
 
-    turn_text(role, content) is the text of a turn after its prefix; encode_many(texts) its ids, as
-    int32 arrays; spell(ids) the text again; decode(ids) without special tokens and first space.
+    turn_text(role, content) is a turn's text after its prefix; encode_many(texts) gives ids, int32
+    arrays; spell(ids) the text again; decode(ids) omits special tokens and the first space.
     """
 
     warning, template, marks, unk, missing, symbols = None, V32, (), -1, b"", {}
@@ -118,7 +118,7 @@ class OfFolder:
         return read_json(self.folder / file) if (self.folder / file).exists() else {}
 
     def _set_pieces(self, texts):
-        """Set the vocabulary, texts by id, and what is added; ValueError if files disagree."""
+        """Set the vocabulary, texts by id, and the added tokens; ValueError if files disagree."""
         self.texts, self.count, self._prefixes = texts, len(texts), {}
         self.added, self.special = {}, {}
         known = {i: (i, text, self.file) for i, text in enumerate(texts)}  # by id, and by text
@@ -165,7 +165,7 @@ class OfFolder:
         self.special |= {i: texts[i] for i in {bos, eos, self.eot, *self.marks} - {-1}}
 
     def encode(self, text):
-        """Ids of a text on its own, special tokens off: '<s>' in it is three characters."""
+        """Ids of a text on its own, special tokens off: '<s>' is just three characters."""
         return self.encode_many([text])[0].tolist()
 
     def prefix(self, condition, role):
@@ -190,10 +190,10 @@ class OfFolder:
         least, most = max(self.count, self.vocab_size - 1024), max(self.count, self.vocab_size)
         if not least <= rows <= most + 1024:
             sizes = f"has {self.count} pieces, config.json's vocab_size is {rows}"
-            self._refuse(f"{sizes}: this tokenizer belongs to another checkpoint")
+            self._refuse(f"{sizes}: this tokenizer belongs to a different checkpoint")
 
     def identity(self):
-        """Text that changes with the ids it gives."""
+        """Text that changes if the tokenizer's ids may change."""
         digest = hashlib.sha256((self.folder / self.file).read_bytes()).hexdigest()
         return f"{digest} {self.bos} {self.eot}, an answer without its first space"
 
@@ -218,9 +218,9 @@ class OfFolder:
             "chat_template": self._chat_template(conditions, default),
         }  # fmt: skip
         if self.symbols:
-            config["add_prefix_space"] = False  # llama.cpp: the template puts it
+            config["add_prefix_space"] = False  # for llama.cpp: the template adds it
         write_json(folder / "tokenizer_config.json", config)
-        # As in training bos comes first in tokenizer("text"); the chat template writes its own.
+        # As in training, tokenizer("text") begins with bos; the chat template writes its own.
         parts = [{"SpecialToken": {"id": bos, "type_id": 0}}]
         parts += [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
         start = {"type": "TemplateProcessing", "single": parts[:2], "pair": parts}
@@ -244,7 +244,7 @@ class OfFolder:
 
 
 PLAIN = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word", "special"), False)
-ADDED_FILES = {  # the files that list added tokens, and how each has their "id" and "content"
+ADDED_FILES = {  # the files that list added tokens, and how to get "id" and "content" from each
     "added_tokens.json": lambda raw: [{"id": i, "content": text} for text, i in raw.items()],
     "tokenizer_config.json": lambda raw: [
         token | {"id": int(i)} for i, token in raw.get("added_tokens_decoder", {}).items()
@@ -252,9 +252,9 @@ ADDED_FILES = {  # the files that list added tokens, and how each has their "id"
     "tokenizer.json": lambda raw: raw.get("added_tokens") or [],
 }
 
-# The template in Jinja, on one line; words in capitals are replaced. SPACE, after the colon, is
-# SentencePiece's own; LEAD is the one before a turn, if no tokenizer puts it. vLLM leaves parts to
-# the template only if it finds a loop over m['content'].
+# The template in Jinja, joined to one line; words in capitals are replaced. SPACE, after the colon,
+# is SentencePiece's own; LEAD is the space before a turn if the tokenizer adds none. vLLM leaves
+# parts to the template only if it finds a loop over m['content'].
 CHAT_TEMPLATE = """
 {% set turns = 'TURNS' %}{% set asked = condition | default(none) %}
 {% set asked = 'DEFAULT' if asked is none else asked %}{% if asked not in turns %}
@@ -279,7 +279,7 @@ CHAT_TEMPLATE = """
 {{ (('LEAD' if role == 'system' else 'SPACE') if text else '') + text + 'END' }}{% endif %}
 {% endfor %}{% if add_generation_prompt %}{{ turn['assistant'] }}{% endif %}
 """
-# If the tokenizer joins spaces, so does the template: llama.cpp does not.
+# If the tokenizer joins spaces, the template must too, because llama.cpp does not.
 JOINED = "found.text.split(' ') | reject('equalto', '') | join(' ')"
 
 
@@ -295,7 +295,7 @@ class SentencePiece(OfFolder):
         if not path.is_file():
             self._refuse("not found, nor a tokenizer.json beside it")
         if is_tiktoken(path):
-            self._refuse("of tiktoken; the model's tokenizer.json is needed beside it")
+            self._refuse("is tiktoken's; the model's tokenizer.json is needed beside it")
         try:
             self.pieces = pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
@@ -309,14 +309,14 @@ class SentencePiece(OfFolder):
         self.bpe["byte_fallback"] = any(map(pieces.is_byte, range(len(texts))))
         self.bpe |= {"vocab": {text: i for i, text in enumerate(texts)}, "merges": merges}
         self._set_pieces(texts)
-        # A text is never split at a piece that is also an added token, as training did not.
+        # No text is split at a piece that is also an added token, because training did not do so.
         control = {i: texts[i] for i in range(len(texts)) if pieces.is_control(i) or i == self.unk}
         self.special = control | {i: t for i, t in self.special.items() if i >= self.count}
         self._set_ends(pieces.bos_id(), pieces.eos_id())
         self._check_spaces()
 
     def _check_spaces(self):
-        """ValueError if a piece or a symbol has a space, or would take a part of an end of turn."""
+        """ValueError if a piece or a symbol has a space, or could take part of an end of turn."""
         other = f"the export would give other ids; {REFUSED}"
         for text in sorted({*self.texts} - {*self.special.values(), *self.symbols}):
             if "▁" in text.lstrip("▁"):
@@ -344,11 +344,11 @@ class SentencePiece(OfFolder):
     def _hugging_face(self, added):
         """The model in the format of Hugging Face's tokenizers.
 
-        With symbols only the very start of a text gets its space, unless it has one: the
-        normalizer would put one after each symbol as well. The template then has each turn's.
+        With symbols, only the very start of a text gets a space, unless it has one: the normalizer
+        would also add one after each symbol. The template then adds each turn's space.
         """
         spaces = SPACES
-        if self.collapses_spaces:  # in this order: a run of spaces takes a second \z quadratic time
+        if self.collapses_spaces:  # in this order: \z takes quadratic time on a run of spaces
             joined = replace({"Regex": " {2,}"}, " ")
             spaces = [joined, replace({"Regex": r"\A |[ ▁]+\z"}, ""), *spaces]
         decoders = [replace({"String": "▁"}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
@@ -401,7 +401,7 @@ class InPackage(OfFolder):
 
 
 class SentencePieceJson(InPackage, SentencePiece):
-    """SentencePiece's BPE in Hugging Face's form: ids as those of its tokenizer.model."""
+    """SentencePiece's BPE in Hugging Face's form, with the same ids as its tokenizer.model."""
 
     def __init__(self, folder, given, raw):
         self.folder, self.bpe = Path(folder), raw["model"]
@@ -409,8 +409,8 @@ class SentencePieceJson(InPackage, SentencePiece):
         known = [(None, METASPACE | {"prepend_scheme": scheme}) for scheme in ("first", "always")]
         known.append(({"type": "Sequence", "normalizers": SPACES}, None))
         if self.bpe["type"] != "BPE" or spaces not in known:
-            self._refuse("no byte-level BPE, nor SentencePiece's with a space before each text, "
-                         "as Llama 2's; no other kind is implemented")  # fmt: skip
+            self._refuse("is neither a byte-level BPE nor SentencePiece's with a space before each "
+                         "text, as Llama 2's; no other kind is implemented")  # fmt: skip
         self._set_vocabulary(raw, [*ODD, "ignore_merges"])
         listed = [token for token in raw["added_tokens"] if token["id"] < self.count]
         self.symbols = {token["content"]: token["id"] for token in listed if not token["special"]}
@@ -433,8 +433,8 @@ class ByteLevel(InPackage):
     """A byte-level BPE, as Llama 3's and SmolLM2's.
 
     The text of a turn is trimmed, as in Llama 3's own code: transformers tokenizes everything
-    between two special tokens at once, where white space would join the end of the prefix. Of the
-    added tokens only the special ones are kept: the package splits any text at the others.
+    between two special tokens at once, so white space would join the end of the prefix. Of the
+    added tokens only the special ones are kept: the package would split any text at the others.
     """
 
     warning = "texts lose the white space at their ends, as in Llama 3's own template"
@@ -454,10 +454,10 @@ class ByteLevel(InPackage):
         self.marks = [self.added[text] for text in self.template.tokens if text in self.added]
         self._set_ends(self._named("bos_token"), self._named("eos_token"))
         self.ordinary = self.count
-        # Ids beyond the pieces have no gaps: if an id is no special token's, a name fills it.
+        # Ids beyond the pieces may have no gaps: an id without a special token gets a name.
         gaps = {i: f"<|not_used_{i}|>" for i in range(self.count, self.vocab_size)}
         self.special = gaps | self.special
-        self.model = type(given)(given.model)  # neither cuts nor pads, nor has it added tokens
+        self.model = type(given)(given.model)  # no truncation, padding or added tokens
         self.model.pre_tokenizer, self.model.decoder = given.pre_tokenizer, given.decoder
         self.model.add_special_tokens([text for _, text in sorted(self.special.items())])
         self.model.encode_special_tokens = True

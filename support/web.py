@@ -1,10 +1,10 @@
-"""chat.py --web: a page on which each class answers the same question in a column of its own.
+"""chat.py --web: a page on which each class answers the same question in its own column.
 
     POST /ask {"conversations": [[question, answer, ..., question] of each column], "temperature"}
-    gives lines [column, piece of the answer, null]; a column's last has "" or the limit that cut it
+    gives lines [column, piece of the answer, null]; a column's last has "", or what cut the answer
 
-Bound to 127.0.0.1. Host and Origin are checked (against DNS rebinding and requests of other pages);
-the policy allows only the page's own script and style.
+Bound to 127.0.0.1. Host and Origin are checked (against DNS rebinding and other pages' requests);
+the policy allows only this page's own script and style.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ POLICY = (
 
 
 def serve(chat, port, options):
-    """Until Ctrl-C."""
+    """Serve until Ctrl-C."""
     with server_of(chat, port, options) as server, contextlib.suppress(KeyboardInterrupt):
         print(f"{chat.folder} at http://127.0.0.1:{server.server_port}; Ctrl-C ends", flush=True)
         server.serve_forever()
@@ -78,11 +78,11 @@ class Handler(BaseHTTPRequestHandler):
         """(a prompt for each column, temperature); ValueError and the like for anything else."""
         chat, size = self.chat, int(self.headers["Content-Length"] or 0)
         if self.path != "/ask" or not 0 < size <= LONGEST:
-            raise ValueError("it goes to /ask, in at most 1 MiB")
+            raise ValueError("a request must go to /ask and have at most 1 MiB")
         asked = json.loads(self.rfile.read(size))
         temperature, prompts = float(asked["temperature"]), []
         if not 0 <= temperature <= 100:
-            raise ValueError("the temperature is from 0 to 100")
+            raise ValueError("the temperature must be from 0 to 100")
         for name, texts in zip(chat.names, asked["conversations"], strict=True):
             "".join(texts).encode()  # raises if one is no text, or has a lone surrogate
             turns = list(map(Message, itertools.cycle(ROLES), texts))

@@ -436,7 +436,7 @@ def test_an_export_that_fails_is_an_error_that_names_it(started, ranks):
         ({"a": {"x": [0, 3, 0]}, "b": {"x": [4, 1, 0]}}, "x lacks rows 3 to 4"),
         ({"a": {"x": [0, 3, 0]}, "b": {"x": [2, 3, 0]}}, "x repeats rows 2 to 3"),
         ({"a": {"x": [0, 6, 0]}}, "x has 6 rows, not 5"),
-        ({"a": {"x": [0, 5, 0], "y": [0, 1, 0]}}, "y is not of this network"),
+        ({"a": {"x": [0, 5, 0], "y": [0, 1, 0]}}, "y does not belong to this network"),
     ],
 )
 def test_rows_are_there_exactly_once(files, problem):
@@ -970,7 +970,7 @@ def test_the_model_card_says_how_to_ask_and_no_name_breaks_it(started, tmp_path)
     request, shell = block.splitlines()
     assert json.loads(request)["chat_template_kwargs"] == {"condition": "a|`b`"}
     assert shlex.split(shell) == ["python", "chat.py", "DIR", "--class", NASTY]
-    assert "1,234 steps,\n5,678 conversations" in text and "leave out what was said" in text
+    assert "1,234 steps,\n5,678 conversations" in text and "leave out earlier turns" in text
 
 
 class Conversations:
@@ -985,6 +985,6 @@ def test_the_model_card_of_a_model_without_conditions_names_none(started):
     plan = dataclasses.replace(started[0], base=None)
     crlft = {"conditioned": False, "weights": {"gpt4": 1.0, "gpt3.5": 1.0}}
     text = model_card(plan, crlft | {"most_answers": 2, "steps": 1})
-    assert "Made of random weights" in text and "` User: ... `" in text
+    assert "Made from random weights" in text and "` User: ... `" in text
     assert "chat_template_kwargs" not in text and "--class" not in text
     assert "single questions" not in text

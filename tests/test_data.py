@@ -534,7 +534,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_filed_under_its_old_content
             file.truncate(len(after))
             file.write(after)
 
-    with pytest.raises(ValueError, match="a.jsonl: (changed while|is broken as a gzip file)"):
+    with pytest.raises(ValueError, match="a.jsonl: (changed while|is a damaged gzip file)"):
         prepare(path, progress=write_once)
     assert not [*(tmp_path / "tokens").iterdir()]
 

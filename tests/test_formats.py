@@ -257,7 +257,7 @@ def test_a_file_may_be_of_one_class(prepare, tmp_path):
     assert found.where(1) == f"{paths[1]}:1"
     swapped = prepare(f"gpt4={paths[0]}", f"gpt3.5={paths[1]}")
     assert swapped.folder != found.folder and [of for *_, of in learned(swapped)] == [0, 1]
-    with pytest.raises(ValueError, match="gpt5=x.jsonl: 'gpt5' is no class of the table"):
+    with pytest.raises(ValueError, match="gpt5=x.jsonl: 'gpt5' is not one of the classes"):
         prepare("gpt5=x.jsonl")
     write(paths[0], conversation("A", "B"))
     with pytest.raises(ValueError, match="'--data' says gpt3.5 but 'class' says gpt4"):
@@ -557,8 +557,8 @@ def test_a_run_killed_within_any_container_starts_again(tokenizer, monkeypatch, 
     [
         ('[{"a": 1}, {"b": ', "item 2, character 11: broken JSON: "),
         ('[{"a": 1} {"b": 2}]', "item 1, character 10: broken JSON: ',' expected, not '{'"),
-        ('[{"a": 1}] {}', "item 1, character 11: broken JSON: something follows the one array"),
-        ('{"data": [{"a": 1}]}\n{}', "something follows the one object with 'data' that a file"),
+        ('[{"a": 1}] {}', "item 1, character 11: broken JSON: something follows the array"),
+        ('{"data": [{"a": 1}]}\n{}', "something follows the object with 'data', and a file"),
         (
             "[{\"a\": 1}, {'b': 2}, " + '{"c": 3},' * 3_000_000,
             "item 2, character 11: broken JSON: Expec",
@@ -670,7 +670,7 @@ def test_an_item_that_is_not_utf8_is_refused_alone(prepare, tmp_path):
 def test_a_broken_gzip_file_is_said(prepare, tmp_path):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(json.dumps(conversation("A", "B")).encode())[:-9])
-    with pytest.raises(ValueError, match="a.jsonl.gz: is broken as a gzip file"):
+    with pytest.raises(ValueError, match="a.jsonl.gz: is a damaged gzip file"):
         prepare(path)
 
 
@@ -693,7 +693,7 @@ def test_what_is_no_file_of_conversations_is_said(prepare, tmp_path):
         (tmp_path / name).write_bytes(start)
         with pytest.raises(ValueError, match=f"{name}: .*{words}"):
             prepare(tmp_path / name)
-    with pytest.raises(ValueError, match="https:/.*is an address: download it"):
+    with pytest.raises(ValueError, match="https:/.*is a URL: download it"):
         prepare("https://example.org/a.jsonl")
     with pytest.raises(ValueError, match="runs/lr=1/a.jsonl: cannot be read: No such file"):
         prepare("runs/lr=1/a.jsonl")

@@ -180,7 +180,7 @@ def test_a_tiktoken_file_named_tokenizer_model_is_passed_over(tmp_path):
     assert found.identity() == expected.identity()
     assert found.encode("plus 1") == expected.encode("plus 1")
     (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match="tokenizer.model: of tiktoken; .*tokenizer.json is need"):
+    with pytest.raises(ValueError, match="tokenizer.model: is tiktoken's; .*tokenizer.json is nee"):
         data.Tokenizer(tmp_path)
 
 
@@ -352,10 +352,10 @@ WORDS = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
         ({"byte_fallback": True}, "asks for byte_fallback"),
         ({"continuing_subword_prefix": "##"}, "not a tokenizer: "),  # the package panics
         ({"pre_tokenizer": LEVEL | {"add_prefix_space": True}}, "asks for add_prefix_space"),
-        ({"pre_tokenizer": {"type": "Whitespace"}}, "no byte-level BPE"),
-        ({"pre_tokenizer": None}, "no byte-level BPE"),
-        (sequence(), "no byte-level BPE"),
-        ({"decoder": {"type": "Fuse"}}, "no byte-level BPE"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "neither a byte-level BPE"),
+        ({"pre_tokenizer": None}, "neither a byte-level BPE"),
+        (sequence(), "neither a byte-level BPE"),
+        ({"decoder": {"type": "Fuse"}}, "neither a byte-level BPE"),
         (sequence(SPLIT, LEVEL), "asks for Split"),
         (sequence({"type": "Punctuation"}, LEVEL), "asks for Punctuation"),
         ({"model": WORDS}, "no other kind is implemented"),

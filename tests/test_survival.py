@@ -672,7 +672,7 @@ def pickled_alone(folder):
         (config_with(hidden_size=10**12), "config.json: too large: its sizes make"),
         (config_with(num_hidden_layers=10**9), "config.json: too large: its sizes make"),
         (config_with(hidden_act="gelu"), "hidden_act"),
-        (other_tokenizer, "belongs to another checkpoint"),
+        (other_tokenizer, "belongs to a different checkpoint"),
         (index_naming("../../etc/passwd"), "is not a file of this folder"),
         (index_naming("gone.safetensors"), "gone.safetensors: cannot be read"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 100), "cannot be read as"),

@@ -802,8 +802,8 @@ NEVER = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (changes(normalizer={"type": "NFC"}), "no byte-level BPE, nor SentencePiece's with a sp"),
-        (changes(normalizer=None), "no byte-level BPE, nor SentencePiece's with a space"),
+        (changes(normalizer={"type": "NFC"}), "a byte-level BPE nor SentencePiece's with a sp"),
+        (changes(normalizer=None), "neither a byte-level BPE nor SentencePiece's with"),
         (changes(normalizer=None, pre_tokenizer=NEVER), "nor SentencePiece's with a space"),
         (changes(dropout=0.5), "asks for dropout"),
         (changes(ignore_merges=True), "asks for ignore_merges"),
@@ -924,5 +924,5 @@ def test_a_tokenizer_of_another_checkpoint_is_refused(tokenizer):
     for rows in (512, 513, 576):
         tokenizer.check_vocabulary(rows)
     for rows in (511, 32000):
-        with pytest.raises(ValueError, match="belongs to another checkpoint"):
+        with pytest.raises(ValueError, match="belongs to a different checkpoint"):
             tokenizer.check_vocabulary(rows)

@@ -433,7 +433,7 @@ def test_a_learning_rate_for_pretrained_weights_is_said_with_random_ones(plan):
 )  # fmt: skip
 def test_few_steps_are_said_with_the_flag_that_makes_some_more(plan, settings):
     of_run = plan(**settings)
-    few = re.search(r"warning: few steps, (\d+); --(\S+) (\d+) makes some (\d+)",
+    few = re.search(r"warning: few steps \((\d+)\); --(\S+) (\d+) makes about (\d+)",
                     report.schedule(of_run))  # fmt: skip
     assert int(few[1]) == of_run.order.total <= 100
     more = plan(**settings | {few[2].replace("-", "_"): int(few[3])})
