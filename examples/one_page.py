@@ -3,7 +3,8 @@
     python examples/one_page.py MODEL_DIR data.jsonl OUT
     python examples/one_page.py examples/sums examples/sums/train.jsonl runs/one_page
 
-The second line trains the embedded example, from random weights, in two minutes.
+The second line trains the embedded example, from random weights, in two minutes. A model with
+weights needs <|end_of_turn|> in its vocabulary, as an export of train.py has.
 
 All that C-RLFT knows about the quality of a conversation is its source, the class c. The class is
 part of the prompt, and its reward weighs the loss:

@@ -68,7 +68,7 @@ def continue_after(out, target, asked):
     done = len(whole) if len(whole) == len(asked) else len(whole) // BATCH * BATCH
     out.truncate(sum(map(len, whole[:done])))
     if done:
-        say(f"{done}/{len(asked)} were already answered")
+        say(f"{done}/{len(asked)} were already answered in {target}; remove it to answer again")
     return done
 
 

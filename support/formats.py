@@ -382,7 +382,7 @@ def _source_class(line, classes, class_field, file_class):
     if not found:
         raise BadLine(
             f"no {class_field!r}: name it in each line, or for a whole file by CLASS=FILE in its "
-            f"place, or by another field, --class-field KEY ({', '.join(classes)})"
+            f"place, or by another field, --class-field KEY; the classes are {', '.join(classes)}"
         )
     if len(found) > 1 and len(set(found.values())) > 1:
         raise BadLine(" but ".join(f"{who!r} says {name}" for who, name in found.items()))

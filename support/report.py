@@ -357,7 +357,7 @@ class Log:
         mfu = f" {line['mfu']:.0%} mfu" if line["mfu"] else ""
         self.ranks.line.refresh(
             f"step {step}/{plan.order.total}  {clock(left)} left  "
-            f"epoch {line['epoch']}/{plan.config.epochs}  loss {loss:.4f}  {shown}  lr {lr:.2e}  "
+            f"epoch {line['epoch']}/{len(plan.order.ends)}  loss {loss:.4f}  {shown}  lr {lr:.2e}  "
             f"norm {grad_norm:.2f}  {line['tokens_per_second']:,.0f} tok/s{mfu}",
             final=step == plan.order.total,
         )

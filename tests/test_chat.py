@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -204,18 +205,21 @@ def test_a_model_trained_without_condition_is_asked_without(stories, tmp_path):
     assert shown == "<s> User: Hi<|end_of_turn|>\n Assistant:"
 
 
-def test_transformers_generates_the_same_answer(folder, talker):
+@pytest.mark.parametrize("name, condition", [("gpt4", "GPT4"), ("gpt3.5", "GPT3")])
+def test_transformers_generates_the_same_answer(name, condition, folder):
+    """By the lines of docs/SERVING.md."""
     transformers = pytest.importorskip("transformers")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    llama = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    messages = [{"role": "user", "content": "Tell me of a big red ball."}]
-    ids = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=False
-    )
-    theirs = llama.generate(ids, do_sample=False, max_new_tokens=40)[0, ids.shape[1] :]
-    ((ours, _),) = talker.answers([[user(messages[0]["content"])]], max_new_tokens=40)
-    assert ours == tokenizer.decode(theirs, skip_special_tokens=True).strip()
-    assert len(ours) > 50
+    page = (ROOT / "docs" / "SERVING.md").read_text()
+    (lines,) = re.findall(r"```python\n(inputs = .*?)```", page, re.DOTALL)
+    names = {
+        "tokenizer": transformers.AutoTokenizer.from_pretrained(folder),
+        "model": transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        "messages": [{"role": "user", "content": "Tell me of a big red ball."}],
+    }
+    exec(lines.replace('"GPT3"', f'"{condition}"'), names)
+    talker = chat.Chat(folder, name, device="cpu")
+    ((ours, _),) = talker.answers([[user("Tell me of a big red ball.")]], max_new_tokens=100)
+    assert ours == names["answer"].strip() and len(ours) > 50
 
 
 def test_answers_say_whether_the_model_ended_them(talker, monkeypatch):
@@ -390,7 +394,10 @@ def test_a_last_answer_can_be_replaced(folder, run, tmp_path):
     assert json.loads(expected[2]).keys() == {"messages"}
     source = write(tmp_path / "old", *old)
     assert answer_lines(run, folder, source, tmp_path / "b", "--drop-last-answer") == expected
-    assert answer_lines(run, folder, source, tmp_path / "b", "--drop-last-answer") == expected
+    again = ["--batch", source, "--to", tmp_path / "b", "--drop-last-answer"]
+    code, _, err = run(chat.main, folder, *again, "--class", "gpt3.5")  # who answered is unknown
+    assert code == 0 and (tmp_path / "b").read_bytes().splitlines(True) == expected
+    assert f"6/6 were answered before, in {tmp_path / 'b'}; remove it to answer them anew\n" in err
     code, _, err = run(chat.main, folder, "--batch", source, "--to", tmp_path / "c")
     assert code == 1 and err.startswith(f"error: {source}:1: the last message must be the user's")
     assert "(see --drop-last-answer)" in err

@@ -195,7 +195,9 @@ BAD = [
     (line("Hi", "Ho", source_class=4), "class int 4 is not in the class table"),
     (line("Hi", "Ho", source_class=["gpt4"]), "class a list is not in the class table"),
     ({"messages": HI}, "no 'class': name it in each line, or for a whole file by CLASS=FILE"),
-    ({"items": HI}, "no 'class': name it in each line, or for a whole file by CLASS=FILE"),
+    ({"items": HI},
+     "no 'class': name it in each line, or for a whole file by CLASS=FILE in its place, or by "
+     "another field, --class-field KEY; the classes are gpt4, gpt3.5"),
     ({"items": HI, "condition": "GPT9"}, "condition 'GPT9' is not in the class table (GPT4, GPT3)"),
     ({"items": HI, "condition": ["GPT4"]},
      "condition a list is not in the class table (GPT4, GPT3)"),

@@ -397,7 +397,7 @@ def test_on_a_gpu_it_compiles_trains_saves_and_goes_on(few, tmp_path):
 def test_the_ablations_change_prompt_and_weights(few, run, tmp_path):
     out = tmp_path / "sft"
     shown = succeeds(flags(few, out, condition=False, reward=False, max_steps=2))
-    assert "plain SFT" in shown
+    assert "plain SFT" in shown and "epochs 1; " in shown and "  epoch 1/1  " in shown
     shares = metrics(out)[0]["classes"]
     tokens = sum(c["tokens"] for c in shares.values())
     for of_class in shares.values():
