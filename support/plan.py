@@ -125,6 +125,8 @@ def make_plan(config, ranks, out):
         return Dataset(out / "tokens" / name, sources(getattr(config, field), classes))
 
     dataset = tokenized("data")
+    if not dataset.total_weight(slice(None), weights if config.reward else None):
+        raise ValueError("the weight of every class in --data is 0: raise --beta, or --no-reward")
     eval_dataset = tokenized("eval_data") if config.eval_data else None
     order = data.Order(dataset.lengths, config, world * config.accumulate)
 

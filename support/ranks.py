@@ -131,6 +131,7 @@ class Ranks:
             yield
             self.finish()
         except (ValueError, OSError) as error:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun ends those that wait in stop()
             self.stop(f"error: {error}")
         except KeyboardInterrupt:
             self.stop("interrupted")

@@ -292,6 +292,17 @@ def test_what_is_said_to_fit_fits_and_less_of_it_does_not(name, seven_billion):
             assert not seven_billion(**given | as_settings(less)).fits
 
 
+def test_data_of_no_weight_at_all_are_refused(few, ranks, tmp_path):
+    """exp(-1 / 0.01) is below the smallest weight, and the expert class has no conversation."""
+    lines = few.read_text().splitlines()
+    (tmp_path / "data").write_text("\n".join(line for line in lines if '"gpt3.5"' in line))
+    for more in ({"beta": 0.1}, {"beta": 0.01, "reward": False}):
+        processes.plan_of(flags(tmp_path / "data", tmp_path, **more), ranks, tmp_path)
+    with pytest.raises(ValueError, match="the weight of every class in --data is 0: raise --beta"):
+        processes.plan_of(flags(tmp_path / "data", tmp_path, beta=0.01), ranks, tmp_path)
+    processes.plan_of(flags(few, tmp_path, beta=0.01), ranks, tmp_path)
+
+
 def test_a_dry_run_that_does_not_fit_ends_with_1_and_what_to_change(files, tmp_path):
     arguments = flags(files[1], None, model=files[0], dry_run=True, plan_ranks=2, max_length=None)
     for gib, code in ((80, 0), (0.001, 1)):

@@ -96,6 +96,25 @@ def test_only_a_lock_of_another_run_is_none_of_ours(ranks, tmp_path):
 # ------------------------------------------------------------------------------------- how they end
 
 
+def fail_while_training(_):
+    ranks = Ranks()
+    with ranks.errors_in_one_line():
+        ranks.listen()
+        ranks.first_does(functools.partial(write, True), "saving x")
+
+
+def test_an_error_of_all_ranks_is_printed_once(tmp_path):
+    """torchrun sends SIGTERM to the others as soon as one rank has ended."""
+    log = tmp_path / "log"
+    first, *others = started = processes.start([], 3, log, main=fail_while_training)
+    first.join(processes.LONGEST)
+    time.sleep(1)  # all have found the error by now; they wait for 3
+    for process in others:
+        process.terminate()
+    assert processes.finish(started) == [1, -signal.SIGTERM, -signal.SIGTERM]
+    assert log.read_text().count("error: saving x failed") == 1
+
+
 @pytest.fixture
 def handlers():
     """The signals' handlers are as they were afterwards."""

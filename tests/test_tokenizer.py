@@ -371,7 +371,6 @@ def test_generate_in_transformers_4_is_given_only_what_it_takes(any_export):
 
 # -------------------------------------------------------------- the same ids, or a clear refusal
 
-LLAMA = {"model_type": "bpe", "normalization_rule_name": "identity", "byte_fallback": True}
 TRAINED = [  # SentencePiece's options, and what is said of them (None: exported)
     ({}, None),
     ({"vocab_size": 800}, None),
