@@ -397,7 +397,7 @@ def test_a_last_answer_can_be_replaced(folder, run, tmp_path):
     again = ["--batch", source, "--to", tmp_path / "b", "--drop-last-answer"]
     code, _, err = run(chat.main, folder, *again, "--class", "gpt3.5")  # who answered is unknown
     assert code == 0 and (tmp_path / "b").read_bytes().splitlines(True) == expected
-    assert f"6/6 were answered before, in {tmp_path / 'b'}; remove it to answer them anew\n" in err
+    assert f"6/6 were already answered in {tmp_path / 'b'}; remove it to answer again\n" in err
     code, _, err = run(chat.main, folder, "--batch", source, "--to", tmp_path / "c")
     assert code == 1 and err.startswith(f"error: {source}:1: the last message must be the user's")
     assert "(see --drop-last-answer)" in err
