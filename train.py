@@ -248,7 +248,7 @@ def evaluate_and_export(plan, ranks, llama, log, out, step):
         if table is None:
             return False
         log.evaluation(step, table)
-        if step == 0:
+        if step == 0 and plan.base:
             require_finite(table)
     if export_now:
         if ranks.asked_to_stop():  # exporting is slow, and can be redone from the checkpoint

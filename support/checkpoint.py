@@ -286,7 +286,7 @@ def changed_flags(saved, config):
     return [
         f"{flag_of(name)} {before!r}, now {now[name]!r}"
         for name, before in (default | saved).items()
-        if name in now and name not in ("model", "data", "out") and before != now[name]
+        if name in now and name not in ("model", "data", "out", "resume") and before != now[name]
     ]
 
 
@@ -429,6 +429,13 @@ def check_ownership(out, epochs, has_checkpoints):
     for folder in (out / f"epoch-{epoch}" for epoch in range(1, epochs + 1)):
         if os.path.lexists(folder) and folder.name not in exports:
             raise ValueError(f"{folder} is not an export, but the run writes one there: move it")
+    probe = out / ".model.tmp"  # a name that the run itself uses
+    try:
+        probe.unlink(missing_ok=True)
+        probe.symlink_to("model")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--out {out} is on a disk without symbolic links: {error}") from None
 
 
 def clear_leftovers(out):

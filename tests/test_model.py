@@ -1118,7 +1118,7 @@ def test_smollm2_trained_answers_in_transformers_as_in_chat(name, smollm2):
     answers = talker.answers([[Message("user", text)] for text in texts], max_new_tokens=8)
     for text, (ours, _) in zip(texts, answers, strict=True):
         ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], condition=talker.condition,
+            [{"role": "user", "content": text}], condition=name,
             add_generation_prompt=True, return_tensors="pt", return_dict=False,
         )  # fmt: skip
         assert ids[0].tolist() == talker.prompt([Message("user", text)])
