@@ -522,7 +522,7 @@ def test_a_class_whose_weight_is_too_small_is_said_and_not_trained_on(few, tmp_p
     rewards = {"gpt4": 50, "gpt3.5": 0}
     table.write_text(json.dumps({n: {"condition": n, "reward": r} for n, r in rewards.items()}))
     shown = succeeds(flags(few, out, classes=table, batch_tokens=64, max_steps=20))
-    assert "class gpt3.5 has weight 0, and is not trained on: raise --beta" in shown
+    assert "class gpt3.5 has weight 0 and is not trained on: raise --beta" in shown
     without = [line for line in metrics(out) if not line["classes"]["gpt4"]["tokens"]]
     assert 0 < len(without) < 20 and {line["grad_norm"] for line in without} == {0.0}
     shown = succeeds(flags(few, tmp_path / "other", max_steps=1))
