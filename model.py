@@ -413,8 +413,8 @@ def check_folder(folder):
     hint, on_hub = "", re.fullmatch(r"[\w.-]+/([\w.-]+)", str(folder))
     if on_hub and not Path(folder).parent.is_dir():
         local = on_hub[1]
-        hint = f"; fetch it with: hf download {folder} --local-dir {local}, then --model {local}"
-    raise ValueError(f"--model {folder}: no such folder{hint}")
+        hint = f"; fetch it with: hf download {folder} --local-dir {local}, and give {local}"
+    raise ValueError(f"{folder}: no such folder{hint}")
 
 
 def has_weights(folder):

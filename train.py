@@ -459,7 +459,7 @@ def evaluate(plan, ranks, llama):
     None if a signal to stop arrived; this is checked once per batch.
     """
     lengths, stopped = plan.eval_dataset.lengths, False
-    table = torch.zeros(4, len(plan.classes), dtype=torch.float64, device=ranks.device)
+    table = torch.zeros(len(TABLE), len(plan.classes), dtype=torch.float64, device=ranks.device)
     llama.eval()
     for bins in data.pack(lengths, plan.config.batch_tokens, ranks.world, 0, 0):
         if stopped := ranks.asked_to_stop():

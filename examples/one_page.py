@@ -89,7 +89,7 @@ def lay_out(conversation, tokenizer, classes, class_weights):
         prefix = f"{classes[name]['condition']} {role.title()}:".strip()
         # Each text is encoded separately, so that no content can forge a turn.
         prefix = tokenizer.encode("" if role == "system" else prefix)
-        content = tokenizer.encode(message["content"])
+        content = tokenizer.encode(tokenizer.turn_text(role, message["content"]))
         tokens += prefix + content + [tokenizer.eot]
         weights += [0.0] * len(prefix) + [weight] * (len(content) + 1)
     return tokens, weights

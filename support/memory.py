@@ -30,7 +30,7 @@ def estimate(network, size, recompute):
     kv = network.num_key_value_heads * (network.head_dim + lacking)
     cut = network.num_attention_heads * network.head_dim if lacking else 0
     # Saved for backward, per token: the inputs of block and attention, q, k, v, the attention's
-    # output, and the MLP's two products; if not compiled, also what a compiled block recomputes
+    # output, and the MLP's two products; if not compiled, also those that a compiled block remakes
     # from these: the outputs of both norms, the MLP's SiLU and product, their intermediates.
     block = width * (2 * d + 2 * q + cut + 2 * kv + 2 * f + (0 if size.compiled else 4 * d + 2 * f))
     matrices = 1 if network.tie_word_embeddings else 2  # embedding and head

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from support.report import StatusLine
 
 STOP_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1  # the last: Slurm's
+CONNECTING = datetime.timedelta(minutes=30)  # and any collective of a step
 
 
 class Ranks:
@@ -46,7 +47,7 @@ class Ranks:
                 store, self.rank, self.world = dist.HashStore(), 0, 1
             dist.init_process_group(
                 backend, store=fresh_store(store, self.rank, self.world), rank=self.rank,
-                world_size=self.world, timeout=datetime.timedelta(minutes=30),
+                world_size=self.world, timeout=CONNECTING,
                 device_id=self.device if self.cuda else None,  # NCCL starts now, and fails now
             )  # fmt: skip
         except RuntimeError as error:
@@ -169,9 +170,11 @@ def fresh_store(store, rank, world):
         prefix = store.get(f"prefix for {name}").decode()
         store.set(f"{prefix} reached rank {rank}", "")
         return dist.PrefixStore(prefix, store)
-    prefix = secrets.token_hex(8)
+    prefix, begun = secrets.token_hex(8), time.monotonic()
     for other in range(1, world):
         while not store.check([f"{prefix} reached rank {other}"]):
+            if time.monotonic() - begun > CONNECTING.total_seconds():
+                raise RuntimeError(f"timed out waiting for rank {other}")
             name = store.get(f"name of rank {other}").decode()  # perhaps still a dead rank's
             store.set(f"prefix for {name}", prefix)
             time.sleep(0.01)

@@ -261,7 +261,7 @@ def weight_by_step(dataset, steps, classes, class_weights):
     ])  # fmt: skip  # (S, C)
     found = weight.any(0)
     if found.sum() < 2:
-        return ["only one class: weights act relative to other classes, so they do nothing here"]
+        return ["only one class has weight in these steps, so weights, being relative, do nothing"]
     supervised = weight[weight.any(1)]
     shares = (supervised / supervised.sum(1, keepdims=True)).mean(0)
     shares = ", ".join(f"{n} {s:.1%}" for n, s in zip(names[found], shares[found], strict=True))

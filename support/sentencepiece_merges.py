@@ -36,8 +36,8 @@ def exact_merges(path, processor):
     ids = {piece: i for i, (piece, type) in enumerate(pieces) if type == NORMAL}
     known = {*ids, *symbols}
 
-    def refuse(what, remedy=REFUSED):
-        raise ValueError(f"{path}: {what}: the export would give other ids; {remedy}")
+    def refuse(fault, remedy=REFUSED):
+        raise ValueError(f"{path}: {fault}: the export would give other ids; {remedy}")
 
     for wrong, *why in (
         (kind != "BPE", f"is a {kind} model", "only BPE is implemented"),
@@ -57,8 +57,8 @@ def exact_merges(path, processor):
             refuse(f"has a piece {piece!r}, but not each of its characters", MERGED)
     merges, tied = merges_of(ids, processor.get_score)
     if tied:
-        what = "has pieces of one score that share characters of a text, {!r} and {!r}"
-        refuse(what.format(*tied), MERGED)
+        fault = "has pieces of one score that share characters of a text, {!r} and {!r}"
+        refuse(fault.format(*tied), MERGED)
     return merges, symbols, collapses
 
 

@@ -111,8 +111,8 @@ class OfFolder:
     def __reduce__(self):  # a pickle of the package's tokenizer forgets encode_special_tokens
         return Tokenizer, (self.folder,)
 
-    def _refuse(self, what):
-        raise ValueError(f"{self.folder / self.file}: {what}")
+    def _refuse(self, fault):
+        raise ValueError(f"{self.folder / self.file}: {fault}")
 
     def _read(self, file):
         return read_json(self.folder / file) if (self.folder / file).exists() else {}
@@ -134,8 +134,8 @@ class OfFolder:
                 for key in (i, text):
                     other, name, first = known.setdefault(key, (i, text, file))
                     if (other, name) != (i, text):
-                        what = f"gives {text!r} the id {i}, {first} gives {name!r} {other}"
-                        raise ValueError(f"{path}: {what}")
+                        fault = f"gives {text!r} the id {i}, {first} gives {name!r} {other}"
+                        raise ValueError(f"{path}: {fault}")
                 self.added[text] = i
                 self.special |= {i: text} if special else {}
 

@@ -1,7 +1,8 @@
 """chat.py --web: a page on which each class answers the same question in its own column.
 
     POST /ask {"conversations": [[question, answer, ..., question] of each column], "temperature"}
-    gives lines [column, piece of the answer, null]; a column's last has "", or what cut the answer
+    gives lines [column, piece of the answer, null]; a column's last line has "", or the limit that
+    cut the answer short
 
 Bound to 127.0.0.1. Host and Origin are checked (against DNS rebinding and other pages' requests);
 the policy allows only this page's own script and style.

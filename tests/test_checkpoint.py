@@ -629,7 +629,7 @@ def test_the_best_export_has_the_least_loss_of_those_up_to_a_step(tmp_path):
     assert checkpoint.best_export(tmp_path, 30, {}) == ("epoch-3", "the last")
     chosen, why = checkpoint.best_export(tmp_path, 30, {10: 3.0, 20: None})
     assert chosen == "epoch-1"
-    assert why.endswith("not evaluated on this --eval-data: epoch-2, epoch-3")
+    assert why.endswith("without a finite loss on this --eval-data: epoch-2, epoch-3")
 
 
 # --------------------------------------------------------------------- the whole run, in here

@@ -633,10 +633,10 @@ def test_a_folder_without_config_is_refused(tmp_path):
     [
         ("HuggingFaceTB/SmolLM2-135M",
          "; fetch it with: hf download HuggingFaceTB/SmolLM2-135M --local-dir SmolLM2-135M, "
-         "then --model SmolLM2-135M"),
+         "and give SmolLM2-135M"),
         ("openchat/openchat_3.5",
          "; fetch it with: hf download openchat/openchat_3.5 --local-dir openchat_3.5, "
-         "then --model openchat_3.5"),
+         "and give openchat_3.5"),
         ("here/model", ""),  # below a folder that is here: a path
         ("./openchat", ""),
         ("/a/b", ""),
@@ -653,7 +653,7 @@ def test_a_model_that_is_no_folder_is_said_and_how_to_fetch_one_of_the_hub(
     (tmp_path / "here" / "file").write_text("")
     with pytest.raises(ValueError) as refused:
         model.LlamaConfig.from_folder(name)
-    assert str(refused.value) == f"--model {name}: no such folder{hint}"
+    assert str(refused.value) == f"{name}: no such folder{hint}"
 
 
 # ------------------------------------------------------------------------- weights that are wrong

@@ -109,9 +109,9 @@ def test_no_process_group_is_made_but_those_of_replicas(seen):
     assert {*seen["groups"]} == ({2, 4} if seen.get("replicas") else set())
 
 
+# Blocks that are not compiled: tests/test_plan.py, on a CPU.
+@pytest.mark.parametrize("seen", [s for s in SCENARIOS if s != "not compiled"], indirect=True)
 def test_blocks_keep_for_backward_what_the_plan_says(seen):
-    if seen.get("compile") is False:
-        pytest.skip("tests/test_plan.py has it, of a CPU")
     d, f = NETWORK.hidden_size, NETWORK.intermediate_size
     once = phantom.TOKENS * 2 * (8 * d + 4 * f)  # of the plan's activations: one block's backward
     assert {*seen["saved"]} == {seen["planned"] - once}

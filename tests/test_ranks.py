@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import processes
 import pytest
+import torch
 
 from support import ranks as support_ranks
 from support.ranks import Ranks, held_output, lock_folder
@@ -221,3 +222,11 @@ def test_a_file_gets_a_line_a_second_and_the_last_one():
     for step in range(5):
         line.refresh(f"step {step}", final=step == 4)
     assert shown.getvalue() == "step 0\nstep 4\n"
+
+
+def test_rank_0_does_not_wait_for_ever_for_a_rank_whose_dead_forerunner_left_its_name(monkeypatch):
+    store = torch.distributed.HashStore()
+    store.set("name of rank 1", "of a dead rank")
+    monkeypatch.setattr(support_ranks, "CONNECTING", datetime.timedelta(seconds=0.2))
+    with pytest.raises(RuntimeError, match="timed out waiting for rank 1"):
+        support_ranks.fresh_store(store, 0, 2)

@@ -416,7 +416,7 @@ def test_data_without_an_expert_or_held_out_twice_is_said(few, tmp_path):
     lines = few.read_text().splitlines(True)
     path.write_text("".join(line for line in lines if '"gpt3.5"' in line))
     shown = succeeds(flags(path, tmp_path / "out", eval_data=path, dry_run=True))
-    assert "only one class: weights act relative to other classes" in shown
+    assert "only one class has weight in these steps" in shown
     assert "warning: no conversation of the expert class gpt4" in shown
     assert "warning: --eval-data is --data" in shown
 
