@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -899,3 +900,22 @@ def test_progress_is_quiet_for_a_short_file(capsys):
     progress.started = time.time() - 10
     progress(1, 2, 3)
     assert capsys.readouterr().err.startswith("tokenizing [######      ]  50%  0:10 left  3 conv")
+
+
+def test_arrays_are_summed_in_flat_memory(tmp_path):
+    """512 MB of zeros that take no room on the disk, in a process of their own."""
+    for name in dataset_module.ARRAYS:
+        (tmp_path / f"{name}.bin").write_bytes(b"")
+    os.truncate(tmp_path / "tokens.bin", 512 << 20)
+    code = """
+import resource, sys, pathlib
+from support import dataset
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+sums = dataset._checksums(pathlib.Path(sys.argv[1]), {})
+print(sums["tokens"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    command = [sys.executable, "-c", code, tmp_path]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    value, grown = map(int, shown.split())
+    assert value == zlib.crc32(bytes(512 << 20))
+    assert grown < (64 << 20) / (1 if sys.platform == "darwin" else 1024)
