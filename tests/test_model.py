@@ -507,7 +507,7 @@ def write_json(path, value):
 
 
 RAW = SIZES | {"model_type": "llama"}
-DELETE = object()
+DELETE = "delete this key"
 NOT_IMPLEMENTED = [
     ({"attention_bias": True}, "attention_bias other than False is not implemented"),
     ({"mlp_bias": True}, "mlp_bias other than False is not implemented"),
