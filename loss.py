@@ -21,11 +21,10 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.linear_cross_entropy import (
-    LinearWeightedCrossEntropy,
-    padded,
-    refuse_second_derivative,
-)
+if __package__:  # copied into a package of yours, together with kernels/
+    from .kernels import linear_cross_entropy as linear
+else:
+    from kernels import linear_cross_entropy as linear
 
 
 @dataclass(frozen=True)
@@ -145,9 +144,9 @@ def linear_weighted_cross_entropy(hidden, lm_head, targets, weights, per_token=F
     targets, weights = _checked(hidden, len(lm_head), targets, weights)
     if not torch.is_grad_enabled():  # a Function's forward cannot see this
         hidden, lm_head = hidden.detach(), lm_head.detach()
-    backend = backend_for(hidden)
+    inputs = hidden, lm_head, targets, weights, backend_for(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        outputs = LinearWeightedCrossEntropy.apply(hidden, lm_head, targets, weights, backend)
+        outputs = linear.LinearWeightedCrossEntropy.apply(*inputs)
     return outputs if per_token else outputs[:2]
 
 
@@ -179,8 +178,10 @@ def backend_for(tensor):
     """The cross_entropy_rows for logits like `tensor`: the Triton kernel's, or plain PyTorch's."""
     kernel_runs = tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
     if kernel_runs and tensor.dtype != torch.float64:  # the kernel computes in float32
-        from kernels.cross_entropy import cross_entropy_rows
-
+        if __package__:
+            from .kernels.cross_entropy import cross_entropy_rows
+        else:
+            from kernels.cross_entropy import cross_entropy_rows
         return cross_entropy_rows
     return plain_cross_entropy_rows
 
@@ -223,14 +224,14 @@ class WeightedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_losses):
-        refuse_second_derivative()
+        linear.refuse_second_derivative()
         logits, targets, weights = ctx.saved_tensors
         # 0, not the product: 0 · NaN is NaN, and a row of weight 0 has no gradient.
         weights = (weights * grad_losses).masked_fill(weights == 0, 0)
         losses = torch.empty_like(weights)
         correct = torch.empty_like(weights, dtype=torch.bool)
         N, V = logits.shape
-        grad = logits.new_empty(N, padded(V))[:, :V]
+        grad = logits.new_empty(N, linear.padded(V))[:, :V]
         ctx.cross_entropy_rows(logits, targets, weights, losses, correct, grad)
         return grad, None, None, None
 

@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -372,10 +373,11 @@ def interpreter_reads_bounds():
     return release[0] >= [3, 7] or release[1] < [2, 4]
 
 
+CAN_INTERPRET = TRITON and interpreter_reads_bounds()
+
+
 @pytest.mark.skipif(CUDA or INTERPRETED or not TRITON, reason="for a CPU with Triton")
-@pytest.mark.skipif(
-    TRITON and not interpreter_reads_bounds(), reason="see interpreter_reads_bounds"
-)
+@pytest.mark.skipif(TRITON and not CAN_INTERPRET, reason="see interpreter_reads_bounds")
 def test_the_interpreted_kernel_passes_too():
     files = [
         ROOT / "tests" / f"test_{name}.py"
@@ -398,6 +400,46 @@ def test_without_triton_the_cpu_path_works():
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+
+
+@pytest.mark.skipif(CUDA or INTERPRETED, reason="for the CPU's own path")
+@pytest.mark.parametrize("interpreted", ["0", "1"][: 1 + CAN_INTERPRET])
+def test_copied_into_a_package_it_meets_no_other_kernels_or_loss(interpreted, tmp_path):
+    """Such as Hugging Face's `kernels`, which transformers imports by that name."""
+    for name in ("kernels", "loss"):
+        other = tmp_path / "first" / name / "__init__.py"
+        other.parent.mkdir(parents=True)
+        other.write_text("CUDAProperties = 1")
+    shutil.copytree(ROOT / "kernels", tmp_path / "mine" / "kernels")
+    shutil.copy(ROOT / "loss.py", tmp_path / "mine")
+    path = os.pathsep.join([str(tmp_path / "first"), str(tmp_path)])
+    environment = os.environ | {"TRITON_INTERPRET": interpreted, "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_PACKAGE, interpreted],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+IN_A_PACKAGE = """
+import sys
+import torch
+from torch.nn.functional import cross_entropy
+from mine.loss import linear_weighted_cross_entropy, weighted_cross_entropy
+from kernels import CUDAProperties
+from loss import CUDAProperties
+
+hidden, lm_head = torch.randn(4, 8, requires_grad=True), torch.randn(19, 8, requires_grad=True)
+targets, weights = torch.tensor([3, -100, 18, 0]), torch.tensor([1.0, 0.0, 0.1, 0.5])
+total, _ = linear_weighted_cross_entropy(hidden, lm_head, targets, weights)
+found = *torch.autograd.grad(total, (hidden, lm_head)), weighted_cross_entropy(
+    hidden @ lm_head.T, targets, weights
+)
+losses = weights * cross_entropy(hidden @ lm_head.T, targets, reduction="none", ignore_index=-100)
+expected = *torch.autograd.grad(losses.sum(), (hidden, lm_head), retain_graph=True), losses
+torch.testing.assert_close(found, expected)
+assert ("mine.kernels.cross_entropy" in sys.modules) == (sys.argv[1] == "1")
+"""
 
 
 COMPILED = [  # dtype, V, and what is its own there

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import inspect
 import re
+import subprocess
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def test_every_flag_is_one_of_the_program_it_stands_behind(page):
             assert flag.replace("--no-", "--") in known or flag in known, (program, flag)
 
 
-def test_the_kernel_stands_alone_in_transformers_llama():
+def test_the_kernel_stands_alone_in_transformers_llama(tmp_path, monkeypatch):
     """The README's own lines beside transformers' logits and PyTorch's cross-entropy in float64."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -80,7 +81,10 @@ def test_the_kernel_stands_alone_in_transformers_llama():
     llama = transformers.LlamaForCausalLM(config)
     tokens = torch.randint(97, (3, 11))
     weights = torch.tensor([[1.0], [0.1], [0.5]]) * (torch.rand(3, 11) > 0.5)
-    (lines,) = re.findall(r"```python\n(from loss .*?)```", README, re.DOTALL)
+    (copy,) = re.findall(r"`(mkdir mine .*?)`", README)
+    subprocess.run(copy.replace("CLONE", str(ROOT)), shell=True, cwd=tmp_path, check=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    (lines,) = re.findall(r"```python\n(from mine.loss .*?)```", README, re.DOTALL)
     exec(lines, names := {"llama": llama, "tokens": tokens, "weights": weights})
     mine = {name: p.grad.double() for name, p in llama.named_parameters()}
 
