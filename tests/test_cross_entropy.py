@@ -442,6 +442,17 @@ assert ("mine.kernels.cross_entropy" in sys.modules) == (sys.argv[1] == "1")
 """
 
 
+@pytest.mark.skipif(CUDA or INTERPRETED, reason="once is enough")
+def test_transformers_is_imported_here_even_if_hugging_faces_kernels_are_installed(tmp_path):
+    pytest.importorskip("transformers")
+    installed = tmp_path / "kernels-0.18.2.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Name: kernels\nVersion: 0.18.2\n")
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(tmp_path)])
+    code = "import conftest, transformers.integrations.hub_kernels"
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, check=True)
+
+
 COMPILED = [  # dtype, V, and what is its own there
     (torch.bfloat16, 512),  # one warp
     (torch.bfloat16, 32002),  # 16 warps; an end within a vector
