@@ -228,7 +228,7 @@ def train(plan, ranks, out):
             stopped = stopped or not evaluate_and_export(plan, ranks, llama, log, out, step)
     if stopped:
         checkpoints.save(llama, optimizer, done)
-        ranks.say(f"stopped after step {done} by a signal; the same command resumes from here")
+        ranks.say(f"stopped after step {done} by a signal; {ranks.resumes}")
         return False
     checkpoints.finish()
     ranks.say(f"done: the model is {out / 'model'}, the metrics {out / 'metrics.jsonl'}")

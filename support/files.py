@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import time
 from pathlib import Path
 from types import NoneType
 from typing import NamedTuple
@@ -31,6 +32,15 @@ def reading(path, hint=""):
         yield
     except odd as error:
         raise ValueError(f"{path}: cannot be read: {error!r:.300}{hint}") from None
+
+
+def told_torchrun(error):
+    """The error; if torchrun started this process, it prints it last. (The form is elastic's.)"""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        message = {"message": error, "extraInfo": {"timestamp": int(time.time())}}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": message}))
+    return error
 
 
 def of_type(value, *types):

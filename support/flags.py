@@ -10,6 +10,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from support.files import told_torchrun
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, with exit code 2."""
@@ -35,7 +37,7 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def error(self, message):
-        self.exit(2, f"error: {message}\n")
+        self.exit(2, told_torchrun(f"error: {message}") + "\n")
 
     def add_fields(self, config, metavars):
         """A flag per field of a dataclass: the comment beside it is its help, `# ---` a group.

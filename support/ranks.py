@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from support.files import told_torchrun
 from support.report import StatusLine
 
 STOP_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1  # the last: Slurm's
@@ -51,12 +52,15 @@ class Ranks:
                 device_id=self.device if self.cuda else None,  # NCCL starts now, and fails now
             )  # fmt: skip
         except RuntimeError as error:
-            sys.exit(f"error: the ranks cannot be connected: {error}")
+            sys.exit(told_torchrun(f"error: the ranks cannot be connected: {error}"))
         # The ranks wait for rank 0 to tokenize, and for each other's files: sometimes for hours.
         self.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=2))
         self.first = self.rank == 0
         self.line = StatusLine(sys.stdout, seconds=1.0)
         self.signalled = None  # when the first signal to stop came
+        of_torchrun = "; torchrun may end with a traceback of its own"
+        self.resumes = "the same command resumes from here"
+        self.resumes += of_torchrun * dist.is_torchelastic_launched()
 
     def thread(self):
         """An executor of one thread, on this rank's device: new threads start on device 0."""
@@ -140,14 +144,15 @@ class Ranks:
             signs = "Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out"
             if not isinstance(error, dist.DistError) and not any(s in str(error) for s in signs):
                 raise
-            self.stop(f"error: lost another rank; the same command resumes from here ({error})")
+            self.stop(f"error: lost another rank; {self.resumes} ({error})")
 
     def stop(self, message):
         self.line.end()
+        time.sleep(0 if self.first else 3)  # of an error on all ranks, only rank 0 prints it
+        told_torchrun(message)
         if self.world == 1:
             dist.destroy_process_group()
             sys.exit(message)
-        time.sleep(0 if self.first else 3)  # of an error on all ranks, only rank 0 prints it
         with contextlib.suppress(OSError):  # stderr may be closed
             print(message, file=sys.stderr, flush=True)
         os._exit(1)

@@ -6,7 +6,10 @@ import fcntl
 import functools
 import io
 import json
+import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +17,9 @@ from types import SimpleNamespace
 import processes
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+import train
 from support import ranks as support_ranks
 from support.ranks import Ranks, held_output, lock_folder
 from support.report import StatusLine
@@ -114,6 +119,33 @@ def test_an_error_of_all_ranks_is_printed_once(tmp_path):
         process.terminate()
     assert processes.finish(started) == [1, -signal.SIGTERM, -signal.SIGTERM]
     assert log.read_text().count("error: saving x failed") == 1
+
+
+def test_torchrun_prints_the_error_of_a_run_last(tmp_path):
+    """As the root cause, once, below the traceback of its own."""
+    settings = processes.flags("no such file.jsonl", tmp_path / "out")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    done = subprocess.run(
+        [*map(str, [*launch, "train.py", *settings])], cwd=processes.ROOT, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
+    )  # fmt: skip
+    error = "error: no such file.jsonl: cannot be read: No such file or directory"
+    last = done.stdout.rstrip().splitlines()[-15:]
+    (root_cause,) = (n for n, line in enumerate(last) if "Root Cause" in line)
+    assert [n for n, line in enumerate(last) if error in line] > [root_cause], done.stdout
+    assert done.returncode == 1 and done.stdout.count(error) == 2  # and once where it occurred
+
+
+def test_torchrun_reads_the_error_of_a_wrong_flag(run, tmp_path, monkeypatch):
+    assert run(train.main, "--modle", "x")[:2] == (2, "")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    code, _, shown = run(train.main, "--modle", "x")
+    read = ProcessFailure(0, os.getpid(), code, str(tmp_path / "error.json"))
+    assert read.message["message"] + "\n" == shown == (
+        "error: --modle is not a flag of train.py; did you mean --model? --help lists all\n"
+    )
+    assert abs(time.time() - read.timestamp) < 60
 
 
 @pytest.fixture
