@@ -31,6 +31,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
+from support.formats import DECODER
+
 # From torch 2.12 on grouped heads need this argument, which earlier versions do not have.
 GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
@@ -372,6 +374,9 @@ def rotary_frequencies(config, device):
     for key in needed:
         if not _is_positive(scaling.get(key)):
             raise ValueError(f"rope_scaling {kind!r} needs {key} as a positive number")
+    asked = {key for key, value in scaling.items() if value and value != ONLY_VALUE.get(key)}
+    if unknown := sorted(asked - {"rope_type", "type", *needed}):
+        raise ValueError(f"rope_scaling {kind!r} with {', '.join(unknown)} is not implemented")
     if kind == "linear":
         return frequencies / scaling["factor"]
     if kind == "llama3":
@@ -694,9 +699,9 @@ def split(tensors, dtype, most):
 
 
 def read_json(path):
-    """The JSON object of a file, which may begin with a byte order mark."""
+    """The JSON object of a file, which may begin with a byte order mark; no key occurs twice."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = DECODER.decode(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError, OSError) as error:
         raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
