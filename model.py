@@ -669,11 +669,9 @@ def save(llama, folder, dtype=None, shard_bytes=5 << 30):
         if first and failure is None:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                save_file(tensors, folder / file, metadata={"format": "pt"})
-                # safetensors makes files that only the owner may read: use the folder's mode.
-                (folder / file).chmod(folder.stat().st_mode & 0o666)
-            except (OSError, SafetensorError) as error:
-                failure = OSError(f"{folder / file}: {error}")
+                write_tensors(folder / file, tensors)
+            except OSError as error:
+                failure = error
     if failure:
         raise failure
     if first:
@@ -683,6 +681,15 @@ def save(llama, folder, dtype=None, shard_bytes=5 << 30):
         size = sum(p.numel() for p in parameters.values()) * dtype.itemsize
         weight_map = {n: file for file, names in zip(files, shards, strict=True) for n in names}
         write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+
+def write_tensors(path, tensors):
+    """Write a safetensors file. Whoever may read its folder may read it, not only the owner."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(path.parent.stat().st_mode & 0o666)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path}: {error}") from None
 
 
 def split(tensors, dtype, most):

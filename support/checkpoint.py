@@ -26,8 +26,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 import model
@@ -120,9 +118,10 @@ class Checkpoints:
             needed = max(0, config.keep + 1 - len(committed)) * self.bytes + self.bytes // 3
             free = shutil.disk_usage(self.out).free
             if free < needed:
+                unit, name = (1e9, "GB") if needed >= 1e9 else (1e6, "MB")
                 raise ValueError(
-                    f"{self.out} has {free / 1e9:.1f} GB free, and the checkpoints and model need "
-                    f"{needed / 1e9:.1f} GB: free some, or give another --out or a smaller --keep"
+                    f"{self.out} has {free / unit:,.1f} {name} free, and the checkpoints and model "
+                    f"need {needed / unit:,.1f}: free some, or give a new --out or a smaller --keep"
                 )
         return step, finished and (self.out / "model").exists()
 
@@ -194,10 +193,7 @@ def write_rows(folder, prefix, tensors):
         path = folder / f"{prefix}-{number:05d}.safetensors"
         rows = {name: mine[name].cpu().contiguous() for name in names}
         require_finite(rows)
-        try:
-            save_file(rows, path, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"{path}: {error}") from None
+        model.write_tensors(path, rows)
         sync(path)
         with ThreadPoolExecutor(4) as pool:
             sums = list(pool.map(model.checksum, rows.values()))
@@ -423,12 +419,12 @@ def check_ownership(out, epochs, has_checkpoints):
         )
     if os.path.lexists(link) and not (link.is_symlink() and EXPORT.fullmatch(os.readlink(link))):
         raise ValueError(
-            f"{link} is not a link to an export (was {out} copied without links?): move it away, "
-            "and the run will make the link again"
+            f"{link} is not a link to an export, and the run would replace it: give a new --out, "
+            "or if this is a copied run, copy it again with its links (cp -a)"
         )
     for folder in (out / f"epoch-{epoch}" for epoch in range(1, epochs + 1)):
         if os.path.lexists(folder) and folder.name not in exports:
-            raise ValueError(f"{folder} is not an export, but the run writes one there: move it")
+            raise ValueError(f"{folder} is not an export, but one is due there: give a new --out")
     probe = out / ".model.tmp"  # a name that the run itself uses
     try:
         probe.unlink(missing_ok=True)

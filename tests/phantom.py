@@ -379,7 +379,6 @@ def run(scenario, folder):
             (model, "random_parameters", lambda *_: None),
             (model, "save_file", save_file),
             (model, "checksum", lambda _: 0),
-            (checkpoint, "save_file", save_file),
             (checkpoint, "check_rows", lambda *_: None),  # of ranks that are not there
             (checkpoint, "check_sums", lambda *_: None),
             (model, "read_rows", read_rows),

@@ -455,7 +455,7 @@ def test_a_folder_of_the_users_in_an_exports_place_is_named_at_the_start(few, tm
     out = tmp_path / "out"
     (out / "epoch-2").mkdir(parents=True)
     (out / "epoch-2" / "mine").write_text("")
-    refused(flags(few, out), str(out / "epoch-2"), "move it")
+    refused(flags(few, out), str(out / "epoch-2"), "give a new --out")
     assert [path.name for path in (out / "epoch-2").iterdir()] == ["mine"]
     assert not (out / "metrics.jsonl").exists()
 
@@ -788,7 +788,9 @@ def test_a_read_only_output_is_named_and_left_as_it_was(finished, few, small_dis
 
 def test_a_disk_too_small_is_found_before_training(few, small_disk):
     (small_disk / "other").write_bytes(bytes(9 << 20))
-    refused(flags(few, small_disk / "out"), "GB free")
+    error = refused(flags(few, small_disk / "out"), "MB free")
+    free, needed = re.search(r"has ([\d.]+) MB free, .* need ([\d.]+):", error).groups()
+    assert 3 < float(free) < 3.2 < float(needed)
     assert not (small_disk / "out" / "metrics.jsonl").exists()
 
 
