@@ -89,10 +89,12 @@ def encode_files(sources, encoder, settings, folder, *, skip_bad=False, progress
                 if source.sha256() != digest:
                     raise ValueError(f"{source.path}: changed while it was read; try again")
             _refuse_bad(report, sources, skip_bad)
+            _commit(folder, vars(report))
         except ValueError:
             shutil.rmtree(folder)
             raise
-        _commit(folder, vars(report))
+        except OSError as error:  # on a full disk Python names no file
+            raise OSError(f"{folder}: {error}") from None
     return Dataset(folder, sources)
 
 

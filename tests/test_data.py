@@ -435,6 +435,18 @@ def counted(tokenizer, monkeypatch):
     return texts
 
 
+@pytest.mark.parametrize("file", ["tokens.bin", "index.bin", "done.tmp"])
+def test_a_full_disk_is_an_error_that_names_the_folder(file, few, prepare):
+    """A write there fails without a file's name; a small file's as late as it is closed."""
+    folder = prepare(few).folder
+    (folder / "done.json").unlink()
+    (folder / file).unlink(missing_ok=True)
+    (folder / file).symlink_to("/dev/full")
+    with pytest.raises(OSError) as full:
+        prepare(few)
+    assert str(full.value) == f"{folder}: [Errno 28] No space left on device"
+
+
 def test_the_same_content_is_tokenized_once(prepare, tokenizer, monkeypatch, tmp_path):
     texts = counted(tokenizer, monkeypatch)
     first = prepare(write(tmp_path / "a.jsonl", line("Hi", "Ho")))
