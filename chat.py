@@ -210,7 +210,9 @@ def export_of(folder):
         return export
     if (Path(folder) / "metrics.jsonl").exists():
         raise ValueError(f"{folder}: this run has exported no model yet")
-    raise ValueError(f"{folder}/crlft.json: not found; chat.py needs a folder exported by train.py")
+    resaved = "transformers' save_pretrained leaves it out: copy it from the export"
+    needed = "chat.py needs a folder exported by train.py"
+    raise ValueError(f"{folder}/crlft.json: not found; {needed} ({resaved})")
 
 
 def ends_of(folder):

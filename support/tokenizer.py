@@ -410,7 +410,8 @@ class SentencePieceJson(InPackage, SentencePiece):
         known.append(({"type": "Sequence", "normalizers": SPACES}, None))
         if self.bpe["type"] != "BPE" or spaces not in known:
             self._refuse("is neither a byte-level BPE nor SentencePiece's with a space before each "
-                         "text, as Llama 2's; no other kind is implemented")  # fmt: skip
+                         "text, as Llama 2's; no other kind is implemented (if transformers' "
+                         "save_pretrained left tokenizer.model out, copy it back)")  # fmt: skip
         self._set_vocabulary(raw, [*ODD, "ignore_merges"])
         listed = [token for token in raw["added_tokens"] if token["id"] < self.count]
         self.symbols = {token["content"]: token["id"] for token in listed if not token["special"]}

@@ -11,7 +11,7 @@ import pytest
 import sentencepiece
 import torch
 from processes import flags, plan_of, succeeds
-from small import ODD_TEXTS, random_llama, train_sentencepiece
+from small import ODD_TEXTS, export, random_llama, train_sentencepiece
 
 import chat
 import data
@@ -815,6 +815,28 @@ def test_a_tokenizer_json_of_sentencepiece_is_exact_or_refused(edit, message, tm
     with pytest.raises(ValueError, match=message) as refused:
         data.Tokenizer(folder)
     assert str(refused.value).startswith(f"{folder}/tokenizer.json: ")
+
+
+@pytest.mark.parametrize("kind", [joins_spaces, train_sentencepiece, small_bytes])
+def test_an_export_saved_again_by_transformers_says_what_to_copy_back(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours = data.Tokenizer(kind(tmp_path / "base"))
+    (tmp_path / "out").mkdir()
+    out = export(random_llama(vocab_size=ours.vocab_size), ours, tmp_path / "out")
+    for auto in (transformers.AutoTokenizer, transformers.AutoModelForCausalLM):
+        auto.from_pretrained(out).save_pretrained(tmp_path / "again")
+    messages, missing = [data.Message("user", "1 plus 2")], ["crlft.json"]
+    missing += ["tokenizer.model"] * (kind is joins_spaces)  # the others' tokenizer.json is enough
+    for name in missing:
+        with pytest.raises(ValueError, match=f"{name}.* copy it|copy it.*{name}") as refused:
+            chat.Chat(tmp_path / "again", device="cpu")
+        assert "save_pretrained" in str(refused.value)
+        shutil.copy(out / name, tmp_path / "again")
+    before, after = (
+        [talker.prompt(messages), *chat.generate(talker.llama, [talker.prompt(messages)], 9)]
+        for talker in (chat.Chat(out, device="cpu"), chat.Chat(tmp_path / "again", device="cpu"))
+    )
+    assert before == after
 
 
 # -------------------------------------------------------------- added tokens, the end of turn
