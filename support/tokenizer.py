@@ -273,11 +273,11 @@ CHAT_TEMPLATE = """
 {% elif part['text'] is string and part['type'] | default('text') in 'PARTS' %}
 {% set found.text = found.text + part['text'] %}
 {% else %}{{ raise_exception(unread) }}{% endif %}{% endfor %}{% endif %}
-{% set text = TEXT %}{{ turn[role] }}
+{% set text = TEXT %}{% if role != 'system' or text | trim %}{{ turn[role] }}
 {% if role == 'assistant' %}{% set text = text[1:] if text[:1] == ' ' else text %}{% generation %}
 {{ ('SPACE' if text else '') + text + 'END' }}{% endgeneration %}{% else %}
 {{ (('LEAD' if role == 'system' else 'SPACE') if text else '') + text + 'END' }}{% endif %}
-{% endfor %}{% if add_generation_prompt %}{{ turn['assistant'] }}{% endif %}
+{% endif %}{% endfor %}{% if add_generation_prompt %}{{ turn['assistant'] }}{% endif %}
 """
 # If the tokenizer joins spaces, the template must too, because llama.cpp does not.
 JOINED = "found.text.split(' ') | reject('equalto', '') | join(' ')"

@@ -206,11 +206,14 @@ def any_export(request, tmp_path):
     return exported(request.param(tmp_path / "model"), tmp_path / "out")
 
 
-def drawn_content(rng):
-    """A text with odd spaces, or parts of it in each form that training reads."""
-    words = ["plus 1", " ", "  ", "    ", "\n", "▁x", "习", "", "\t", ":", " \n so"]
+SPACES = [" ", "  ", "    ", "\n", "\t", "\r", "\x1c", "\u0085", "\u00a0", "\u2003", "\u3000"]
+
+
+def drawn_content(rng, word="so"):
+    """A text with odd spaces, blank but for `word`, or parts of it in each form that is read."""
+    words = ["plus 1", "▁x", "▁▁", "习", "", ":", " \n so", *SPACES] if word else SPACES
     parts = rng.choices(words, k=4)
-    parts.insert(rng.randrange(5), "so")  # never blank
+    parts.insert(rng.randrange(5), word)
     if rng.random() < 0.4:
         return "".join(parts)
     kinds = [{"type": "text"}, {"type": "input_text"}, {"type": "output_text"}, {}]
@@ -224,7 +227,8 @@ def test_any_message_that_training_reads_has_its_ids_and_mask_in_the_template(an
     for _ in range(150):
         messages = turns(*(drawn_content(rng) for _ in range(rng.choice([2, 4]))))
         if rng.random() < 0.5:
-            messages.insert(0, {"role": "system", "content": drawn_content(rng)})
+            content = drawn_content(rng, rng.choice(["so", ""]))  # of a blank one is no turn
+            messages.insert(0, {"role": "system", "content": content})
         name = rng.choice(["gpt4", "gpt3.5"])
         asked = [{"condition": {"gpt4": "GPT4", "gpt3.5": "GPT3"}[name]}, {"condition": name}]
         asked += [{}, {"condition": None}] * (name == "gpt4")
