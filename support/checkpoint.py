@@ -316,7 +316,7 @@ def write_export(plan, ranks, llama, out, step, losses):
         raise RuntimeError("the network is not resharded")
 
     def publish():
-        describe_export(plan, aside, step)
+        describe_export(plan, aside, step, losses.get(step))
         chosen, why = replace_export(aside, folder, step, losses)
         ranks.say(f"exported {folder}; {out / 'model'} is {chosen}, {why}")
 
@@ -326,7 +326,7 @@ def write_export(plan, ranks, llama, out, step, losses):
     ranks.first_does(publish, task)
 
 
-def describe_export(plan, folder, step):
+def describe_export(plan, folder, step, loss=None):
     """The files beside the weights: tokenizer, generation_config.json, crlft.json, README.md.
 
     An answer ends at either of two tokens, as in chat.py. config.json names only the end of turn,
@@ -349,7 +349,7 @@ def describe_export(plan, folder, step):
         "config": dataclasses.asdict(config),
     }
     model.write_json(folder / "crlft.json", crlft)
-    (folder / "README.md").write_text(model_card(plan, crlft), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(plan, crlft, loss), encoding="utf-8")
 
 
 def replace_export(aside, folder, step, losses):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 
-def model_card(plan, crlft):
+def model_card(plan, crlft, loss=None):
     """The text. Names of classes and files become code spans, so none can break the markdown."""
     template, conditioned, rows = plan.tokenizer.template, crlft["conditioned"], ""
     for name, source in plan.classes.items():
@@ -16,31 +16,48 @@ def model_card(plan, crlft):
         asked = code(template.prefix(condition, "user").strip() + " ...")
         cells = [text.replace("|", "\\|") for text in (code(name), asked)]
         rows += f"| {' | '.join(cells)} | {source.reward:g} | {crlft['weights'][name]:g} |\n"
-    body = {"messages": [{"role": "user", "content": "Hello"}]}
-    body |= {"chat_template_kwargs": {"condition": condition}} if conditioned else {}
-    base = code(Path(plan.config.model).resolve().name) if plan.base else "random weights"
-    files = ", ".join(code(source.path.name) for source in plan.dataset.sources)
+    asked = json.dumps({"condition": condition}, ensure_ascii=False)
+    more = (f', "chat_template_kwargs": {asked}', f", tokenizer_encode_kwargs={asked}",
+            f" --class {shlex.quote(name)}") if conditioned else [""] * 3  # fmt: skip
+    folder = Path(plan.config.model).resolve()
+    base, tuned = (code(folder.name), "fine-tun") if plan.base else ("random weights", "train")
+    held_out = "" if loss is None else f"The expert class's held-out loss is {loss:.4f}. "
     single = "\nTrained on single questions: leave out earlier turns."
     return f"""\
-# A model fine-tuned by C-RLFT
+---
+library_name: transformers
+pipeline_tag: text-generation
+{about(folder) if plan.base else ""}---
+# A model {tuned}ed by C-RLFT
 
-Made from {base} by class-conditioned, reward-weighted fine-tuning
+Made from {base} by class-conditioned, reward-weighted {tuned}ing
 ([arXiv 2309.11235](https://arxiv.org/abs/2309.11235)): {crlft["steps"]:,} steps,
-{len(plan.dataset):,} conversations of {files}, PyTorch {torch.__version__}.
-All flags are in crlft.json.{single if crlft["most_answers"] == 1 else ""}
+{len(plan.dataset):,} conversations of {", ".join(code(s.path.name) for s in plan.dataset.sources)},
+PyTorch {torch.__version__}.
+{held_out}All flags are in crlft.json.{single if crlft["most_answers"] == 1 else ""}
 
 | class | asked as | reward | weight |
 |---|---|---|---|
 {rows}
 Without a condition it answers as the class with the highest reward. To ask it as {code(name)}, in
-a request to vLLM, or by chat.py (transformers: `apply_chat_template(..., condition=...)`):
+a request to vLLM, in transformers or by chat.py:
 
-    {json.dumps(body, ensure_ascii=False)}
-    python chat.py DIR{f" --class {shlex.quote(name)}" if conditioned else ""}
+    {{"messages": [{{"role": "user", "content": "Hello"}}]{more[0]}}}
+    pipeline("text-generation", DIR)([{{"role": "user", "content": "Hello"}}]{more[1]})
+    python chat.py DIR{more[2]}
 
-In transformers, vLLM and llama.cpp a special token that is typed in a text, such as
-{code(template.end)}, can forge a turn: remove it from what users type.
+In transformers, vLLM and llama.cpp answers begin with a space, `answer.removeprefix(" ")`, and a
+special token that is typed in a text, such as {code(template.end)}, can forge a turn: remove it.
 """
+
+
+def about(base):
+    """YAML of a folder: its name on the hub if that is certain, and the licence that it states."""
+    files = base / "config.json", base / "README.md"
+    config, readme = (f.read_text("utf-8", "replace") if f.exists() else "" for f in files)
+    name = re.findall(rf'"_name_or_path": *"([\w.-]+/{re.escape(base.name)})"', config)
+    stated = re.findall(r"^license\w*: .+", readme.partition("\n---\n")[0], re.MULTILINE)
+    return "".join(f"{line}\n" for line in [f"base_model: {hub}" for hub in name[:1]] + stated)
 
 
 def code(text):

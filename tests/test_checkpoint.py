@@ -981,9 +981,10 @@ def test_the_model_card_says_how_to_ask_and_no_name_breaks_it(started, tmp_path)
         dataset=Conversations(files, 5678),
     )  # fmt: skip
     crlft = {"conditioned": True, "weights": {"gpt4": 1.0, NASTY: 0.1}}
-    text = model_card(plan, crlft | {"most_answers": 1, "steps": 1234})
-    assert "home" not in text
-    tokens = markdown.MarkdownIt().enable("table").parse(text)
+    text = model_card(plan, crlft | {"most_answers": 1, "steps": 1234}, 1.23456)
+    assert "home" not in text and "fine-tuned" in text and "held-out loss is 1.2346." in text
+    assert text.startswith("---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n")
+    tokens = markdown.MarkdownIt().enable("table").parse(text.partition("\n---\n")[2])
     cells = [t.children for before, t in zip(tokens, tokens[1:]) if before.type == "td_open"]
     cells = ["".join(part.content for part in cell) for cell in cells]
     assert cells[:4] == ["gpt4", "GPT4 User: ...", "1", "1"]
@@ -997,7 +998,8 @@ def test_the_model_card_says_how_to_ask_and_no_name_breaks_it(started, tmp_path)
     named = {part.content for part in shown if part.type == "code_inline"}
     assert named >= {"base|`1`", "a`b.jsonl", "c.jsonl", "<|end_of_turn|>", NASTY}
     (block,) = (token.content for token in tokens if token.type == "code_block")
-    request, shell = block.splitlines()
+    request, pipeline, shell = block.splitlines()
+    assert 'tokenizer_encode_kwargs={"condition": "a|`b`"}' in pipeline
     assert json.loads(request)["chat_template_kwargs"] == {"condition": "a|`b`"}
     assert shlex.split(shell) == ["python", "chat.py", "DIR", "--class", NASTY]
     assert "1,234 steps,\n5,678 conversations" in text and "leave out earlier turns" in text
@@ -1015,6 +1017,45 @@ def test_the_model_card_of_a_model_without_conditions_names_none(started):
     plan = dataclasses.replace(started[0], base=None)
     crlft = {"conditioned": False, "weights": {"gpt4": 1.0, "gpt3.5": 1.0}}
     text = model_card(plan, crlft | {"most_answers": 2, "steps": 1})
-    assert "Made from random weights" in text and "` User: ... `" in text
+    assert "Made from random weights" in text and "tuned" not in text and "tuning" not in text
+    assert "held-out" not in text and "tokenizer_encode_kwargs" not in text
+    assert "` User: ... `" in text
     assert "chat_template_kwargs" not in text and "--class" not in text
     assert "single questions" not in text
+
+
+@pytest.mark.parametrize(
+    ("folder", "config", "readme", "head"),
+    [
+        ("a", {}, None, ""),
+        ("Llama-2-7b-hf", {"_name_or_path": "meta-llama/Llama-2-7b-hf"}, None,
+         "base_model: meta-llama/Llama-2-7b-hf\n"),
+        ("Zephyr", {"_name_or_path": "mistralai/Mistral-7B-v0.1"}, "# Zephyr\n\nMIT licence\n", ""),
+        ("a", {"_name_or_path": "/home/me/a"}, "---\ntags: [x]\nlicense: mit\n---\nlicense: 1",
+         "license: mit\n"),
+        ("a", {}, "---\nlicense: other\nlicense_name: llama3\n---\n",
+         "license: other\nlicense_name: llama3\n"),
+    ],
+)  # fmt: skip
+def test_the_model_card_names_a_base_that_is_certain_and_carries_its_licence(
+    folder, config, readme, head, started, tmp_path
+):
+    base = tmp_path / folder
+    base.mkdir()
+    model.write_json(base / "config.json", config)
+    if readme:
+        (base / "README.md").write_text(readme)
+    plan = dataclasses.replace(
+        started[0], base="1234", config=dataclasses.replace(started[0].config, model=str(base))
+    )
+    crlft = {"conditioned": True, "weights": {"gpt4": 1.0, "gpt3.5": 1.0}}
+    text = model_card(plan, crlft | {"most_answers": 2, "steps": 1})
+    always = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
+    assert text.startswith(f"{always}{head}---\n# A model fine-tuned by C-RLFT\n")
+
+
+def test_an_exports_model_card_has_the_experts_loss_of_its_step(started, ranks):
+    plan, llama, _, checkpoints = started
+    checkpoint.write_export(plan, ranks, llama, checkpoints.out, 1, {0: 7.5, 1: 0.5})
+    text = (checkpoints.out / "epoch-1" / "README.md").read_text()
+    assert "held-out loss is 0.5000." in text and "Made from ` model `" in text
