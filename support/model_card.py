@@ -46,13 +46,13 @@ a request to vLLM, in transformers or by chat.py:
     pipeline("text-generation", DIR)([{{"role": "user", "content": "Hello"}}]{more[1]})
     python chat.py DIR{more[2]}
 
-In transformers, vLLM and llama.cpp answers begin with a space, `answer.removeprefix(" ")`, and a
-special token that is typed in a text, such as {code(template.end)}, can forge a turn: remove it.
+In transformers, vLLM and llama.cpp an answer may begin with a space (`answer.removeprefix(" ")`),
+and a special token in what users type, such as {code(template.end)}, can forge a turn: remove both.
 """
 
 
 def about(base):
-    """YAML of a folder: its name on the hub if that is certain, and the licence that it states."""
+    """YAML of a folder: its name on the hub, if its config.json gives it, and its licence."""
     files = base / "config.json", base / "README.md"
     config, readme = (f.read_text("utf-8", "replace") if f.exists() else "" for f in files)
     name = re.findall(rf'"_name_or_path": *"([\w.-]+/{re.escape(base.name)})"', config)

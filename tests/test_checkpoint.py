@@ -997,6 +997,7 @@ def test_the_model_card_says_how_to_ask_and_no_name_breaks_it(started, tmp_path)
     assert [token.tag for token in tokens if token.type == "heading_open"] == ["h1"]
     named = {part.content for part in shown if part.type == "code_inline"}
     assert named >= {"base|`1`", "a`b.jsonl", "c.jsonl", "<|end_of_turn|>", NASTY}
+    assert 'answer.removeprefix(" ")' in named
     (block,) = (token.content for token in tokens if token.type == "code_block")
     request, pipeline, shell = block.splitlines()
     assert 'tokenizer_encode_kwargs={"condition": "a|`b`"}' in pipeline
