@@ -693,10 +693,13 @@ def write_tensors(path, tensors):
 
 
 def split(tensors, dtype, most):
-    """Their names in order, in lists of at most `most` bytes each, or of one larger tensor."""
+    """Their names in order, in lists of at most `most` bytes each, or of one larger tensor.
+
+    The bytes are those of `dtype`, or of each tensor's own.
+    """
     lists, filled = [[]], 0
     for name, tensor in tensors.items():
-        size = tensor.numel() * dtype.itemsize
+        size = tensor.numel() * (dtype or tensor.dtype).itemsize
         if lists[-1] and filled + size > most:
             lists.append([])
             filled = 0

@@ -83,6 +83,7 @@ class Config:
     adam_beta1: float = 0.9  # decay of the gradient's mean
     adam_beta2: float = 0.95  # decay of the gradient's square
     adam_eps: float = 1e-5  # not negligible: at gradient norm 1 a 13B has RMS gradient 9e-6
+    adam_precision: str = "fp32"  # of AdamW's two moments; bf16 halves their memory, on CUDA only
     clip: float = 1.0  # largest gradient norm
     # --- along the way
     eval_every: int = 0  # steps between evaluations (0: at every export); also first and last
@@ -195,8 +196,7 @@ def train(plan, ranks, out):
     log = report.Log(plan, ranks, out, done)
     ranks.listen()
     llama, optimizer = build(plan, ranks, with_weights=not done)
-    if done:
-        checkpoints.load(llama, optimizer)
+    checkpoints.load(llama, optimizer)
     gc.collect()
     gc.freeze()  # long-lived objects: each later collection would spend 0.3 s on them
     stopped = not evaluate_and_export(plan, ranks, llama, log, out, done)
@@ -276,7 +276,7 @@ def build(plan, ranks, with_weights=True):
     """The sharded network with its weights, and its optimizer.
 
     It is built on the meta device, sharded (each block, then the root with embeddings, norm, head),
-    and only then allocated; each rank reads its rows. Weights, gradients, AdamW are float32.
+    and only then allocated; each rank reads its rows. Weights and gradients are float32.
     """
     config = plan.config
     with torch.device("meta"):

@@ -1,6 +1,6 @@
 """The folders of a run: checkpoints to resume from, and exported models.
 
-    OUT/checkpoints/step-N/    float32 weights and AdamW's state as safetensors, each rank its rows
+    OUT/checkpoints/step-N/    float32 weights and AdamW's moments as safetensors, per rank its rows
         state.json             the rows in each file, their checksums, and the run's identity
     OUT/epoch-K/               an exported Hugging Face folder, written after its step's checkpoint
     OUT/model                  a link to the export with the lowest loss, or to the last
@@ -10,9 +10,10 @@ written, so its final name means that it is complete. A failed save ends the run
 earlier checkpoints intact.
 
 A resumed run ends with the same bits, because a step depends only on the weights and AdamW's two
-moments, saved unchanged in float32, and on its number, which decides the learning rate, AdamW's
+moments, each saved in its own dtype, and on its number, which decides the learning rate, AdamW's
 bias correction and the conversations (data.pack). The arithmetic repeats on a CPU, and on CUDA with
 --deterministic. A step's evaluation and export follow its checkpoint: a resumed run repeats both.
+If --adam-precision has changed, which is printed, the moments are converted as they are read.
 """
 
 import contextlib
@@ -46,13 +47,13 @@ class Checkpoints:
     def __init__(self, plan, ranks, out):
         self.plan, self.ranks, self.out = plan, ranks, out
         self.folder = out / "checkpoints"
+        self.bytes = (4 + 2 * plan.size.moment) * plan.network.parameter_count()
         self.saved = 0  # the step of the newest checkpoint
         with torch.device("meta"):
             parameters = dict(model.Llama(plan.network).named_parameters())
         self.shapes = {name: list(p.shape) for name, p in parameters.items()}
         for moment in MOMENTS:
             self.shapes |= {f"optimizer.{n}.{moment}": list(p.shape) for n, p in parameters.items()}
-        self.bytes = 4 * (1 + len(MOMENTS)) * plan.network.parameter_count()
 
     def committed(self):
         """[(step, folder)] of complete checkpoints, oldest first."""
@@ -115,7 +116,8 @@ class Checkpoints:
         step, finished = self._resumable(*committed[-1]) if committed else (0, False)
         clear_leftovers(self.out)
         if step < total:  # room for the newest --keep, and the one being written
-            needed = max(0, config.keep + 1 - len(committed)) * self.bytes + self.bytes // 3
+            needed = max(0, config.keep + 1 - len(committed)) * self.bytes
+            needed += 4 * self.plan.network.parameter_count()
             free = shutil.disk_usage(self.out).free
             if free < needed:
                 unit, name = (1e9, "GB") if needed >= 1e9 else (1e6, "MB")
@@ -142,14 +144,19 @@ class Checkpoints:
         return step, finished and step == total
 
     def load(self, llama, optimizer):
-        """Fill weights and optimizer state from the checkpoint that resume() found."""
-        folder, ranks = self.folder / f"step-{self.saved}", self.ranks
-        state = read_state(folder)
-        for parameter in llama.parameters():  # as AdamW's first step makes it
+        """Fill weights and optimizer state from the checkpoint that resume() found.
+
+        Without one, only make the optimizer's state, as AdamW's first step would but for the dtype.
+        """
+        dtype = torch.bfloat16 if self.plan.config.adam_precision == "bf16" else torch.float32
+        for parameter in llama.parameters():
             optimizer.state[parameter] = {
-                "step": torch.full((), float(state["step"]), device=parameter.device)
-            } | {moment: torch.zeros_like(parameter) for moment in MOMENTS}
-        tensors, files = state_tensors(llama, optimizer), state["files"]
+                "step": torch.full((), float(self.saved), device=parameter.device)
+            } | {moment: torch.zeros_like(parameter, dtype=dtype) for moment in MOMENTS}
+        if not self.saved:
+            return
+        folder, ranks = self.folder / f"step-{self.saved}", self.ranks
+        tensors, files = state_tensors(llama, optimizer), read_state(folder)["files"]
 
         def check():
             check_rows(files, self.shapes)
@@ -189,7 +196,7 @@ def write_rows(folder, prefix, tensors):
     mine = {name: model.local_tensor(tensor) for name, tensor in tensors.items()}
     mine = {name: rows for name, rows in mine.items() if len(rows)}
     written = {}
-    for number, names in enumerate(model.split(mine, torch.float32, FILE_SIZE), start=1):
+    for number, names in enumerate(model.split(mine, None, FILE_SIZE), start=1):
         path = folder / f"{prefix}-{number:05d}.safetensors"
         rows = {name: mine[name].cpu().contiguous() for name in names}
         require_finite(rows)
@@ -403,6 +410,7 @@ def evaluation_config(config):
     own = {
         "model": str(folder), "data": config.eval_data, "epochs": 1, "random_weights": False,
         "condition": config.condition and (not export or export.conditioned), "reward": False,
+        "adam_precision": "fp32",
         "max_length": min(length, config.batch_tokens) if length else None,
     }  # fmt: skip
     return dataclasses.replace(config, **own), export.classes if export else DEFAULT_CLASSES

@@ -95,7 +95,7 @@ def check_ranges(config):
         ("from 0 to 2^32 - 1", lambda x: 0 <= x < 2**32, "seed"),
         (f"from 2 to --batch-tokens {config.batch_tokens}",
          lambda x: 2 <= x <= config.batch_tokens, "max_length"),
-        ("bf16 or fp32", lambda x: x in ("bf16", "fp32"), "precision"),
+        ("bf16 or fp32", lambda x: x in ("bf16", "fp32"), "precision adam_precision"),
         ("auto or a number above 0", is_rate, "lr"),
     ]  # fmt: skip
     texts = map(str, [*vars(config).values(), *config.data, *config.eval_data])

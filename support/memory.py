@@ -16,6 +16,7 @@ class Size(NamedTuple):
     bf16: bool
     compiled: bool
     sequences: int  # in a batch for FlashAttention; 0 if a different attention is used
+    moment: int = 4  # bytes of each of a parameter's two AdamW moments
 
 
 def estimate(network, size, recompute):
@@ -43,7 +44,7 @@ def estimate(network, size, recompute):
     return {
         "parameters": 4 * parameters // shards,
         "gradients": 4 * parameters // shards,
-        "AdamW": 8 * parameters // shards,
+        "AdamW": 2 * size.moment * parameters // shards,
         # Plus a block's gradients in float32 during the reduction: whole, and this rank's shard.
         "gathered blocks": width * (matrices * embedding + 2 * per_block)
         + 4 * (per_block + per_block // shards),

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import data
 import model
@@ -50,6 +51,7 @@ class Plan:
     untrained: list  # turn tokens whose rows in the checkpoint look untrained
     # --- memory
     recompute: int  # blocks whose activations are recomputed in backward
+    spared: int  # of these, how many --adam-precision bf16 would spare
     size: memory.Size
     memory: dict  # {part: bytes per rank}
     available: int  # bytes per rank; 0: no limit known
@@ -107,6 +109,9 @@ def make_plan(config, ranks, out):
     untrained = model.untrained(config.model, tokenizer.marks) if new else []
 
     cuda = ranks.cuda or config.plan_memory > 0  # the plan is for a GPU, even if none is here
+    obstacle = obstacle_to_bf16_moments(config, cuda)
+    if obstacle and config.adam_precision == "bf16":
+        raise ValueError(f"--adam-precision bf16 {obstacle}")
     bf16 = (config.precision or ("bf16" if cuda else "fp32")) == "bf16"
     flash = cuda and bf16 and model.flash_takes(network.head_dim)
     # Only FlashAttention has fixed shapes; anything else would compile again for every batch.
@@ -140,11 +145,14 @@ def make_plan(config, ranks, out):
     # The cu_seqlens of every batch, for the fullest bin and data.collate's padding.
     offsets = fullest + math.ceil(config.batch_tokens / max_length) + 1
     sequences = offsets - 1 if flash else 0
-    size = memory.Size(world // config.replicas, config.batch_tokens, bf16, compile, sequences)
+    shards, moment = world // config.replicas, 2 if config.adam_precision == "bf16" else 4
+    size = memory.Size(shards, config.batch_tokens, bf16, compile, sequences, moment)
     available = memory.of_a_rank(config.plan_memory)
-    recompute = config.recompute
+    recompute, spared = config.recompute, 0
     if recompute is None:
         recompute = memory.blocks_to_recompute(network, size, available)
+        fewer = memory.blocks_to_recompute(network, size._replace(moment=2), available)
+        spared = 0 if obstacle else recompute - fewer
     recompute = min(recompute, network.num_hidden_layers)
     return Plan(
         config=config, world=world, classes=classes, tokenizer=tokenizer, network=network,
@@ -155,9 +163,22 @@ def make_plan(config, ranks, out):
         shape=(config.batch_tokens, offsets, max_length) if compile else None,
         base=identity_of_weights(config, ranks) if pretrained else None,
         new_rows=new_rows, untrained=untrained,
-        recompute=recompute, size=size, memory=memory.estimate(network, size, recompute),
-        available=available,
+        recompute=recompute, spared=spared, size=size,
+        memory=memory.estimate(network, size, recompute), available=available,
     )  # fmt: skip
+
+
+def obstacle_to_bf16_moments(config, cuda):
+    """Why AdamW's moments cannot be in bf16, as the end of an error; None if they can."""
+    if not cuda:
+        return "needs CUDA (or --dry-run --plan-memory): AdamW on a CPU takes float32 moments only"
+    if torch.__version__ < (2, 12):
+        return f"needs torch 2.12 or later, and this is {torch.__version__}"
+    beta = max(config.adam_beta1, config.adam_beta2)
+    if 1 - beta < 2**-8:  # half the distance between bf16's numbers just above 1
+        lost = f"a step changes a moment by {1 - beta:.1g} of it, which bf16 rounds away"
+        return f"needs --adam-beta1 and --adam-beta2 of at most 0.996, not {beta}: {lost}"
+    return None
 
 
 def identity_of_weights(config, ranks):

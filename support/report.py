@@ -138,12 +138,13 @@ def schedule(plan):
     if config.random_weights and config.lr == "auto":
         out.append("warning: OpenChat's learning rate is for pretrained weights; try --lr 3e-3")
     rule = " (OpenChat's rule)" if config.lr == "auto" else ""
+    moments = " with moments in bf16" if config.adam_precision == "bf16" else ""
     step = f"ranks {plan.world} x accumulate {config.accumulate} x tokens {config.batch_tokens:,}"
     return "\n".join([
         *out,
         f"schedule   steps {order.total:,}, epochs {len(order.ends)}; per step {step}",
         f"           conversations up to {plan.max_length:,} tokens",
-        f"optimizer  AdamW, peak learning rate {plan.lr:.3g}{rule}",
+        f"optimizer  AdamW{moments}, peak learning rate {plan.lr:.3g}{rule}",
     ])  # fmt: skip
 
 
@@ -155,7 +156,7 @@ def resources(plan):
     config, order, parameters = plan.config, plan.order, plan.network.parameter_count()
     parts = [f"{name} {size / 2**30:.2f}" for name, size in plan.memory.items()]
     fits = f", {'fits' if plan.fits else 'DOES NOT FIT'} {plan.available / 2**30:.1f}"
-    exports = sum(map(plan.exports, range(1, order.total + 1)))
+    exports, saved = sum(map(plan.exports, range(1, order.total + 1))), 4 + 2 * plan.size.moment
     out = Path(config.out).absolute()
     disk = next(path for path in (out, *out.parents) if path.exists())
     lines = [
@@ -163,10 +164,14 @@ def resources(plan):
         f"{plan.recompute} of {plan.network.num_hidden_layers} blocks recomputed",
         f"           {', '.join(parts[:5])},",
         f"           {', '.join(parts[5:])}",
-        f"disk       checkpoints {config.keep + 1} x {12 * parameters / 1e9:.3g} GB, "
+        f"disk       checkpoints {config.keep + 1} x {saved * parameters / 1e9:.3g} GB, "
         f"exports {exports} x {(2 if plan.bf16 else 4) * parameters / 1e9:.3g} GB",
         f"           {shutil.disk_usage(disk).free / 1e9:,.0f} GB free in {disk}",
     ]
+    if plan.spared:
+        left = plan.recompute - plan.spared
+        fewer = f"with {plan.spared} blocks fewer recomputed" if left else "without recomputing"
+        lines.insert(3, f"           fits {fewer} with --adam-precision bf16")
     if plan.available:
         lengths = plan.dataset.lengths.astype(float)
         epochs = len(order.ends) * order.total / order.ends[-1]  # --max-steps may end the last

@@ -258,8 +258,8 @@ def left_behind(out, logs=True):
 def last_checkpoint(out, step):
     """{tensor: value} of the checkpoint after the last step, joined from every rank's rows."""
     folder = out / "checkpoints" / f"step-{step}"
-    pieces = {}
-    for file, rows in json.loads((folder / "state.json").read_text())["files"].items():
+    state, pieces = json.loads((folder / "state.json").read_text()), {}
+    for file, rows in state["files"].items():
         tensors = load_file(folder / file)
         for name, (first, count, _) in rows.items():
             pieces.setdefault(name, []).append((first, tensors[name][:count]))
@@ -274,7 +274,9 @@ def last_checkpoint(out, step):
     for name, tensor in found.items():
         parameter = exported[name.removeprefix("optimizer.").removesuffix(".exp_avg_sq")
                              .removesuffix(".exp_avg")]  # fmt: skip
-        if tensor.shape != parameter.shape or tensor.dtype != torch.float32 or not tensor.any():
+        half = name not in exported and state["config"]["adam_precision"] == "bf16"
+        dtype = torch.bfloat16 if half else torch.float32
+        if tensor.shape != parameter.shape or tensor.dtype != dtype or not tensor.any():
             raise Different(f"{folder}: {name} is {tensor.dtype} {tuple(tensor.shape)}, or all 0")
         if name in exported and not torch.equal(tensor.to(parameter.dtype), parameter):
             raise Different(f"{folder}: {name} is not what was exported after the same step")

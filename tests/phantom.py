@@ -8,8 +8,9 @@ for it. So train.train runs whole, from the plan to the last export: what meets 
 another dtype, breaks a graph or compiles again is found, and every place where the host would wait
 for the GPU is counted. No numbers, no streams, no NCCL, no kernel's own checks.
 
-A scenario is {"world", "rank", "replicas", "network", "compile", "recompute", "resumed", "fault"},
-each optional; its result {"error"}, or what `run` has seen. Rank 1 has device 1, of two.
+A scenario is {"world", "rank", "replicas", "network", "compile", "recompute", "adam_precision",
+"resumed", "fault"}, each optional; its result {"error"}, or what `run` has seen. Rank 1 has device
+1, of two.
 """
 
 import contextlib
@@ -277,7 +278,8 @@ def run(scenario, folder):
 
     torch._dynamo.reset()
     torch._inductor.config.triton.mix_order_reduction = True
-    settings = {"world": 1, "rank": 0, "replicas": 1, "compile": None, "recompute": 0} | scenario
+    settings = {"world": 1, "rank": 0, "replicas": 1, "compile": None, "recompute": 0}
+    settings |= {"adam_precision": "fp32"} | scenario
     network = json.loads((folder / "config.json").read_text()) | settings.get("network", {})
     here = folder / f"run-{len(os.listdir(folder))}"
     here.mkdir()
@@ -293,13 +295,14 @@ def run(scenario, folder):
                 few, out, model=here, eval_data=few, epochs=2, max_steps=step, accumulate=2,
                 batch_tokens=TOKENS, eval_every=2, save_every=1, replicas=settings["replicas"],
                 compile=settings["compile"], recompute=settings["recompute"],
+                adam_precision=settings["adam_precision"],
             ),
             ranks, out,
         )  # fmt: skip
 
     plan = plan_until(3)
-    found = {"planned": plan.memory["activations"], "groups": []}
-    found |= {"frames": [], "waits": [], "all_reduces": [], "saved": []}
+    found = {"planned": plan.memory["activations"], "groups": [], "dtypes": {}}
+    found |= {"frames": [], "waits": [], "all_reduces": [], "saved": [], "moments": []}
     launches = Launches(kernels.cross_entropy.cross_entropy_kernel)
     frames = []
 
@@ -326,6 +329,7 @@ def run(scenario, folder):
         states = [x for state in optimizer.state.values() for x in state.values()]
         devices = {str(model.local_tensor(x).device) for x in states}
         assert devices == {str(ranks.device)}, f"the optimizer's state is on {devices}"
+        found["moments"] += {str(x.dtype) for x in states if x.dim()}
 
     def watched_forward(llama, plan, batch):
         storages = {}
@@ -351,6 +355,7 @@ def run(scenario, folder):
 
     def save_file(tensors, path, metadata):
         assert {t.device.type for t in tensors.values()} == {"cpu"}
+        found["dtypes"] |= {n.split(".")[-1]: str(t.dtype) for n, t in tensors.items()}
         Path(path).write_bytes(b"")
 
     def collated(*arguments):
@@ -396,7 +401,7 @@ def run(scenario, folder):
         with Device(allow_non_fake_inputs=True):
             assert train.train(plan, ranks, out)
             if settings.get("resumed"):
-                found |= {"frames": [], "waits": [], "all_reduces": [], "saved": []}
+                found |= {"frames": [], "waits": [], "all_reduces": [], "saved": [], "moments": []}
                 frames.clear()
                 torch._dynamo.reset()
                 assert train.train(plan_until(5), ranks, out)
@@ -487,6 +492,17 @@ def moments_on_the_cpu(train):
         load(checkpoints, llama, optimizer)
         for state in optimizer.state.values():
             state["exp_avg"] = torch.zeros_like(state["exp_avg"], device="cpu")
+
+    return train.Checkpoints, "load", loading
+
+
+def moments_of_adamw_itself(train):
+    load = train.Checkpoints.load
+
+    def loading(checkpoints, llama, optimizer):
+        load(checkpoints, llama, optimizer)
+        if not checkpoints.saved:
+            optimizer.state.clear()
 
     return train.Checkpoints, "load", loading
 

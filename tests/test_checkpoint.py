@@ -26,6 +26,7 @@ import chat
 import data
 import loss
 import model
+import support.plan
 import train
 from support import checkpoint, files, report
 from support.model_card import model_card
@@ -669,6 +670,146 @@ def train_in(ranks, few, tmp_path, monkeypatch):
 
     yield train_in
     torch.use_deterministic_algorithms(deterministic)
+
+
+# ------------------------------------------------------------------------------ moments in bf16
+
+
+def direction(parts, betas, eps, grad_scale, step, dtype):
+    """AdamW's step per learning rate, without decay; the moments rounded as they are stored.
+
+    The arithmetic is in `dtype`. That of CUDA's fused kernel is float32, whatever the moments are
+    (FusedAdamMathFunctorMP in PyTorch's fused_adam_utils.cuh, from 2.12 on); no CPU has it.
+    """
+    (gradient, *moments), (beta1, beta2) = (model.local_tensor(x) for x in parts), betas
+    gradient, (mean, square) = gradient.to(dtype) / grad_scale, (x.to(dtype) for x in moments)
+    mean = beta1 * mean + (1 - beta1) * gradient
+    square = beta2 * square + (1 - beta2) * gradient**2
+    moments[0].copy_(mean), moments[1].copy_(square)
+    square = square.sqrt() / (1 - beta2**step) ** 0.5
+    return mean / (1 - beta1**step) / (square + eps)
+
+
+@pytest.fixture
+def mixed(monkeypatch):
+    """AdamW as on CUDA, and for each step the error that its moments' dtype makes in the direction.
+
+    The error is relative to moments in float64 with the same gradients.
+    """
+    errors, exact = [], {}
+
+    def fused(params, grads, means, squares, _, steps, *, lr, beta1, beta2, eps, **more):
+        difference, length = 0.0, 0.0
+        for parameter, gradient, mean, square, step in zip(
+            params, grads, means, squares, steps, strict=True
+        ):
+            if id(square) not in exact:  # with the tensor itself, so that no other has its id
+                exact[id(square)] = square, [model.local_tensor(x).double() for x in (mean, square)]
+            kept = exact[id(square)][1]
+            given = (beta1, beta2), eps, more["grad_scale"], float(step)
+            found = direction((gradient, mean, square), *given, torch.float32)
+            truth = direction((gradient, *kept), *given, torch.float64)
+            difference += float((found - truth).square().sum())
+            length += float(truth.square().sum())
+            parameter = model.local_tensor(parameter)
+            parameter.mul_(1 - lr * more["weight_decay"]).sub_(lr * found)
+        errors.append((difference / length) ** 0.5)
+
+    monkeypatch.setattr(torch, "_fused_adamw_", fused)
+    monkeypatch.setattr(support.plan, "obstacle_to_bf16_moments", lambda *_: None)
+    return errors
+
+
+@pytest.fixture
+def stopped(train_in, ranks, monkeypatch):
+    """stopped(out, **flags): a run that a signal has ended after step 4, and its checkpoint."""
+
+    def stopped(out, **more):
+        update, calls = train.clip_and_update, []
+
+        def called(*arguments):
+            update(*arguments)
+            calls.append(None)
+            if len(calls) == 3:  # the next step hears of it
+                ranks.signalled = time.monotonic()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "clip_and_update", called)
+            assert train_in(out.name, **more) is False
+        files, found = sorted((out / "checkpoints" / "step-4").glob("*.safetensors")), {}
+        for path in files:
+            found |= load_file(path)
+        return files, found
+
+    return stopped
+
+
+def test_a_resumed_run_with_moments_in_bf16_ends_with_the_same_bits(
+    mixed, train_in, stopped, tmp_path, monkeypatch
+):
+    """Each tensor in its own dtype, in files whose size counts the bytes of that dtype."""
+    assert train_in("whole", adam_precision="bf16") is True
+    monkeypatch.setattr(checkpoint, "FILE_SIZE", 15_000)
+    files, found = stopped(tmp_path / "cut", adam_precision="bf16")
+    moments = {name for name in found if name.startswith("optimizer.")}
+    assert {found[name].dtype for name in moments} == {torch.bfloat16}
+    assert {found[name].dtype for name in found.keys() - moments} == {torch.float32}
+    sizes = [sum(t.nbytes for t in load_file(path).values()) for path in files]
+    weights = sum(found[name].numel() for name in found.keys() - moments)
+    assert sum(sizes) == 8 * weights and max(sizes) <= 15_000
+    assert all(size + following > 15_000 for size, following in itertools.pairwise(sizes))
+    assert train_in("cut", adam_precision="bf16") is True
+    lives.compare(tmp_path / "whole", tmp_path / "cut", exact=True)
+
+
+@pytest.mark.parametrize("before, now", [("fp32", "bf16"), ("bf16", "fp32")])
+def test_a_change_of_adam_precision_converts_the_moments_and_is_said(
+    before, now, mixed, train_in, stopped, ranks, tmp_path, monkeypatch
+):
+    _, saved = stopped(tmp_path / "out", adam_precision=before)
+    said, load, loaded = [], train.Checkpoints.load, {}
+
+    def loading(checkpoints, *network):
+        load(checkpoints, *network)
+        tensors = checkpoint.state_tensors(*network)
+        loaded.update((name, model.local_tensor(t).clone()) for name, t in tensors.items())
+
+    monkeypatch.setattr(train.Checkpoints, "load", loading)
+    monkeypatch.setattr(ranks, "say", said.append)
+    assert train_in("out", adam_precision=now) is True
+    change = f"changed since the checkpoint: --adam-precision {before!r}, now {now!r}"
+    assert [line for line in said if "changed" in line] == [change]
+    dtype = torch.bfloat16 if now == "bf16" else torch.float32
+    for name, tensor in saved.items():
+        expected = tensor.to(dtype) if name.startswith("optimizer.") else tensor
+        assert loaded[name].dtype == expected.dtype and torch.equal(loaded[name], expected)
+
+
+def test_moments_in_bf16_cost_what_their_roundings_add_up_to(mixed, train_in, tmp_path):
+    """Of some 150 steps at beta2 0.95: 0.4 % of each step's length, and 0.1 % of the last loss.
+
+    bf16 numbers in [m, 2m) are m / 128 apart, so rounding errors have a root mean square of 0.17 %.
+    A moment adds up its past ones, which fade by beta per step: β / √(1 - β²) as many if they are
+    independent. The second moment counts half, as its root is taken.
+    """
+    more = {"epochs": 25, "eval_data": None, "export_every": 0, "save_every": 0}
+    train_in("half", adam_precision="bf16", **more)
+    error = (3 / 8 / math.log(2) / 3) ** 0.5 / 256
+    mean, square = (beta / (1 - beta**2) ** 0.5 for beta in (0.9, 0.95))
+    expected = error * math.hypot(mean, square / 2)
+    assert np.mean(mixed[20:]) == pytest.approx(expected, rel=0.15) and expected < 0.005
+    assert len(mixed) == 150 and max(mixed) < 1.5 * expected
+
+
+def test_the_kernel_written_out_with_moments_in_fp32_is_the_one_of_the_cpu(
+    train_in, request, tmp_path
+):
+    train_in("theirs", eval_data=None)
+    request.getfixturevalue("mixed")
+    train_in("ours", eval_data=None)
+    losses = [[line["loss"] for line in metrics(tmp_path / of)] for of in ("theirs", "ours")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert len(losses[0]) == 12
 
 
 # Of a signal to stop: the function that is about to be called, how often it was called before,

@@ -19,14 +19,14 @@ import model
 NETWORK = model.LlamaConfig(256, 688, 2, 8, 66, 4, 32, max_position_embeddings=512)
 SCENARIOS = {
     "one GPU": {},
-    "eight, one block recomputed": {"world": 8, "recompute": 1},
+    "eight, one block recomputed": {"world": 8, "recompute": 1, "adam_precision": "bf16"},
     "two groups of four, tied": {
         "world": 8, "replicas": 2, "network": {"tie_word_embeddings": True},
     },
     "not compiled": {"compile": False},
     "heads of 20": {"network": {"head_dim": 20}},
     "rank 1 of eight": {"world": 8, "rank": 1},
-    "resumed": {"resumed": True},
+    "resumed": {"resumed": True, "adam_precision": "bf16"},
 }  # fmt: skip
 FAULTS = {
     "table_on_the_cpu": "on the same device",
@@ -38,12 +38,13 @@ FAULTS = {
     "replicas_of_one": None,
     "first_device": "on the same device",
     "moments_on_the_cpu": "the optimizer's state is on",
+    "moments_of_adamw_itself": None,
 }
 IN = {  # the scenarios of those that one GPU in its first steps cannot show
     "clip_over_dtensors": "eight, one block recomputed",
     "replicas_of_one": "eight, one block recomputed",
     "first_device": "rank 1 of eight",
-    "moments_on_the_cpu": "resumed",
+    "moments_of_adamw_itself": "eight, one block recomputed",
 }
 pytestmark = [
     pytest.mark.skipif(not shutil.which("g++"), reason="the device is 40 lines of C++"),
@@ -109,6 +110,13 @@ def test_no_process_group_is_made_but_those_of_replicas(seen):
     assert {*seen["groups"]} == ({2, 4} if seen.get("replicas") else set())
 
 
+def test_moments_are_in_the_dtype_asked_for_at_every_step_and_in_files(seen):
+    """AdamW takes those in bf16 over float32 weights, of a resumed run as well."""
+    moments = f"torch.{'bfloat16' if seen.get('adam_precision') == 'bf16' else 'float32'}"
+    assert seen["moments"] == [moments] * len(seen["waits"])
+    assert seen["dtypes"]["exp_avg"] == seen["dtypes"]["exp_avg_sq"] == moments
+
+
 # Blocks that are not compiled: tests/test_plan.py, on a CPU.
 @pytest.mark.parametrize("seen", [s for s in SCENARIOS if s != "not compiled"], indirect=True)
 def test_blocks_keep_for_backward_what_the_plan_says(seen):
@@ -129,6 +137,8 @@ def test_a_planted_fault_is_found(results, fault):
         assert found["waits"] != sound["waits"] and found["all_reduces"] != sound["all_reduces"]
     elif fault == "clip_over_dtensors":
         assert found["all_reduces"] != sound["all_reduces"]
+    elif fault == "moments_of_adamw_itself":
+        assert found["moments"] != sound["moments"]
     elif fault == "replicas_of_one":
         assert 1 in found["groups"] and not sound["groups"]
     else:

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 
+import lives
 import numpy as np
 import processes
 import pytest
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import data
 import model
+import support.plan
 import train
 from support import memory, report
 
@@ -217,6 +219,82 @@ def test_the_plan_says_what_a_run_needs_of_disk_and_time(seven_billion):
     assert float(hours[1]) == pytest.approx(seconds / 3600, rel=0.05)
     assert "no GPU has confirmed these estimates" in text
     assert "time" not in report.resources(seven_billion())  # on a CPU
+
+
+def test_moments_in_bf16_are_half_of_adamw_and_of_nothing_else(seven_billion):
+    """In memory 4 bytes per parameter instead of 8, in a checkpoint 8 instead of 12."""
+    given = {"plan_ranks": 2, "plan_memory": 141, "recompute": 0, "keep": 4}
+    usual, half = seven_billion(**given), seven_billion(**given, adam_precision="bf16")
+    parameters = usual.network.parameter_count()
+    assert usual.memory | {"AdamW": 4 * parameters // 2} == half.memory
+    text = report.resources(half)
+    disk = re.search(r"disk +checkpoints 5 x ([\d.]+) GB, exports \d x ([\d.]+) GB\n", text)
+    assert float(disk[1]) == pytest.approx(8e-9 * parameters, rel=0.01)
+    assert float(disk[2]) == pytest.approx(2e-9 * parameters, rel=0.01)
+    assert "AdamW with moments in bf16, " in report.schedule(half)
+    assert "bf16" not in report.schedule(usual)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"plan_memory": 139}, "without recomputing"),
+        ({"plan_memory": 115}, r"with (\d+) blocks fewer recomputed"),
+        ({"plan_memory": 190}, None),  # nothing is recomputed
+        ({"plan_memory": 139, "recompute": 20}, None),
+        ({"plan_memory": 139, "adam_beta2": 0.999}, None),  # for which they are refused
+    ],
+)
+def test_the_plan_says_which_blocks_moments_in_bf16_would_spare(given, words, seven_billion):
+    given = given | {"plan_ranks": 1, "batch_tokens": 8192}
+    plan = seven_billion(**given)
+    said = re.search(r"fits (.*) with --adam-precision bf16\n", report.resources(plan))
+    if not words:
+        assert not said
+        return
+    half = seven_billion(**given, adam_precision="bf16")
+    assert half.fits and "--adam-precision" not in report.resources(half)
+    spared = re.fullmatch(words, said[1]).groups()
+    assert plan.recompute - half.recompute == (int(*spared) if spared else plan.recompute) > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "version", "words"),
+    [
+        ({}, "2.13.0+cu130", "needs CUDA"),
+        ({"plan_memory": 80}, "2.11.0+cu130", "needs torch 2.12 or later, and this is 2.11.0"),
+        ({"plan_memory": 80, "adam_beta2": 0.999}, "2.13.0", ".* 0.996, not 0.999: .* 0.001 "),
+        ({"plan_memory": 80, "adam_beta1": 0.998}, "2.13.0", ".* 0.996, not 0.998: .* 0.002 "),
+        ({"plan_memory": 80, "adam_beta2": 0.996}, "2.12.0", None),
+    ],
+)
+def test_moments_in_bf16_are_refused_by_name_where_they_cannot_be(
+    given, version, words, files, ranks, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    given = given | {"adam_precision": "bf16", "dry_run": "plan_memory" in given or None}
+    if not words:
+        assert plan_of(files, ranks, tmp_path, **given).size.moment == 2
+        return
+    with pytest.raises(ValueError, match=f"^--adam-precision bf16 {words}") as refused:
+        plan_of(files, ranks, tmp_path, **given)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("beta", [0.9, 0.95, 0.99, 0.996, 0.9962, 0.997, 0.999])
+def test_a_decay_is_refused_if_it_leaves_a_bf16_number_where_it_is(beta):
+    """Without gradients a moment must become less, whichever of bf16's numbers it is."""
+    numbers = 1 + torch.arange(128) / 128  # those from 1 to 2; the others are like them
+    stuck = (beta * numbers).bfloat16().float() == numbers
+    config = train.Config(adam_beta2=beta)
+    assert bool(stuck.any()) == bool(support.plan.obstacle_to_bf16_moments(config, cuda=True))
+
+
+def test_moments_in_bf16_are_not_refused_for_an_evaluation_which_has_none(few, ranks, tmp_path):
+    given = ["--evaluate", "--model", lives.small_model(tmp_path / "model", tied=False)]
+    given += ["--eval-data", few, "--adam-precision", "bf16"]
+    plan = processes.plan_of(given, ranks, tmp_path)
+    assert plan.size.moment == 4
 
 
 @pytest.fixture
