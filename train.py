@@ -299,7 +299,7 @@ def build(plan, ranks, with_weights=True):
         groups, names = groups[1:], names[1:]
     mesh = dist.init_device_mesh(ranks.device.type, groups, mesh_dim_names=names)
     for block in llama.model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=plan.size.resharded)
     fully_shard(llama, mesh=mesh, mp_policy=policy)
     llama.to_empty(device=ranks.device)
     if with_weights and plan.base:  # otherwise a checkpoint will be loaded
@@ -309,11 +309,10 @@ def build(plan, ranks, with_weights=True):
         )
     elif with_weights:
         model.random_parameters(llama, config.seed)
-    optimizer = torch.optim.AdamW(
+    return llama, torch.optim.AdamW(
         llama.parameters(), lr=plan.lr, betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_eps, weight_decay=config.weight_decay, fused=True,
     )  # fmt: skip
-    return llama, optimizer
 
 
 # ---------------------------------------------------------------------------------------- one step
@@ -468,9 +467,10 @@ def evaluate(plan, ranks, llama):
         batch = data.Batch(*(x.to(ranks.device) for x in batch))
         table += forward(llama, plan, batch)[1]
     llama.train()
-    # A forward without a backward leaves FSDP's root gathered: embedding, norm and head would not
-    # be the tensors that AdamW has (pytorch#131965).
-    llama.reshard()
+    # A forward without a backward leaves FSDP's root gathered, and blocks that are not resharded.
+    # Their parameters would not be the tensors that AdamW has (pytorch#131965).
+    for part in (*llama.model.layers, llama):
+        part.reshard()
     return None if stopped else dict(zip(TABLE, ranks.sum(table).cpu().numpy(), strict=True))
 
 

@@ -17,6 +17,7 @@ class Size(NamedTuple):
     compiled: bool
     sequences: int  # in a batch for FlashAttention; 0 if a different attention is used
     moment: int = 4  # bytes of each of a parameter's two AdamW moments
+    resharded: bool = True  # is a block freed after its forward, and gathered again for backward?
 
 
 def estimate(network, size, recompute):
@@ -39,6 +40,7 @@ def estimate(network, size, recompute):
     per_block = (parameters - matrices * embedding) // network.num_hidden_layers
     # Backward reaches the recomputed blocks last: by then the others' memory has been freed.
     stored = max(network.num_hidden_layers - recompute, 1) * block + recompute * width * d
+    gathered = 2 if size.resharded else network.num_hidden_layers
     # For one block at a time: gradients, 3 f for its MLP, and all that a compiled one recomputes.
     once = 6 * d + 3 * f + (2 * d + f if size.compiled else 0)
     return {
@@ -46,7 +48,7 @@ def estimate(network, size, recompute):
         "gradients": 4 * parameters // shards,
         "AdamW": 2 * size.moment * parameters // shards,
         # Plus a block's gradients in float32 during the reduction: whole, and this rank's shard.
-        "gathered blocks": width * (matrices * embedding + 2 * per_block)
+        "gathered blocks": width * (matrices * embedding + gathered * per_block)
         + 4 * (per_block + per_block // shards),
         "activations": t * (stored + width * once),
         # FlashAttention 2's backward sums d_q in float32, padding each sequence by up to 128 rows.

@@ -153,6 +153,9 @@ def make_plan(config, ranks, out):
         recompute = memory.blocks_to_recompute(network, size, available)
         fewer = memory.blocks_to_recompute(network, size._replace(moment=2), available)
         spared = 0 if obstacle else recompute - fewer
+    roomy = size._replace(resharded=False)
+    if available and not memory.blocks_to_recompute(network, roomy, available):
+        size = roomy  # with one all-gather per block instead of two
     recompute = min(recompute, network.num_hidden_layers)
     return Plan(
         config=config, world=world, classes=classes, tokenizer=tokenizer, network=network,

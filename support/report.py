@@ -154,6 +154,7 @@ FEW_STEPS = 100  # so few train hardly anything
 def resources(plan):
     """Text about the memory and disk that a run needs, and its time if a GPU is planned for."""
     config, order, parameters = plan.config, plan.order, plan.network.parameter_count()
+    gathered = "" if plan.size.resharded else ", each gathered once"
     parts = [f"{name} {size / 2**30:.2f}" for name, size in plan.memory.items()]
     fits = f", {'fits' if plan.fits else 'DOES NOT FIT'} {plan.available / 2**30:.1f}"
     exports, saved = sum(map(plan.exports, range(1, order.total + 1))), 4 + 2 * plan.size.moment
@@ -161,7 +162,7 @@ def resources(plan):
     disk = next(path for path in (out, *out.parents) if path.exists())
     lines = [
         f"memory     about {_needed(plan)}{fits if plan.available else ''}; "
-        f"{plan.recompute} of {plan.network.num_hidden_layers} blocks recomputed",
+        f"{plan.recompute} of {plan.network.num_hidden_layers} blocks recomputed{gathered}",
         f"           {', '.join(parts[:5])},",
         f"           {', '.join(parts[5:])}",
         f"disk       checkpoints {config.keep + 1} x {saved * parameters / 1e9:.3g} GB, "

@@ -9,8 +9,8 @@ another dtype, breaks a graph or compiles again is found, and every place where 
 for the GPU is counted. No numbers, no streams, no NCCL, no kernel's own checks.
 
 A scenario is {"world", "rank", "replicas", "network", "compile", "recompute", "adam_precision",
-"resumed", "fault"}, each optional; its result {"error"}, or what `run` has seen. Rank 1 has device
-1, of two.
+"tight", "resumed", "fault"}, each optional; its result {"error"}, or what `run` has seen. Rank 1
+has device 1, of two.
 """
 
 import contextlib
@@ -104,6 +104,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 # ------------------------------------------------------------------------------ what CUDA would do
@@ -127,6 +128,9 @@ class Stream:
         waits.append("a stream's synchronize")
 
 
+CARD = types.SimpleNamespace(major=9, minor=0, multi_processor_count=132)  # total_memory: `run`
+
+
 def stand_in_for_cuda():
     """torch.cuda's own functions, of which the build for a CPU has none."""
     nothing, current = lambda *_, **__: None, [0]
@@ -142,9 +146,7 @@ def stand_in_for_cuda():
         "set_rng_state": nothing,
         "get_device_name": lambda *_: "NVIDIA H100 80GB HBM3",
         "get_device_capability": lambda *_: (9, 0),
-        "get_device_properties": lambda *_: types.SimpleNamespace(
-            total_memory=80 << 30, major=9, minor=0, multi_processor_count=132
-        ),
+        "get_device_properties": lambda *_: CARD,
         "Stream": Stream,
         "Event": Stream,
         "current_stream": lambda *_: Stream(),
@@ -279,7 +281,7 @@ def run(scenario, folder):
     torch._dynamo.reset()
     torch._inductor.config.triton.mix_order_reduction = True
     settings = {"world": 1, "rank": 0, "replicas": 1, "compile": None, "recompute": 0}
-    settings |= {"adam_precision": "fp32"} | scenario
+    settings |= {"adam_precision": "fp32", "tight": False} | scenario
     network = json.loads((folder / "config.json").read_text()) | settings.get("network", {})
     here = folder / f"run-{len(os.listdir(folder))}"
     here.mkdir()
@@ -300,9 +302,14 @@ def run(scenario, folder):
             ranks, out,
         )  # fmt: skip
 
+    CARD.total_memory = 80 << 30
     plan = plan_until(3)
+    if settings["tight"]:  # the run fits, without room to spare
+        CARD.total_memory = int(sum(plan.memory.values()) / 0.95)
+        plan = plan_until(3)
     found = {"planned": plan.memory["activations"], "groups": [], "dtypes": {}}
-    found |= {"frames": [], "waits": [], "all_reduces": [], "saved": [], "moments": []}
+    per_step = "frames", "waits", "all_reduces", "saved", "moments", "gathers"
+    found |= {name: [] for name in per_step}
     launches = Launches(kernels.cross_entropy.cross_entropy_kernel)
     frames = []
 
@@ -311,18 +318,26 @@ def run(scenario, folder):
         # The partitioner that Inductor uses, and eager kernels after it.
         return torch._dynamo.lookup_backend("aot_eager_decomp_partition")(graph, inputs)
 
+    gathers, gather = [], FSDPParamGroup.wait_for_unshard
     compile_block, gradients, forward = model.Block.compile, train.forward_backward, train.forward
     update = train.clip_and_update
 
     def watched_gradients(*arguments):
         waits.clear()
         reduces.clear()
+        gathers.clear()
         sums = gradients(*arguments)
+        found["gathers"].append(len(gathers))
         assert not waits, f"in a micro-batch the host waits: {waits}"
         for name, parameter in arguments[2].named_parameters():
             grad = parameter.grad
             assert (grad.dtype, grad.device) == (torch.float32, ranks.device), name
         return sums
+
+    def watched_gather(group):
+        if group._all_gather_result:  # also of one rank, which has only a copy to make
+            gathers.append(group)
+        gather(group)
 
     def watched_update(optimizer, *arguments):
         update(optimizer, *arguments)
@@ -391,6 +406,7 @@ def run(scenario, folder):
             (kernels.cross_entropy, "cross_entropy_kernel", launches),
             (kernels.cross_entropy, "launch_shape", lambda *_: {}),
             (report, "Log", Log),
+            (FSDPParamGroup, "wait_for_unshard", watched_gather),
             (train, "forward_backward", watched_gradients),
             (train, "clip_and_update", watched_update),
             (train, "forward", watched_forward),
@@ -401,7 +417,7 @@ def run(scenario, folder):
         with Device(allow_non_fake_inputs=True):
             assert train.train(plan, ranks, out)
             if settings.get("resumed"):
-                found |= {"frames": [], "waits": [], "all_reduces": [], "saved": [], "moments": []}
+                found |= {name: [] for name in per_step}
                 frames.clear()
                 torch._dynamo.reset()
                 assert train.train(plan_until(5), ranks, out)

@@ -78,6 +78,15 @@ def test_after_an_evaluation_every_parameter_is_one_of_the_optimizers(started, r
     assert {id(parameter) for parameter in llama.parameters()} != known
 
 
+def test_after_an_evaluation_no_block_is_left_gathered_that_is_gathered_once(started, ranks):
+    plan = dataclasses.replace(started[0], size=started[0].size._replace(resharded=False))
+    llama, _ = train.build(plan, ranks)
+    forward_alone(plan, ranks, llama)
+    assert not any(isinstance(p, DTensor) for p in llama.model.layers.parameters())
+    train.evaluate(plan, ranks, llama)
+    assert all(isinstance(parameter, DTensor) for parameter in llama.parameters())
+
+
 def test_an_evaluation_that_a_signal_ends_leaves_the_same(started, ranks, monkeypatch):
     plan, llama, optimizer, checkpoints = started
     answers = iter([False, True])
@@ -353,10 +362,15 @@ def test_at_any_instant_the_disk_has_what_a_name_says(started, ranks, disk):
     assert chat.export_of(checkpoints.out / "model").steps == 3
 
 
+@pytest.mark.parametrize("adam_precision, moment", [("fp32", 4), ("bf16", 2)])
 def test_room_is_asked_for_the_kept_checkpoints_the_next_one_and_the_model(
-    started, ranks, monkeypatch
+    started, ranks, monkeypatch, adam_precision, moment
 ):
     plan, llama, optimizer, checkpoints = started
+    config = dataclasses.replace(plan.config, adam_precision=adam_precision)
+    plan = dataclasses.replace(plan, config=config, size=plan.size._replace(moment=moment))
+    checkpoints = checkpoint.Checkpoints(plan, ranks, checkpoints.out)
+    checkpoints.resume(), checkpoints.load(llama, optimizer)
     checkpoints.save(llama, optimizer, 1)
     (path,) = (checkpoints.folder / "step-1").glob("rank-*")
     size = sum(tensor.nbytes for tensor in load_file(path).values())
@@ -365,7 +379,9 @@ def test_room_is_asked_for_the_kept_checkpoints_the_next_one_and_the_model(
             shutil.rmtree(checkpoints.folder / "step-1")
         config = dataclasses.replace(plan.config, keep=keep)
         checkpoints.plan = dataclasses.replace(plan, config=config)
-        for factor, fits in ((keep + 1 - count + 0.3, False), (keep + 1 - count + 0.35, True)):
+        model_size = 4 / (4 + 2 * moment)  # 4 bytes per parameter
+        enough = keep + 1 - count + model_size
+        for factor, fits in ((enough - 0.03, False), (enough + 0.02, True)):
             free = SimpleNamespace(free=int(factor * size))
             monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: free)
             if fits:

@@ -19,11 +19,13 @@ import model
 NETWORK = model.LlamaConfig(256, 688, 2, 8, 66, 4, 32, max_position_embeddings=512)
 SCENARIOS = {
     "one GPU": {},
-    "eight, one block recomputed": {"world": 8, "recompute": 1, "adam_precision": "bf16"},
+    "eight, one block recomputed": {
+        "world": 8, "recompute": 1, "adam_precision": "bf16", "tight": True,
+    },
     "two groups of four, tied": {
         "world": 8, "replicas": 2, "network": {"tie_word_embeddings": True},
     },
-    "not compiled": {"compile": False},
+    "not compiled": {"compile": False, "tight": True},
     "heads of 20": {"network": {"head_dim": 20}},
     "rank 1 of eight": {"world": 8, "rank": 1},
     "resumed": {"resumed": True, "adam_precision": "bf16"},
@@ -108,6 +110,13 @@ def test_blocks_are_compiled_without_the_pass_that_gave_wrong_gradients(seen):
 def test_no_process_group_is_made_but_those_of_replicas(seen):
     """Two groups of four ranks: each rank's own of four, and one with its like in the other."""
     assert {*seen["groups"]} == ({2, 4} if seen.get("replicas") else set())
+
+
+def test_blocks_are_gathered_once_a_micro_batch_if_there_is_room_and_else_twice(seen):
+    """The root once in any case. An evaluation between two steps leaves nothing gathered."""
+    times = 2 if seen.get("tight") else 1
+    of_micro_batch = 1 + times * NETWORK.num_hidden_layers
+    assert seen["gathers"] == [2 * of_micro_batch] * len(seen["waits"])
 
 
 def test_moments_are_in_the_dtype_asked_for_at_every_step_and_in_files(seen):

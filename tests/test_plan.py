@@ -197,6 +197,8 @@ def test_the_memory_in_the_documents_is_what_the_estimate_gives(name):
     (network, shards, gib), text = NETWORKS[name], " ".join(RUNNING.split())
     size = memory.Size(shards, 8192, True, True, 80)
     blocks = memory.blocks_to_recompute(network, size, gib << 30)
+    roomy = size._replace(resharded=False)
+    size = size if memory.blocks_to_recompute(network, roomy, gib << 30) else roomy
     found = {part: of / 2**30 for part, of in memory.estimate(network, size, blocks).items()}
     total = float(re.search(rf"{name}.*?([\d.]+) GiB", text)[1])
     assert total == pytest.approx(sum(found.values()), abs=0.03)
@@ -295,6 +297,32 @@ def test_moments_in_bf16_are_not_refused_for_an_evaluation_which_has_none(few, r
     given += ["--eval-data", few, "--adam-precision", "bf16"]
     plan = processes.plan_of(given, ranks, tmp_path)
     assert plan.size.moment == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "gathered"),
+    [
+        ({"plan_ranks": 8, "plan_memory": 40}, True),
+        ({"plan_ranks": 8, "plan_memory": 31}, False),  # the estimate would be above 90 % of it
+        ({"plan_ranks": 8, "plan_memory": 80, "batch_tokens": 32768}, False),
+        ({"plan_ranks": 1, "plan_memory": 150}, True),
+        ({}, False),  # a CPU, whose memory is not known
+    ],
+)
+def test_blocks_are_gathered_once_if_the_plan_has_room(given, gathered, seven_billion):
+    plan = seven_billion(**given)
+    assert plan.size.resharded != gathered and plan.fits
+    assert (", each gathered once\n" in report.resources(plan)) == gathered
+    once, twice = (
+        memory.estimate(plan.network, plan.size._replace(resharded=r), plan.recompute)
+        for r in (False, True)
+    )
+    assert plan.memory == (once if gathered else twice)
+    assert gathered == (sum(once.values()) <= 0.9 * plan.available and not plan.recompute)
+    more = once.pop("gathered blocks") - twice.pop("gathered blocks")
+    block = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096
+    assert once == twice
+    assert more == pytest.approx((2 if plan.bf16 else 4) * 30 * block, rel=1e-4)  # 2 of 32 always
 
 
 @pytest.fixture
@@ -432,6 +460,12 @@ def losses_of(plan, ranks, steps=5, after_step=lambda step: None):
         losses.append(float(sums.loss))
         after_step(step)
     return losses
+
+
+def test_blocks_gathered_once_learn_as_those_gathered_twice(files, ranks, tmp_path):
+    plan = plan_of(files, ranks, tmp_path)
+    once = dataclasses.replace(plan, size=plan.size._replace(resharded=False))
+    assert losses_of(once, ranks) == losses_of(plan, ranks)
 
 
 def test_every_bin_of_a_compiled_run_has_the_planned_shape(files, ranks, tmp_path):
