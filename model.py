@@ -693,10 +693,7 @@ def write_tensors(path, tensors):
 
 
 def split(tensors, dtype, most):
-    """Their names in order, in lists of at most `most` bytes each, or of one larger tensor.
-
-    The bytes are those of `dtype`, or of each tensor's own.
-    """
+    """Their names in lists of at most `most` bytes, in `dtype` or their own, or of a larger one."""
     lists, filled = [[]], 0
     for name, tensor in tensors.items():
         size = tensor.numel() * (dtype or tensor.dtype).itemsize

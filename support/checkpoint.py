@@ -144,15 +144,12 @@ class Checkpoints:
         return step, finished and step == total
 
     def load(self, llama, optimizer):
-        """Fill weights and optimizer state from the checkpoint that resume() found.
-
-        Without one, only make the optimizer's state, as AdamW's first step would but for the dtype.
-        """
+        """Make AdamW's state, and fill it and the weights from what resume() found, if anything."""
         dtype = torch.bfloat16 if self.plan.config.adam_precision == "bf16" else torch.float32
         for parameter in llama.parameters():
-            optimizer.state[parameter] = {
-                "step": torch.full((), float(self.saved), device=parameter.device)
-            } | {moment: torch.zeros_like(parameter, dtype=dtype) for moment in MOMENTS}
+            state = {moment: torch.zeros_like(parameter, dtype=dtype) for moment in MOMENTS}
+            state["step"] = torch.full((), float(self.saved), device=parameter.device)
+            optimizer.state[parameter] = state
         if not self.saved:
             return
         folder, ranks = self.folder / f"step-{self.saved}", self.ranks
