@@ -181,7 +181,6 @@ def obstacle_to_bf16_moments(config, cuda):
     if 1 - beta < 2**-8:  # half the distance between bf16's numbers just above 1
         lost = f"a step changes a moment by {1 - beta:.1g} of it, which bf16 rounds away"
         return f"needs --adam-beta1 and --adam-beta2 of at most 0.996, not {beta}: {lost}"
-    return None
 
 
 def identity_of_weights(config, ranks):

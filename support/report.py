@@ -137,14 +137,13 @@ def schedule(plan):
         out.append(f"warning: few steps ({order.total}); {flag} makes about {times * order.total}")
     if config.random_weights and config.lr == "auto":
         out.append("warning: OpenChat's learning rate is for pretrained weights; try --lr 3e-3")
-    rule = " (OpenChat's rule)" if config.lr == "auto" else ""
-    moments = " with moments in bf16" if config.adam_precision == "bf16" else ""
+    rate = f"{plan.lr:.3g}" + (" (OpenChat's rule)" if config.lr == "auto" else "")
     step = f"ranks {plan.world} x accumulate {config.accumulate} x tokens {config.batch_tokens:,}"
     return "\n".join([
         *out,
         f"schedule   steps {order.total:,}, epochs {len(order.ends)}; per step {step}",
         f"           conversations up to {plan.max_length:,} tokens",
-        f"optimizer  AdamW{moments}, peak learning rate {plan.lr:.3g}{rule}",
+        f"optimizer  AdamW ({config.adam_precision} moments), peak learning rate {rate}",
     ])  # fmt: skip
 
 

@@ -233,8 +233,8 @@ def test_moments_in_bf16_are_half_of_adamw_and_of_nothing_else(seven_billion):
     disk = re.search(r"disk +checkpoints 5 x ([\d.]+) GB, exports \d x ([\d.]+) GB\n", text)
     assert float(disk[1]) == pytest.approx(8e-9 * parameters, rel=0.01)
     assert float(disk[2]) == pytest.approx(2e-9 * parameters, rel=0.01)
-    assert "AdamW with moments in bf16, " in report.schedule(half)
-    assert "bf16" not in report.schedule(usual)
+    assert "AdamW (bf16 moments), " in report.schedule(half)
+    assert "AdamW (fp32 moments), " in report.schedule(usual)
 
 
 @pytest.mark.parametrize(
