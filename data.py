@@ -67,8 +67,18 @@ def turn_texts(messages, tokenizer):
 def cut(weights, length):
     """The start of [(weight, how many), ...], up to `length` tokens in all."""
     ends = itertools.accumulate(count for _, count in weights)
-    left = [(w, count - max(0, end - length)) for (w, count), end in zip(weights, ends)]
-    return [(weight, count) for weight, count in left if count > 0]
+    runs = [(w, count, length - end) for (w, count), end in zip(weights, ends)]
+    return [(w, count + min(0, room)) for w, count, room in runs if count + room > 0]
+
+
+def count_answers(messages, weights):
+    """The answers that begin within a conversation's weights, cut or not.
+
+    At least 2 if the assistant speaks first: only a single question has 1.
+    """
+    begun = zip(messages, weights[2::2])  # a weight of <s>, then two per turn
+    roles = [message.role for message, _ in begun if message.role != "system"]
+    return max(roles.count("assistant"), 2 * (roles[:1] == ["assistant"]))
 
 
 def encode(conversation, tokenizer, classes):
@@ -138,7 +148,8 @@ class Encoder:
             parts, weights = self.fit(conversation, contents, report)
             if parts:
                 source_class = list(self.classes).index(conversation.source_class)
-                laid_out.append((parts, weights, source_class, block.file, number))
+                answers = count_answers(conversation.messages, weights)
+                laid_out.append((parts, weights, source_class, answers, block.file, number))
         arrays = arrays_of(laid_out)
         report.conversations = len(laid_out)
         report.unknown = int((arrays["tokens"] == self.tokenizer.unk).sum())

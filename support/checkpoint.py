@@ -347,7 +347,7 @@ def describe_export(plan, folder, step, loss=None):
         "classes": {name: dataclasses.asdict(c) for name, c in plan.classes.items()},
         "weights": dict(zip(plan.classes, map(float, weights), strict=True)),
         "conditioned": config.condition,
-        "most_answers": dataset.most_answers(tokenizer.eot),
+        "most_answers": dataset.most_answers(),
         "template": tokenizer.template.name,
         "steps": step,
         "config": dataclasses.asdict(config),

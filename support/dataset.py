@@ -29,7 +29,7 @@ import numpy as np
 from support.containers import blocks
 from support.files import sync
 
-FORMAT = 3  # changes with the arrays' format, or with how files are read
+FORMAT = 4  # changes with the arrays' format, or with how files are read
 SHOWN_CAUSES, SHOWN_PLACES = 20, 5  # of bad lines
 NAMED_KEYS = 100  # different keys that are counted as not read
 MANY = 64 << 20  # bytes from which several processes are faster in spite of their start-up time
@@ -38,10 +38,11 @@ MANY = 64 << 20  # bytes from which several processes are faster in spite of the
 # a weight that replaces the class's, as in OpenChat's "items". 0: not supervised.
 FINAL = -1.0
 # A row per conversation: its first token, how many, the number of its class, how many are
-# supervised, the sums of their factors and of their final weights, its file, its line or item.
+# supervised, the sums of their factors and of their final weights, its answers, its file, its line
+# or item.
 INDEX = np.dtype([
     ("start", "<i8"), ("length", "<i4"), ("source_class", "<i4"), ("supervised", "<i4"),
-    ("factors", "<f8"), ("final", "<f8"), ("file", "<i4"), ("line", "<i4"),
+    ("factors", "<f8"), ("final", "<f8"), ("answers", "<i4"), ("file", "<i4"), ("line", "<i4"),
 ])  # fmt: skip
 ARRAYS = {"tokens": np.dtype("<i4"), "weights": np.dtype("<f4"), "index": INDEX}
 
@@ -258,13 +259,14 @@ def _encode(block):
 
 
 def arrays_of(conversations):
-    """ARRAYS of [(tokens in parts, their weights [(weight, how many), ...], class, file, line)]."""
+    """ARRAYS of [(tokens in parts, weights [(weight, how many), ...], class, answers, file, line)].
+    """
     rows, all_parts, all_weights = [], [], []
-    for parts, weights, source_class, file, line in conversations:
+    for parts, weights, source_class, *others in conversations:
         length, supervised = sum(n for _, n in weights), sum(n for weight, n in weights if weight)
         factors = sum(weight * n for weight, n in weights if weight > 0)
         final = sum(FINAL * weight * n for weight, n in weights if weight < 0)
-        rows.append((0, length, source_class, supervised, factors, final, file, line))
+        rows.append((0, length, source_class, supervised, factors, final, *others))
         all_parts += parts
         all_weights += weights
     index = np.array(rows, INDEX)
@@ -302,15 +304,9 @@ class Dataset:
             return rows["supervised"].astype(np.float64)
         return class_weights[rows["source_class"]] * rows["factors"] + rows["final"]
 
-    def most_answers(self, end_of_turn):
-        """The most answers in any conversation; 1 if all are single questions.
-
-        Counted by the ends of turn before the last token: one in `u [a]`, two in `s u [a]`, three
-        in `u a u [a]`, whether it was cut or not.
-        """
-        starts, is_end = self.index["start"], self.tokens == end_of_turn
-        ends = np.add.reduceat(is_end, starts, dtype=np.int64) - is_end[starts + self.lengths - 1]
-        return max(1, int(ends.max() + 1) // 2)
+    def most_answers(self):
+        """The most answers in any conversation; 1 if all are single questions."""
+        return max(1, int(self.index["answers"].max()))
 
     def span(self, conversation):
         """The slice of a conversation's tokens and weights."""

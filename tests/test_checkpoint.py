@@ -1121,7 +1121,7 @@ def test_the_most_answers_of_a_conversation_are_counted(
     found = data.prepare(
         [path], tokenizer, loss.DEFAULT_CLASSES, tmp_path / "tokens", max_length=length
     )
-    assert len(found) == 3 and found.most_answers(tokenizer.eot) == most
+    assert len(found) == 3 and found.most_answers() == most
 
 
 NASTY = "a|b`` c` <b> # x | [l](http://x)"

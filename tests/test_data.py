@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import shared
 from small import ODD_TEXTS, train_sentencepiece, write
 
 import data
@@ -423,6 +424,47 @@ def test_every_conversation_is_stored_as_encode_lays_it_out(few, monkeypatch, tm
         assert dataset.tokens[span].tolist() == tokens
         assert (dataset.weights[span] != 0).tolist() == supervised
         assert list(CLASSES)[row["source_class"]] == conversation["class"]
+
+
+# ------------------------------------------------------------------------------ single questions
+
+
+def speakers(chance):
+    """Roles of a conversation in any order that is allowed, with an answer."""
+    while True:
+        roles, first = ["system"] * chance.randrange(2), chance.randrange(2)
+        roles += [("user", "assistant")[(first + n) % 2] for n in range(chance.randint(1, 6))]
+        if "assistant" in roles:
+            return roles
+
+
+@pytest.mark.parametrize("model", ["tokenizers/llama2", "tokenizers/llama3"])
+def test_only_a_question_and_its_answer_count_as_one_answer(model, tmp_path):
+    """Against encode_prompt, which ends where an answer would begin; for any cut."""
+    if "llama3" in model:
+        pytest.importorskip("tokenizers")
+    ours, chance, most = data.Tokenizer(shared(model)), random.Random(0), set()
+    for number in range(60):
+        roles = speakers(chance)
+        messages = [{"role": role, "content": f"text {chance.randrange(99)}"} for role in roles]
+        plain = [data.Message(m["role"], m["content"]) for m in messages]
+        begins = [
+            len(data.encode_prompt(plain[:n], ours, "GPT4"))
+            for n, role in enumerate(roles) if role == "assistant"
+        ]  # fmt: skip
+        whole = len(data.encode({"class": "gpt4", "messages": messages}, ours, CLASSES)[0])
+        length = chance.randint(begins[0] + 1, whole)
+        path = write(tmp_path / f"{number}.jsonl", {"class": "gpt4", "messages": messages})
+        found = data.prepare([path], ours, CLASSES, tmp_path / "tokens", max_length=length)
+        answers = sum(begin < length for begin in begins)
+        greeted = roles[0] == "assistant" or roles[:2] == ["system", "assistant"]
+        most.add((found.most_answers(), greeted))
+        assert found.most_answers() == (max(2, answers) if greeted else answers), (roles, length)
+    assert most >= {(1, False), (2, False), (2, True), (3, True)} and (1, True) not in most
+
+
+def test_a_greeting_is_no_single_question(prepare):
+    assert prepare(shared("cases/r3_greeting_first.jsonl")).most_answers() == 2
 
 
 # ----------------------------------------------------------------------------------- the cache
