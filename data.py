@@ -31,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from loss import class_table
+from loss import BETA, class_table
 from support.containers import sources
 from support.dataset import FINAL, Report, arrays_of, encode_files
 from support.dataset import BadData as BadData  # "as": others import the name from here
@@ -71,16 +71,6 @@ def cut(weights, length):
     return [(w, count + min(0, room)) for w, count, room in runs if count + room > 0]
 
 
-def count_answers(messages, weights):
-    """The answers that begin within a conversation's weights, cut or not.
-
-    At least 2 if the assistant speaks first: only a single question has 1.
-    """
-    begun = zip(messages, weights[2::2])  # a weight of <s>, then two per turn
-    roles = [message.role for message, _ in begun if message.role != "system"]
-    return max(roles.count("assistant"), 2 * (roles[:1] == ["assistant"]))
-
-
 def encode(conversation, tokenizer, classes):
     """(tokens, supervised mask), two lists of one length, of a JSON line or a Conversation."""
     classes = class_table(classes)
@@ -104,14 +94,15 @@ def encode_prompt(messages, tokenizer, condition):
 
 def prepare(
     paths, tokenizer, classes, folder, *, max_length, condition=True, class_field="class",
-    skip_bad=False, progress=None,
+    skip_bad=False, progress=None, beta=BETA,
 ):  # fmt: skip
     """Tokenize files once into memory-mapped arrays below `folder`; returns a Dataset.
 
     A path may be CLASS=FILE; otherwise `class_field` names a conversation's class.
-    `condition=False` leaves the class out of the prompt. `progress(done bytes, all bytes,
-    conversations)` is called now and then. Raises BadData once all files are checked, unless
-    `skip_bad`. A conversation with no answer left after the cut is dropped and counted.
+    `condition=False` leaves the class out of the prompt. `beta` makes a weight of a line's own
+    reward. `progress(done bytes, all bytes, conversations)` is called now and then. Raises BadData
+    once all files are checked, unless `skip_bad`. A conversation with no answer left after the cut
+    is dropped and counted.
     """
     classes = class_table(classes)
     files = sources(paths, classes)
@@ -122,8 +113,9 @@ def prepare(
     if class_field == "class":
         names = {name: c.condition for name, c in classes.items()}
     ids = tokenizer.identity()
-    settings = [tokenizer.template.name, conditions, names, class_field, max_length, ids]
-    encoder = Encoder(tokenizer, classes, class_field, conditions, max_length)
+    rewards = beta, max(c.reward for c in classes.values())  # a line's own is weighed by these
+    settings = [tokenizer.template.name, conditions, names, class_field, max_length, ids, rewards]
+    encoder = Encoder(tokenizer, classes, class_field, conditions, max_length, beta)
     return encode_files(files, encoder, settings, folder, skip_bad=skip_bad, progress=progress)
 
 
@@ -136,6 +128,7 @@ class Encoder:
     class_field: str
     conditions: dict  # {class: condition}
     max_length: int
+    beta: float
 
     def __call__(self, block):
         """(arrays_of its conversations, Report)."""
@@ -148,8 +141,9 @@ class Encoder:
             parts, weights = self.fit(conversation, contents, report)
             if parts:
                 source_class = list(self.classes).index(conversation.source_class)
-                answers = count_answers(conversation.messages, weights)
-                laid_out.append((parts, weights, source_class, answers, block.file, number))
+                roles = [message.role for message in conversation.messages]
+                row = source_class, conversation.own_weight, block.file, number
+                laid_out.append((parts, weights, roles, row))
         arrays = arrays_of(laid_out)
         report.conversations = len(laid_out)
         report.unknown = int((arrays["tokens"] == self.tokenizer.unk).sum())
@@ -163,9 +157,12 @@ class Encoder:
             try:
                 line, file_class = parse_json(raw), block.source.source_class
                 if line is not None:
-                    of = parse_conversation(line, self.classes, self.class_field, file_class)
+                    of = parse_conversation(
+                        line, self.classes, self.class_field, file_class, self.beta
+                    )
                     found.append((number, of))
                     report.add_keys(of.not_read)
+                    report.too_small += of.too_small
             except BadLine as error:
                 report.refuse(block.source, number, error)
         return found

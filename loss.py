@@ -49,15 +49,19 @@ def class_weights(classes, beta):
 
     The factor exp(r_max / beta) cancels in L = Σ w·CE / Σ w, so the best class has weight 1, and
     beta = 1 / ln 10 with rewards 1 and 0 gives the 1.0 and 0.1 of OpenChat's own runs. An infinite
-    beta gives every class weight 1. To train on a different reward, change the last lines.
+    beta gives every class weight 1. To train on a different reward, change reward_weight.
     """
     if not beta > 0:
         raise ValueError(f"beta must be a number above 0, not {beta!r}")
     classes = class_table(classes)
+    return {name: reward_weight(c.reward, classes, beta) for name, c in classes.items()}
+
+
+def reward_weight(reward, classes, beta):
+    """w = exp((r - r_max) / beta) of a class, or of a conversation with a reward of its own."""
     best = max(c.reward for c in classes.values())
-    gaps = {name: 0.0 if beta == math.inf else c.reward - best for name, c in classes.items()}
-    weights = {name: math.exp(gap / beta) for name, gap in gaps.items()}  # Eq. (6)
-    return {name: weight if weight >= SMALLEST else 0.0 for name, weight in weights.items()}
+    weight = 1.0 if beta == math.inf else math.exp(min((reward - best) / beta, 700))  # Eq. (6)
+    return weight if weight >= SMALLEST else 0.0
 
 
 def read_classes(path):

@@ -133,6 +133,7 @@ def write_dataset(folder, lengths, vocab_size):
     ends = np.cumsum(lengths)
     index["start"], index["length"] = ends - lengths, lengths
     index["supervised"] = index["factors"] = (SUPERVISED * lengths).astype(int)
+    index["own_weight"] = -1  # none: that of the class
     index["source_class"] = rng.random(len(lengths)) > EXPERTS
     weights = np.zeros(ends[-1])
     for end, supervised in zip(ends, index["supervised"]):

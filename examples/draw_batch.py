@@ -77,7 +77,9 @@ def draw(args):
     weights = np.array(list(loss.class_weights(classes, args.beta).values()))
     length = args.max_length or args.batch_tokens
     with tempfile.TemporaryDirectory() as folder:
-        found = data.prepare(args.files, tokenizer, classes, folder, max_length=length)
+        found = data.prepare(
+            args.files, tokenizer, classes, folder, max_length=length, beta=args.beta
+        )
         steps = data.pack(found.lengths, args.batch_tokens, 1, seed=0, epoch=0)
         chosen = first_of_all_classes([b for (b,) in steps], found.index["source_class"])
         of_class = found.index["source_class"][chosen].tolist()

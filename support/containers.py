@@ -16,9 +16,11 @@ import re
 import zlib
 from pathlib import Path
 
+from support import formats
 from support.formats import LISTS, LONGEST, BadLine, check_file_keys
 
 BLOCK = 4 << 20  # bytes of text that are tokenized at a time
+FIRST_KEYS = 1000  # of a file's first object, among which its "data" is looked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,9 @@ def sources(arguments, classes):
         if equals and name in classes:
             path = Path(path).expanduser()
         elif equals and classes and "/" not in name and not os.path.exists(argument):
-            raise ValueError(f"{argument}: {name!r} is not one of the classes {', '.join(classes)}")
+            known, table = ", ".join(classes), formats.table_to_paste(classes, [name])
+            fault = f"{argument}: {name!r} is not one of the classes {known}"
+            raise ValueError(f"{fault}; a table for --classes: {table}")
         else:
             name, path = None, Path(argument)
         found.append(Source(path, name, _shape(path)))
@@ -179,13 +183,18 @@ class _Text:
 
     def shape(self):
         """ "lines", "array", "data" or "objects", by the first value; moves to the first item."""
-        if self.peek() == "[":
-            self.take("[")
-            return "array"
-        start = self.at
+        first, start = self.peek(), self.at
+        self.at += 1
         try:
-            self.take("{")
-            while self.peek() != "}":
+            if first == "[":
+                conversation = formats.is_conversation([self.value()])
+                self.at = start if conversation else start + 1
+                if not conversation:
+                    return "array"
+                self.value()
+            for _ in range(FIRST_KEYS):
+                if first == "[" or self.peek() == "}":
+                    break
                 key = self.key()
                 if key == "data" and self.peek() == "[" and self.beside.keys().isdisjoint(LISTS):
                     self.take("[")
@@ -193,8 +202,11 @@ class _Text:
                 self.beside[key] = self.value()
                 if self.peek() != "}":
                     self.take(",")
-        except ValueError:  # parse_json will name the line's fault
-            return "lines"
+            else:
+                return "lines"
+        except ValueError:  # items or parse_json will name the fault
+            self.at = start + 1
+            return "array" if first == "[" else "lines"
         several_lines = "\n" in self.text[start : self.at]
         self.at, self.beside = start, {}
         return "objects" if several_lines else "lines"
@@ -211,6 +223,8 @@ class _Text:
                 yield item if len(item) <= LONGEST else None
                 if end and self.peek() != end:
                     self.take(",")
+                elif self.peek() == ",":
+                    raise ValueError(formats.COMMA)
             self.at += len(end)
             while shape == "data" and self.peek() != "}":
                 self.take(",")

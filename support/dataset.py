@@ -28,6 +28,7 @@ import numpy as np
 
 from support.containers import blocks
 from support.files import sync
+from support.formats import table_to_paste
 
 FORMAT = 4  # changes with the arrays' format, or with how files are read
 SHOWN_CAUSES, SHOWN_PLACES = 20, 5  # of bad lines
@@ -37,12 +38,13 @@ MANY = 64 << 20  # bytes from which several processes are faster in spite of the
 # The weight stored with a token. Above 0: a factor on the weight of its class. Below 0: FINAL times
 # a weight that replaces the class's, as in OpenChat's "items". 0: not supervised.
 FINAL = -1.0
-# A row per conversation: its first token, how many, the number of its class, how many are
-# supervised, the sums of their factors and of their final weights, its answers, its file, its line
-# or item.
+# A row per conversation: its first token, how many, how many are supervised, the sums of their
+# factors and of their final weights, its answers, the number of its class, the weight of its own
+# reward (-1: it has none), its file, its line or item.
 INDEX = np.dtype([
-    ("start", "<i8"), ("length", "<i4"), ("source_class", "<i4"), ("supervised", "<i4"),
-    ("factors", "<f8"), ("final", "<f8"), ("answers", "<i4"), ("file", "<i4"), ("line", "<i4"),
+    ("start", "<i8"), ("length", "<i4"), ("supervised", "<i4"), ("factors", "<f8"),
+    ("final", "<f8"), ("answers", "<i4"), ("source_class", "<i4"), ("own_weight", "<f8"),
+    ("file", "<i4"), ("line", "<i4"),
 ])  # fmt: skip
 ARRAYS = {"tokens": np.dtype("<i4"), "weights": np.dtype("<f4"), "index": INDEX}
 
@@ -50,12 +52,17 @@ ARRAYS = {"tokens": np.dtype("<i4"), "weights": np.dtype("<f4"), "index": INDEX}
 class BadData(ValueError):
     """Lines that cannot be trained on, by cause, with their places and count; how to fix it."""
 
-    def __init__(self, report, good):
+    def __init__(self, report, good, classes):
         lines = f"{report['bad']:,} bad line{'s' * (report['bad'] > 1)}:"
-        hint = "Fix them, or pass --skip-bad to drop and count them."
+        hints = ["Fix them, or pass --skip-bad to drop and count them."]
+        lacking = [problem["lacking"] for problem in report["problems"].values()]
         if not good:
-            hint = "No line is good. docs/DATA.md has a table of the supported formats."
-        super().__init__("\n".join([lines, *problem_lines(report), hint]))
+            hints = ["No line is good. docs/DATA.md has a table of the supported formats."]
+        if any(name is not None for name in lacking):
+            hints = hints[: good or None in lacking]
+            hints += ["A table for --classes, its conditions and rewards for you to choose:"]
+            hints += [table_to_paste(classes, filter(None, lacking))]
+        super().__init__("\n".join([lines, *problem_lines(report), *hints]))
 
 
 def problem_lines(report):
@@ -89,7 +96,7 @@ def encode_files(sources, encoder, settings, folder, *, skip_bad=False, progress
             for source, digest in zip(sources, digests, strict=True):
                 if source.sha256() != digest:
                     raise ValueError(f"{source.path}: changed while it was read; try again")
-            _refuse_bad(report, sources, skip_bad)
+            _refuse_bad(report, sources, skip_bad, encoder.classes)
             _commit(folder, vars(report))
         except ValueError:
             shutil.rmtree(folder)
@@ -118,10 +125,10 @@ def _write_arrays(folder, sources, encoder, progress):
     return report
 
 
-def _refuse_bad(report, sources, skip_bad):
+def _refuse_bad(report, sources, skip_bad, classes):
     good = report.conversations + report.answer_cut + report.weightless
     if report.bad and not (skip_bad and good):
-        raise BadData(vars(report), good)
+        raise BadData(vars(report), good, classes)
     if not report.conversations:
         names = ", ".join(str(source.path) for source in sources)
         reasons = [f"{names}: no conversation to train on", *dropped(vars(report))]
@@ -176,6 +183,7 @@ class Report:
     tokens_cut: int = 0
     answer_cut: int = 0  # dropped: no answer is left
     weightless: int = 0  # dropped: no answer has a weight above 0
+    too_small: int = 0  # weights
     unknown: int = 0  # tokens of <unk>
     lost_bytes: int = 0  # bytes of text that give no token
     bad: int = 0  # lines
@@ -189,6 +197,7 @@ class Report:
         cause = f"{'lines' if source.shape == 'lines' else 'items'}: {error.cause}"
         first = f"{source.where(number)}: {error}"
         problem = {"path": str(source.path), "cause": cause, "first": first}
+        problem["lacking"] = error.lacking
         self.add_problem(f"{source.path}: {cause}", problem | {"count": 1, "places": [number]})
 
     def add(self, other):
@@ -259,14 +268,16 @@ def _encode(block):
 
 
 def arrays_of(conversations):
-    """ARRAYS of [(tokens in parts, weights [(weight, how many), ...], class, answers, file, line)].
+    """ARRAYS of [(tokens in parts, their weights [(weight, how many), ...], roles of the turns,
+    (number of the class, weight of its own reward, file, line)), ...].
     """
     rows, all_parts, all_weights = [], [], []
-    for parts, weights, source_class, *others in conversations:
+    for parts, weights, roles, row in conversations:
         length, supervised = sum(n for _, n in weights), sum(n for weight, n in weights if weight)
         factors = sum(weight * n for weight, n in weights if weight > 0)
         final = sum(FINAL * weight * n for weight, n in weights if weight < 0)
-        rows.append((0, length, source_class, supervised, factors, final, *others))
+        answers = count_answers(roles, weights)
+        rows.append((0, length, supervised, factors, final, answers, *row))
         all_parts += parts
         all_weights += weights
     index = np.array(rows, INDEX)
@@ -277,6 +288,22 @@ def arrays_of(conversations):
         "weights": np.repeat(np.array(values, ARRAYS["weights"]), np.array(counts, int)),
         "index": index,
     }
+
+
+def count_answers(roles, weights):
+    """The answers that begin within a conversation's weights, cut or not.
+
+    At least 2 if the assistant speaks first: only a single question has 1.
+    """
+    begun = [role for role, _ in zip(roles, weights[2::2])]  # <s>, then two weights per turn
+    begun = [role for role in begun if role != "system"]
+    return max(begun.count("assistant"), 2 * (begun[:1] == ["assistant"]))
+
+
+def weight_of(rows, class_weights):
+    """The weight of each conversation's own reward, or that of its class if it has none."""
+    own = rows["own_weight"]
+    return np.where(own < 0, class_weights[rows["source_class"]], own)
 
 
 class Dataset:
@@ -302,7 +329,7 @@ class Dataset:
         rows = self.index[conversations]
         if class_weights is None:
             return rows["supervised"].astype(np.float64)
-        return class_weights[rows["source_class"]] * rows["factors"] + rows["final"]
+        return weight_of(rows, class_weights) * rows["factors"] + rows["final"]
 
     def most_answers(self):
         """The most answers in any conversation; 1 if all are single questions."""
@@ -318,8 +345,8 @@ class Dataset:
         weights = self.weights[self.span(conversation)]
         if class_weights is None:
             return (weights != 0).astype(np.float32)
-        of_class = class_weights[self.index[conversation]["source_class"]]
-        return np.where(weights < 0, FINAL * weights, of_class * weights).astype(np.float32)
+        factor = weight_of(self.index[conversation], class_weights)
+        return np.where(weights < 0, FINAL * weights, factor * weights).astype(np.float32)
 
     def where(self, conversation):
         """A conversation's "file:line" or "file: item", for messages."""

@@ -6,30 +6,38 @@ Every key is used, refused, or returned in `not_read` and counted. Errors raise 
 """
 
 import collections
+import contextlib
 import fnmatch
 import itertools
 import json
 import re
 from typing import NamedTuple
 
+from loss import BETA, SMALLEST, reward_weight
+
 # A line has its conversation as a list of messages under one of these keys,
 LISTS = "messages", "conversations", "conversation", "items"
-# or as a question, followed by its context, and an answer: each text or a list of messages.
-QUESTIONS, CONTEXTS = ("instruction", "prompt", "question", "query"), ("input", "context")
-ANSWERS = "output", "completion", "response"
+# or as a question, followed by its context, and an answer: each text or a list of messages. A key
+# of the second group counts only if there is none of the first.
+QUESTIONS = ("instruction", "prompt", "question", "query"), ("inputs", "problem")
+CONTEXTS = (("input", "context"),)
+ANSWERS = ("output", "completion", "response"), ("answer", "solution", "targets")
+ASKED, ANSWERED = ({*itertools.chain(*keys)} for keys in (QUESTIONS + CONTEXTS, ANSWERS))
 SYSTEMS = "system", "system_prompt"  # the system message, with any of them
 
 ROLES = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user", "prompter": "user",
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
-    "bing": "assistant", "bard": "assistant",
+    "bing": "assistant", "bard": "assistant", "ai": "assistant", "bot": "assistant",
 }  # fmt: skip
+SPEAKERS = "user", "assistant"  # of texts without a role, in turn
 TEXT_PARTS = "text", "input_text", "output_text"
 
 FACTORS = "weight", "train", "loss", "masked"  # of a line, or of an assistant's message
-LINE_KEYS = {*LISTS, *SYSTEMS, *FACTORS, "class", "condition"}
-MESSAGE_KEYS = {*FACTORS, "role", "from", "content", "value"}
+LINE_KEYS = {*LISTS, *SYSTEMS, *FACTORS, "class", "condition", "reward"}
+MESSAGE_PARTS = {"role", "from"}, {"content", "value"}
+MESSAGE_KEYS = {*FACTORS}.union(*MESSAGE_PARTS)
 # The answer depends on these, so a line that has one is refused.
 NEEDED = {
     "tools", "tool", "tool_calls", "tool_call", "tool_call_id", "tool_responses", "tool_plan",
@@ -41,16 +49,20 @@ SUPERVISION = re.compile(  # a key that has one of these seems to say what is su
     "(^|[^a-z])(weight|train|loss|mask|learn|superv|reward|advantage|importance)"
 )
 
-LEAST_WEIGHT, LARGEST_WEIGHT = 1e-6, 1e6  # apart from 0; float32 holds sums of these
+LEAST_WEIGHT = 2.0**-126  # float32's smallest normal number; a smaller weight is taken as 0
+LARGEST_WEIGHT = 1e6  # float32 holds sums of these
 LONGEST = 16 << 20  # bytes of a line, or of an item of an array
 
 
 class BadLine(ValueError):
-    """An error in a line; `cause` is the same text for all lines with the same error."""
+    """An error in a line; `cause` is the same text for all lines with the same error.
 
-    def __init__(self, text, cause=None):
+    `lacking`, if a class is wrong: the name that the class table lacks, "" if none is given.
+    """
+
+    def __init__(self, text, cause=None, lacking=None):
         super().__init__(text)
-        self.cause = cause or text
+        self.cause, self.lacking = cause or text, lacking and lacking[:40]
 
 
 class Message(NamedTuple):
@@ -64,10 +76,12 @@ class Conversation(NamedTuple):
     source_class: str
     messages: tuple
     not_read: tuple = ()  # keys that were not used: "id", "messages: name"
+    own_weight: float = -1.0  # of its own reward; -1: that of its class
+    too_small: int = 0  # weights that are taken as 0
 
 
 def parse_json(raw):
-    """The JSON object of a line or an item, None if it is blank."""
+    """The JSON object of a line or an item, None if it is blank; a list becomes its messages."""
     if raw is None:
         raise BadLine(f"longer than {LONGEST >> 20} MiB: each line or item is one conversation")
     try:
@@ -83,7 +97,11 @@ def parse_json(raw):
     except RecursionError:
         raise BadLine("broken JSON: nested too deeply") from None
     except ValueError as error:
+        if text.endswith(("},", "],")):
+            raise BadLine(f"broken JSON: {COMMA}") from None
         raise BadLine(f"broken JSON: {error}", "broken JSON") from None
+    if is_conversation(line):
+        return {"messages": line}
     if not isinstance(line, dict):
         raise BadLine(f"a line must be a JSON object, not {_kind(line)}")
     return line
@@ -98,26 +116,39 @@ def _without_repeats(pairs):
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_without_repeats)
+COMMA = "a comma follows it: remove the commas, or put [ before the first and ] after the last"
 
 
-def parse_conversation(line, classes, class_field="class", file_class=None):
+def is_conversation(value):
+    """Is a value a list of messages, not of conversations?"""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and all(map(first.keys().__and__, MESSAGE_PARTS))
+
+
+def parse_conversation(line, classes, class_field="class", file_class=None, beta=BETA):
     """A checked Conversation from one decoded JSON line.
 
     Its class is named by `class_field`, or is `file_class` if the file has one; it is an error if
     they disagree. A message's weight is its class's x the line's "weight" x its own; in OpenChat's
-    "items" its own weight is final, because it includes the class's.
+    "items" its own weight is final, because it includes the class's. The line's "reward" is r of
+    Eq. (3) instead of its class's.
     """
     messages, not_read = parse_messages(line, {class_field})
     source_class = _source_class(line, classes, class_field, file_class)
+    own_weight = _own_weight(line, classes, beta)
     if class_field != "class" and line.get("class") not in [None, *classes]:
         not_read.append("class")
     roles = [message.role for message in messages]
-    for key in ANSWERS:
-        if roles[-1:] == ["user"] and not is_empty(line.get(key)):
+    for key in ANSWERED:
+        if roles[-1:] == ["user"] and key in not_read:
             raise BadLine(f"ends with the user's turn, and {key!r} beside the list is not read")
     if "assistant" not in roles:
-        raise BadLine("no assistant turn")
-    return Conversation(source_class, tuple(messages), tuple(not_read))
+        raise BadLine("no assistant turn" + f"; not read: {_names(not_read)}" * bool(not_read))
+    too_small = int(own_weight == 0)
+    for number, message in enumerate(messages):
+        if 0 < message.weight < LEAST_WEIGHT:
+            messages[number], too_small = message._replace(weight=0.0), too_small + 1
+    return Conversation(source_class, tuple(messages), tuple(not_read), own_weight, too_small)
 
 
 def parse_messages(line, obeyed=()):
@@ -125,18 +156,19 @@ def parse_messages(line, obeyed=()):
 
     `obeyed` are keys that the caller reads.
     """
-    parts, keys = _parts(line)
+    turns, keys = _turns(line)
     not_read = _check_keys(line, LINE_KEYS, "", (*keys, *obeyed))
     for key in LISTS:  # such as a text, when another key has the list
         if key in line and key not in keys and not is_empty(line[key]):
             not_read.append(key)
     factor, numbered = _factor(line), []
     final = keys == ["items"]
-    for number, (role, raw) in enumerate(parts, start=1):
+    for number, raw in enumerate(turns, start=1):
         try:
-            message, keys = _message(role, raw, final)
-            if factor != 1 and message and message.final:
-                raise BadLine("its weight is final in 'items': remove the line's weight")
+            message, keys = _message(raw, final)
+            if message and message.final and (factor != 1 or line.get("reward") is not None):
+                key = "weight" if factor != 1 else "reward"
+                raise BadLine(f"its weight is final in 'items': remove the line's {key}")
             if message and message.role == "assistant":
                 message = message._replace(weight=_checked_weight(message.weight * factor))
         except BadLine as error:
@@ -155,7 +187,7 @@ def parse_messages(line, obeyed=()):
 
 def keys_beside(line):
     """The line's keys and values beside its conversation."""
-    _, keys = _parts(line)
+    _, keys = _turns(line)
     return {key: line[key] for key in line if key not in {*keys, *SYSTEMS, "messages"}}
 
 
@@ -178,42 +210,90 @@ def _one_of(keys):
 # ------------------------------------------------------------------------------- turns of a line
 
 
-def _parts(line):
-    """([(role or None, a message or a text), ...], the keys that they come from)."""
-    lists = _one_of([key for key in LISTS if isinstance(line.get(key), list) and line[key]])
-    if lists:
-        texts = all(isinstance(raw, str) for raw in line[lists[0]])  # question, answer, question
-        roles = itertools.cycle(("user", "assistant") if texts else (None,))
-        return list(zip(roles, line[lists[0]])), lists
+def _turns(line):
+    """(the messages of a line, each as it is or of a role and a text; the keys they come from)."""
+    lists = {key: found for key in LISTS if (found := _list(line.get(key)))}
+    if not lists and _are_texts(line.get("data")):  # as in UltraChat
+        lists = {"data": line["data"]}
+    for key in _one_of([*lists]):
+        speakers = itertools.cycle(SPEAKERS)
+        turns = [turn for raw in lists[key] for turn in _pair(raw) or [raw]]
+        if _are_texts(turns):
+            turns = [_turn(next(speakers), text) for text in turns]
+        return turns, [key]
     if "chosen" in line or "rejected" in line:
         raise BadLine(
             "'chosen' and 'rejected' are preferences, which C-RLFT does not take: make each a "
             "conversation of a class of its own"
         )
-    questions, contexts, answers = (
-        _one_of([key for key in keys if not is_empty(line.get(key))])
-        for keys in (QUESTIONS, CONTEXTS, ANSWERS)
-    )
+    questions, contexts, answers = (_first_of(line, of) for of in (QUESTIONS, CONTEXTS, ANSWERS))
+    asked = questions + contexts
     if not questions and not (contexts and answers):
         for key in LISTS:
             if key in line:
-                kind = "an empty one" if line[key] == [] else _kind(line[key])
-                raise BadLine(f"{key!r} must be a list of messages, not {kind}")
+                raise _unreadable(key, line[key], "a list of messages")
         raise BadLine(
             "no conversation: 'messages', 'conversations', 'conversation' or 'items', or "
             "'instruction', 'prompt', 'question' or 'query' with 'output', 'completion' or "
-            "'response'; the keys are " + (", ".join(map(ascii, line))[:200] or "none")
+            "'response'; the keys are " + _names(line)
         )
-    question = [line[key] for key in questions + contexts]
-    if len(question) > 1 and all(isinstance(text, str) for text in question):
-        question = ["\n".join(question)]
-    parts = [part for value in question for part in _turns("user", value)]
-    parts += [part for key in answers for part in _turns("assistant", line[key])]
-    return parts, [*QUESTIONS, *CONTEXTS, *ANSWERS]
+    for key in asked + answers:
+        if not isinstance(line[key], (str, list)):
+            raise _unreadable(key, line[key], "text or a list of messages")
+    if len(asked) > 1 and _are_texts(texts := [line[key] for key in asked]):
+        turns = [_turn("user", "\n".join(texts))]
+    else:
+        turns = [turn for key in asked for turn in _said("user", line[key])]
+    turns += [turn for key in answers for turn in _said("assistant", line[key])]
+    empty = [key for key in ASKED | ANSWERED if is_empty(line.get(key))]
+    return turns, [*asked, *answers, *empty]
 
 
-def _turns(role, value):
-    return [(None, raw) for raw in value] if isinstance(value, list) else [(role, value)]
+def _list(value):
+    """A list, or the list that a text spells in JSON, as in a table; None if there is none."""
+    if isinstance(value, str) and value.startswith("[{"):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = DECODER.decode(value)
+    return value if isinstance(value, list) else None
+
+
+def _are_texts(value):
+    return isinstance(value, list) and value != [] and all(isinstance(raw, str) for raw in value)
+
+
+def _turn(role, text):
+    return {"role": role, "content": text}
+
+
+def _said(role, value):
+    return value if isinstance(value, list) else [_turn(role, value)]
+
+
+def _pair(raw):
+    """Two turns of an object or a list with a question and its answer, as in Capybara; or None."""
+    keys = {key for key in raw if not is_empty(raw[key])} if isinstance(raw, dict) else set()
+    if len(keys) == 2 and len(keys & ASKED) == len(keys & ANSWERED) == 1:
+        raw = [raw[key] for key in (*keys & ASKED, *keys & ANSWERED)]
+    return [*map(_turn, SPEAKERS, raw)] if _are_texts(raw) and len(raw) == 2 else None
+
+
+def _first_of(line, groups):
+    """The key that a line has, at most one, of the first group of which it has any."""
+    found = (_one_of([key for key in keys if not is_empty(line.get(key))]) for keys in groups)
+    return next(filter(None, found), [])
+
+
+def _unreadable(key, value, wanted):
+    kind, hint = "an empty one" if value == [] else _kind(value), ""
+    if isinstance(value, dict) and "replies" in value:
+        hint = ": it is a message tree, so write each path through it as a conversation"
+    elif isinstance(value, dict) and value and all(map(str.isdecimal, value)):
+        hint = ": it is a column; pandas' to_json(OUT, orient='records', lines=True) writes rows"
+    return BadLine(f"{key!r} must be {wanted}, not {kind}{hint}")
+
+
+def _names(keys):
+    return ", ".join(map(ascii, keys))[:200] or "none"
 
 
 def _system(line, not_read):
@@ -236,9 +316,8 @@ def _check_turns(numbered):
 # ---------------------------------------------------------------------------------- one message
 
 
-def _message(role, raw, final):
+def _message(raw, final):
     """(Message, keys not read), or (None, []) for an empty system message."""
-    raw = raw if role is None else {"role": role, "content": raw}
     if not isinstance(raw, dict):
         raise BadLine(f"must be an object, not {_kind(raw)}")
     not_read = _check_keys(raw, MESSAGE_KEYS, "messages: ")
@@ -263,12 +342,12 @@ def _message(role, raw, final):
     return Message(role, text, weight), not_read
 
 
-def _key(raw, first, second):
+def _key(raw, *names):
     """Whichever of two keys a message has; if it has both, they must agree."""
-    found = [key for key in (first, second) if key in raw]
+    found = [key for key in names if key in raw]
     if not found:
-        raise BadLine(f"no {first!r} (nor {second!r})")
-    if len(found) > 1 and raw[first] != raw[second]:
+        raise BadLine(f"no {names[0]!r} (nor {names[1]!r}); the keys are {_names(raw)}")
+    if len(found) > 1 and raw[found[0]] != raw[found[1]]:
         found = _one_of([key for key in found if raw[key] not in (None, "")]) or found
     return found[0]
 
@@ -313,10 +392,11 @@ def _check_keys(given, obeyed, prefix, more=()):
             raise BadLine(f"{key!r:.40} is not implemented, and the answer depends on it")
         if name in obeyed:
             raise BadLine(f"{key!r:.40} is not read: write {name!r}")
-        if SUPERVISION.search(name):
+        if SUPERVISION.search(name) and not isinstance(value, str):  # text is a name or a note
             raise BadLine(
                 f"{key!r:.40} seems to say what is supervised, and is not read: remove it or "
-                "write 'weight' (a factor) or 'train', 'loss', 'masked' (true or false)"
+                "write 'weight' (a factor), 'train', 'loss', 'masked' (true or false) or, for a "
+                "line, 'reward'"
             )
         not_read.append(prefix + key[:40])
     return not_read
@@ -348,12 +428,21 @@ def _factor(keys):
 
 
 def _checked_weight(value):
-    if type(value) in (int, float) and (value == 0 or LEAST_WEIGHT <= value <= LARGEST_WEIGHT):
-        return value
-    raise BadLine(
-        f"weight must be 0, or a number from {LEAST_WEIGHT:g} to {LARGEST_WEIGHT:g}, "
-        f"not {value!r:.40}"
-    )
+    if type(value) in (int, float) and 0 <= value <= LARGEST_WEIGHT:
+        return value and max(value, 1e-100)  # so that a product of two is not 0, and is counted
+    raise BadLine(f"weight must be a number from 0 to {LARGEST_WEIGHT:g}, not {value!r:.40}")
+
+
+def _own_weight(line, classes, beta):
+    """w of the line's own "reward", as r of Eq. (3); -1 if it has none."""
+    if (reward := line.get("reward")) is None:
+        return -1.0
+    if type(reward) not in (int, float) or not abs(reward) <= 1e308:
+        raise BadLine(f"reward must be a finite number, not {reward!r:.40}")
+    if (weight := reward_weight(reward, classes, beta)) > 1 / SMALLEST:
+        fault = f"reward {reward:g} is too far above the best class's: its weight exceeds float32"
+        raise BadLine(f"{fault}; raise --beta, or the class's reward")
+    return weight
 
 
 # ---------------------------------------------------------------------------------------- the class
@@ -373,7 +462,7 @@ def _source_class(line, classes, class_field, file_class):
             if file_class is None:
                 raise
             hint = f"--data says {file_class}; a different --class-field ignores {class_field!r}"
-            raise BadLine(f"{error}; {hint}") from None
+            raise BadLine(f"{error}; {hint}", lacking=error.lacking) from None
     if found and class_field != "class" and line.get("class") in list(classes):
         found["class"] = line["class"]
     if line.get("condition") is not None:  # OpenChat's name of the class
@@ -382,7 +471,8 @@ def _source_class(line, classes, class_field, file_class):
     if not found:
         raise BadLine(
             f"no {class_field!r}: name it in each line, or for a whole file by CLASS=FILE in its "
-            f"place, or by another field, --class-field KEY; the classes are {', '.join(classes)}"
+            f"place, or by another field, --class-field KEY; the classes are {', '.join(classes)}",
+            lacking="",
         )
     if len(found) > 1 and len(set(found.values())) > 1:
         raise BadLine(" but ".join(f"{who!r} says {name}" for who, name in found.items()))
@@ -393,8 +483,8 @@ def _named_class(key, value, names):
     """names[value]: `names` are {name or condition: class}."""
     if isinstance(value, str) and value in names:
         return names[value]
-    shown = f"{value!r:.40}" if isinstance(value, str) else _kind(value)
-    raise BadLine(f"{key} {shown} is not in the class table ({', '.join(names)})")
+    shown, lacking = (f"{value!r:.40}", value) if isinstance(value, str) else (_kind(value), "")
+    raise BadLine(f"{key} {shown} is not in the class table ({', '.join(names)})", lacking=lacking)
 
 
 def _matching_class(key, value, classes):
@@ -412,4 +502,14 @@ def _matching_class(key, value, classes):
         return fits[0]
     fault = f"fits the patterns of both {fits[0]} and {fits[1]}" if fits else "matches no class"
     hint = 'list the values of each class as its "match" in --classes'
-    raise BadLine(f"{key!r} {text!r:.40} {fault} ({', '.join(classes)}): {hint}")
+    raise BadLine(f"{key!r} {text!r:.40} {fault} ({', '.join(classes)}): {hint}", lacking=text)
+
+
+def table_to_paste(classes, lacking=()):
+    """The JSON of a class table for --classes, with the classes that it lacks."""
+    table = {name: vars(source) for name, source in classes.items()}
+    taken = {*classes, *(source.condition for source in classes.values())}
+    entry = {"reward": min(source.reward for source in classes.values())}
+    fit = [name for name in lacking if name == name.strip() and name.isprintable()]
+    table |= {name: {"condition": name} | entry for name in fit if name not in taken | {""}}
+    return json.dumps(table)

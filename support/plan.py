@@ -123,7 +123,7 @@ def make_plan(config, ranks, out):
         prepare = functools.partial(
             data.prepare, getattr(config, field), tokenizer, classes, out / "tokens",
             max_length=max_length, condition=config.condition, class_field=config.class_field,
-            skip_bad=config.skip_bad,
+            skip_bad=config.skip_bad, beta=config.beta if config.reward else math.inf,
             progress=report.Progress(f"tokenizing {flag_of(field)}"),
         )  # fmt: skip
         name = ranks.first_does(lambda: prepare().folder.name)

@@ -57,7 +57,7 @@ def run_preview(args):
     with tempfile.TemporaryDirectory() as folder:
         found = data.prepare(
             args.files, tokenizer, classes, folder, max_length=max_length,
-            class_field=args.class_field, skip_bad=args.skip_bad,
+            class_field=args.class_field, skip_bad=args.skip_bad, beta=args.beta,
             progress=report.Progress("tokenizing"),
         )  # fmt: skip
         print("\n".join(report.summary(found, classes, weights)))

@@ -246,6 +246,7 @@ COUNTED = {  # of dataset.report, each printed unless it is 0
     "cut": "cut at the maximum length: {cut:,} conversations, {tokens_cut:,} tokens lost",
     "unknown": "warning: {unknown:,} tokens of <unk>: characters missing in the tokenizer, all the "
     "same to the model",
+    "too_small": "weights too small for float32, taken as 0: {too_small:,}",
     "lost_bytes": "warning: {lost_bytes:,} bytes of characters that the tokenizer lacks, which "
     "give no token: the model never sees them",
     "bad": "dropped as bad (--skip-bad): {bad:,} lines",
@@ -266,6 +267,9 @@ def weight_by_step(dataset, steps, classes, class_weights):
     ])  # fmt: skip  # (S, C)
     found = weight.any(0)
     if found.sum() < 2:
+        index = dataset.index
+        if (index["own_weight"] >= 0).any() or (index["factors"] != index["supervised"]).any():
+            return []
         return ["only one class has weight in these steps, so weights, being relative, do nothing"]
     supervised = weight[weight.any(1)]
     shares = (supervised / supervised.sum(1, keepdims=True)).mean(0)

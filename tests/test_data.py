@@ -143,7 +143,7 @@ def test_a_messages_own_weight_wins_in_every_format(tokenizer):
         _, supervised = data.encode({"class": "gpt4"} | line, tokenizer, CLASSES)
         assert sum(supervised) == learned
     weighted[1]["weight"] = -3
-    with pytest.raises(ValueError, match="message 2: weight must be 0, or a number"):
+    with pytest.raises(ValueError, match="message 2: weight must be a number from 0"):
         data.encode({"class": "gpt4", "messages": weighted}, tokenizer, CLASSES)
 
 
@@ -203,8 +203,8 @@ BAD = [
     ({"items": HI, "condition": "GPT9"}, "condition 'GPT9' is not in the class table (GPT4, GPT3)"),
     ({"items": HI, "condition": ["GPT4"]},
      "condition a list is not in the class table (GPT4, GPT3)"),
-    ({"class": "gpt4", "messages": turns("Hi", "Ho", roles=("user", "bot"))},
-     "message 2: 'role' is 'bot', not one of system, developer, user, human"),
+    ({"class": "gpt4", "messages": turns("Hi", "Ho", roles=("user", "judge"))},
+     "message 2: 'role' is 'judge', not one of system, developer, user, human"),
     ({"class": "gpt4", "messages": [{"content": "Hi"}]}, "message 1: no 'role' (nor 'from')"),
     ({"class": "gpt4", "messages": turns("Hi", roles=(["user"],))},
      "message 1: 'role' is ['user'], not one of"),
@@ -228,7 +228,7 @@ BAD = [
      r"class '\ud800' is not in the class table"),
     (line("Hi", "Ho", source_class="\udfff"), r"class '\udfff' is not in the class table"),
 ]  # fmt: skip
-BAD_WEIGHTS = [-1, -0.5, float("nan"), float("inf"), "1", True, [1], 10**400, 1e39, 1e-50]
+BAD_WEIGHTS = [-1, -0.5, float("nan"), float("inf"), "1", True, [1], 10**400, 1e39, -1e-50]
 
 
 @pytest.mark.parametrize(("bad", "message"), BAD, ids=[str(i) for i in range(len(BAD))])
@@ -246,7 +246,7 @@ def test_a_bad_line_stops_with_its_place_and_what_is_wrong(bad, message, prepare
 def test_a_weight_that_is_no_number_of_a_loss_is_refused(weight):
     items = turns("Hi", "Ho")
     items[1]["weight"] = weight
-    with pytest.raises(ValueError, match="^message 2: weight must be 0, or a number from"):
+    with pytest.raises(ValueError, match="^message 2: weight must be a number from 0"):
         formats.parse_conversation({"class": "gpt4", "items": items}, CLASSES)
 
 
@@ -314,7 +314,7 @@ def test_of_more_than_20_causes_the_others_are_counted(prepare, tmp_path):
     classes = [line("Hi", "Ho", source_class=f"c{n}") for n in range(30)]
     with pytest.raises(data.BadData) as refused:
         prepare(write(tmp_path / "a.jsonl", line("Hi", "Ho"), *classes, *classes))
-    head, *problems, more, hint = str(refused.value).splitlines()
+    head, *problems, more, hint, _, table = str(refused.value).splitlines()
     assert head == "60 bad lines:" and more == "... and 20 for other causes, or in other files"
     path = tmp_path / "a.jsonl"
     causes = [f"class 'c{n}' is not in the class table (gpt4, gpt3.5)" for n in range(20)]
@@ -497,7 +497,7 @@ def test_the_same_content_is_tokenized_once(prepare, tokenizer, monkeypatch, tmp
     assert texts == ["Hi", "Ho"]
     assert again.folder == first.folder
     assert again.where(0) == f"{tmp_path}/b.jsonl:1"
-    rewarded = {"gpt4": loss.SourceClass("GPT4", 5.0), "gpt3.5": CLASSES["gpt3.5"]}
+    rewarded = {"gpt4": CLASSES["gpt4"], "gpt3.5": loss.SourceClass("GPT3", -5.0)}
     assert prepare(tmp_path / "a.jsonl", classes=rewarded).folder == first.folder
 
 
@@ -510,6 +510,8 @@ def test_whatever_changes_the_arrays_changes_the_key(prepare, tokenizer, sums, t
     folders = [base, prepare(path, max_length=255).folder, prepare(path, skip_bad=True).folder]
     folders += [prepare(path, classes=c).folder for c in (renamed, more, swapped)]
     folders += [prepare(path, condition=False).folder]
+    best = CLASSES | {"gpt4": loss.SourceClass("GPT4", 5.0)}  # which weighs a line's own reward
+    folders += [prepare(path, classes=best).folder, prepare(path, beta=0.5).folder]
     folders += [prepare(path, condition=False, classes=renamed).folder]
     other = data.Tokenizer(sums)
     folders += [data.prepare([path], other, CLASSES, base.parent, max_length=256).folder]
