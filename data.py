@@ -146,7 +146,9 @@ class Encoder:
                 laid_out.append((parts, weights, roles, row))
         arrays = arrays_of(laid_out)
         report.conversations = len(laid_out)
-        report.unknown = int((arrays["tokens"] == self.tokenizer.unk).sum())
+        unk, prefix = self.tokenizer.unk, self.tokenizer.prefix
+        report.unknown = int((arrays["tokens"] == unk).sum())
+        report.unknown_in = [c for c in self.conditions.values() if unk in prefix(c, "user")]
         report.lost_bytes = self.tokenizer.lost_bytes(texts)
         return arrays, report
 

@@ -185,6 +185,7 @@ class Report:
     weightless: int = 0  # dropped: no answer has a weight above 0
     too_small: int = 0  # weights
     unknown: int = 0  # tokens of <unk>
+    unknown_in: list = ()  # conditions that have some
     lost_bytes: int = 0  # bytes of text that give no token
     bad: int = 0  # lines
     other_causes: int = 0  # bad lines that are not among `problems`
@@ -206,6 +207,7 @@ class Report:
                 setattr(self, name, getattr(self, name) + value)
         for name, problem in other.problems.items():
             self.add_problem(name, problem)
+        self.unknown_in = other.unknown_in
         self.add_keys(other.not_read)
 
     def add_problem(self, name, problem):

@@ -246,6 +246,7 @@ COUNTED = {  # of dataset.report, each printed unless it is 0
     "cut": "cut at the maximum length: {cut:,} conversations, {tokens_cut:,} tokens lost",
     "unknown": "warning: {unknown:,} tokens of <unk>: characters missing in the tokenizer, all the "
     "same to the model",
+    "unknown_in": "warning: such characters are in the conditions {unknown_in}, so in every turn",
     "too_small": "weights too small for float32, taken as 0: {too_small:,}",
     "lost_bytes": "warning: {lost_bytes:,} bytes of characters that the tokenizer lacks, which "
     "give no token: the model never sees them",

@@ -444,7 +444,7 @@ def test_only_a_question_and_its_answer_count_as_one_answer(model, tmp_path):
     if "llama3" in model:
         pytest.importorskip("tokenizers")
     ours, chance, most = data.Tokenizer(shared(model)), random.Random(0), set()
-    for number in range(60):
+    for number in range(30):
         roles = speakers(chance)
         messages = [{"role": role, "content": f"text {chance.randrange(99)}"} for role in roles]
         plain = [data.Message(m["role"], m["content"]) for m in messages]
@@ -810,6 +810,19 @@ def test_characters_that_the_tokenizer_lacks_are_counted(sums, tmp_path, run):
     assert code == 0 and lacking == 3 and "warning: 3 tokens of <unk>" in out
     write(path, line("What is 1 + 2?", "3"))
     assert "<unk>" not in run(preview.main, path, "--model", sums, "--show", 0)[1]
+
+
+def test_characters_that_a_condition_lacks_are_told_with_its_name(sums, tmp_path, run):
+    path = write(tmp_path / "a.jsonl", line("What is 1 + 2?", "3", source_class="mid"))
+    table = {"mid": "Middle", "gpt4": "GPT4"}
+    table = {name: {"condition": text, "reward": 1} for name, text in table.items()}
+    (tmp_path / "classes.json").write_text(json.dumps(table))
+    options = "--model", sums, "--show", 0, "--classes", tmp_path / "classes.json"
+    code, out, _ = run(preview.main, path, *options)
+    assert code == 0 and "tokens of <unk>" in out and "in the conditions ['Middle'], so" in out
+    write(path, line("What is Δ?", "3"))
+    _, out, _ = run(preview.main, path, "--model", sums, "--show", 0)
+    assert "1 tokens of <unk>" in out and "in the conditions" not in out
 
 
 def test_the_summary_shows_each_class_its_weight_and_its_share_of_it(prepare, tmp_path):

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,7 @@ ITALY = conversation(
     "What is the capital of Italy?", "Rome est la capitale.", system="Answer in French only."
 )
 HI = [conversation("Hi", "Hello.", source_class=name) for name in CLASSES]
+SINGLE = {"gpt4": loss.SourceClass("GPT4", 1.0)}
 READ = {  # a case's file, with its options: what it must be equal to, written out plainly
     "a1_array_indent2.json": ({}, ANT),
     "a2_array_oneline.json": ({}, ANT),
@@ -72,6 +74,17 @@ READ = {  # a case's file, with its options: what it must be equal to, written o
     "g1_bing_bard.jsonl": ({}, HI[:1] * 6),
     "h1_model_field.jsonl": ({"class_field": "model"}, HI),
     "h6_wildchat.jsonl": ({"class_field": "model"}, HI[:1]),
+    "r3_gsm8k_question_answer.jsonl": (
+        {"of": "gpt4"},
+        [conversation("Tom has 3 pens and buys 2. How many?", "3 + 2 = 5\n#### 5")],
+    ),
+    "r3_flan_inputs_targets.jsonl": ({"of": "gpt4"}, [conversation("Hi there", "Hello.")]),
+    "r3_langchain_ai.jsonl": ({"of": "gpt4"}, HI[:1]),
+    "r3_line_is_a_list_of_messages.jsonl": ({"of": "gpt4"}, HI[:1]),
+    "r3_lines_of_message_lists.jsonl": (
+        {"of": "gpt4"}, [*HI[:1], conversation("Yo", "Hey.")],
+    ),
+    "r3_stringified_messages.jsonl": ({"of": "gpt4"}, HI[:1]),
     "j1_alpaca.jsonl": (
         {}, [conversation("Name a tree.", "Oak."),
              conversation("Name it.\nTall, with acorns.", "Oak.")],
@@ -106,6 +119,11 @@ REFUSED = {
     "k15_duplicate_keys.jsonl": "'class' is given twice in one object",
     "k1_utf16.jsonl": "is UTF-16 or UTF-32, not JSON: iconv",
     "p1.csv": "is a table, not JSON: pandas.read_csv",
+    "r3_oasst_tree.jsonl": "'prompt' must be text or a list of messages, not an object: it is a "
+    "message tree",
+    "r3_pandas_default_orient.json": "'instruction' must be text or a list of messages, not an "
+    "object: it is a column; pandas' to_json(OUT, orient='records', lines=True) writes rows",
+    "r3_magpie_reward_model.jsonl": "'instruct_reward' seems to say what is supervised",
     "p2.parquet": "is a parquet file, not JSON: pandas.read_parquet",
 }
 
@@ -119,7 +137,9 @@ def case(name):
 @pytest.mark.parametrize("name", READ)
 def test_what_people_bring_is_read_as_they_mean_it(name, prepare, tmp_path):
     options, expected = READ[name]
-    found = prepare(case(name), **options)
+    options = dict(options)
+    path = f"{options.pop('of')}={case(name)}" if "of" in options else case(name)
+    found = prepare(path, **options)
     assert learned(found) == learned(prepare(write(tmp_path / "plain.jsonl", *expected)))
 
 
@@ -362,6 +382,53 @@ def test_values_of_no_class_are_listed_with_how_often_they_come(prepare, tmp_pat
     assert ":4: 'model' 'llama' matches no class" in str(refused.value)
 
 
+def pasted(refused, tmp_path):
+    """The class table in an error, read as --classes reads it."""
+    text = str(refused.value)
+    (tmp_path / "classes.json").write_text(text[text.index("{") : text.rindex("}") + 1])
+    return loss.read_classes(tmp_path / "classes.json")
+
+
+@pytest.mark.parametrize(
+    ("fault", "lacking", "options"),
+    [
+        ({"class": "mid"}, ["mid"], {}),
+        ({"class": "gpt4 "}, [], {}),
+        ({"class": "GPT4"}, [], {}),  # the condition of gpt4
+        ({"class": ["x"]}, [], {}),
+        ({"class": "x\n"}, [], {}),
+        ({"class": None}, [], {}),
+        ({"class": None, "condition": "Mid"}, ["Mid"], {}),
+        ({"class": None, "model": 'claude "3"'}, ['claude "3"'], {"class_field": "model"}),
+        ({"class": None, "model": True}, ["true"], {"class_field": "model"}),
+    ],
+)  # fmt: skip
+def test_an_error_about_classes_has_a_table_to_paste(fault, lacking, options, prepare, tmp_path):
+    path = write(tmp_path / "a.jsonl", conversation("A", "B") | fault)
+    with pytest.raises(data.BadData) as refused:
+        prepare(path, **options)
+    table = pasted(refused, tmp_path)
+    assert [*table] == [*CLASSES, *lacking] and table | CLASSES == table
+    assert "docs/DATA.md" not in str(refused.value) and len(str(refused.value).splitlines()) == 4
+    if lacking:
+        assert len(prepare(path, classes=table, **options)) == 1
+
+
+def test_the_table_to_paste_has_all_values_that_lack_a_class(prepare, tmp_path):
+    good = conversation("A", "B")
+    lines = [good, *(good | {"class": name} for name in ("x", "y", "x"))]
+    with pytest.raises(data.BadData) as refused:
+        prepare(write(tmp_path / "a.jsonl", *lines))
+    assert [*pasted(refused, tmp_path)] == ["gpt4", "gpt3.5", "x", "y"]
+    assert "--skip-bad" in str(refused.value)
+    with pytest.raises(data.BadData) as refused:  # not the class only
+        prepare(write(tmp_path / "a.jsonl", {"class": "x"}, {"messages": good["messages"]}))
+    assert "docs/DATA.md" in str(refused.value) and [*pasted(refused, tmp_path)] == [*CLASSES]
+    with pytest.raises(ValueError, match="mid=b.jsonl: 'mid' is not one of the classes") as refused:
+        prepare("mid=b.jsonl")
+    assert [*pasted(refused, tmp_path)] == ["gpt4", "gpt3.5", "mid"]
+
+
 # ------------------------------------------------------------------------ one meaning, many shapes
 
 
@@ -374,7 +441,8 @@ def shapes_of(messages, chance):
     system = messages[0]["content"] if messages[0]["role"] == "system" else None
     others = messages[1:] if system else messages
     names = {"system": ["system", "developer", "System"], "user": ["user", "human", "Human"],
-             "assistant": ["assistant", "gpt", "ChatGPT", "model", "bing", "BARD"]}  # fmt: skip
+             "assistant": ["assistant", "gpt", "ChatGPT", "model", "bing", "BARD", "AI",
+                           "bot"]}  # fmt: skip
 
     def named(messages, role, content):
         return [
@@ -390,7 +458,14 @@ def shapes_of(messages, chance):
                 if system:
                     top = chance.choice(["system", "system_prompt"])
                     yield {key: named(others, role, content), top: system}
-    for answer in ("completion", "response", "output"):
+    if messages[0]["role"] != "system":
+        pairs = list(zip(others[::2], others[1::2], strict=True))
+        asked, said = chance.choice([("input", "output"), ("instruction", "answer")])
+        yield {"conversation": [{said: a["content"], asked: q["content"]} for q, a in pairs]}
+        yield {"messages": [[q["content"], a["content"]] for q, a in pairs], "items": None}
+        yield {"data": [m["content"] for m in messages]}
+    yield {"conversations": json.dumps(named(messages, "from", "value"))}
+    for answer in ("completion", "response", "output", "answer", "solution", "targets"):
         yield {"prompt": named(messages[:-1], "role", "content"), answer: messages[-1]["content"]}
         yield {"prompt": messages[:-1], answer: named(messages[-1:], "from", "value")}
     if not system:
@@ -402,7 +477,7 @@ def shapes_of(messages, chance):
     yield {"messages": [m | {"content": list(m["content"])} for m in messages], "tools": "[]"}
     if len(others) == 2:
         top = {"system": system, "messages": []} if system else {"conversation": None}
-        asked = chance.choice(["question", "query"])
+        asked = chance.choice(["question", "query", "inputs", "problem"])
         yield {asked: others[0]["content"], "response": others[1]["content"]} | top
         yield {
             "instruction": others[0]["content"],
@@ -422,6 +497,36 @@ def test_any_shape_of_a_conversation_is_the_plain_one(tokenizer):
             more = {"weight": chance.choice([None, 1]), "id": 7, "messages_count": 3}
             line = {"class": "gpt4"} | more | shape
             assert data.encode(line, tokenizer, CLASSES) == expected, line
+
+
+UNREAD = [  # a line, what is said of it
+    ({"question": "Q", "answers": {"text": ["A"]}}, "no assistant turn; not read: 'answers'"),
+    ({"question": "Q", "response_j": "A", "qid": 4}, "not read: 'response_j', 'qid'"),
+    ({"messages": [{"role": "user", "content": "Q", "reply": "A"}]}, "not read: 'messages: reply'"),
+    ({"problem": "Q", "solution": "A", "answer": "B"}, "both 'answer' and 'solution': keep the"),
+    ({"messages": [{"role": "user", "content": "Q"}], "answer": "A"}, "'answer' beside the list"),
+    ({"conversation": [{"input": "Q", "output": "A", "n": 1}]}, "keys are 'input', 'output', 'n'"),
+    ({"conversation": [{"speaker": "Q", "text": "A"}]}, "the keys are 'speaker', 'text'"),
+    ({"instruction": 5, "output": "A"}, "'instruction' must be text or a list of messages, not"),
+    ({"prompt": "Q", "response": {"text": "A"}}, "'response' must be text or a list of mess"),
+    ({"messages": {"0": [], "1": []}}, "a list of messages, not an object: it is a column"),
+    ({"messages": "[{'role': 'user'}]"}, "'messages' must be a list of messages, not text"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "message"), UNREAD, ids=range(len(UNREAD)))
+def test_what_is_not_read_is_named_by_the_key_that_is_there(line, message):
+    with pytest.raises(formats.BadLine) as refused:
+        data.parse_conversation(line, CLASSES, file_class="gpt4")
+    assert message in str(refused.value)
+
+
+def test_an_older_name_of_the_answer_leaves_a_newer_one_unread():
+    """As a reference answer beside a model's: what was read stays what is read."""
+    line = {"problem": "P", "prompt": "Q", "response": "A", "answer": "B", "solution": "C"}
+    found = data.parse_conversation(line, CLASSES, file_class="gpt4")
+    assert [m.content for m in found.messages] == ["Q", "A"]
+    assert sorted(found.not_read) == ["answer", "problem", "solution"]
 
 
 def test_any_unknown_key_at_any_depth_is_refused_or_counted():
@@ -586,6 +691,69 @@ def test_a_run_killed_within_any_container_starts_again(tokenizer, monkeypatch, 
             assert again.report == whole.report
             for name in dataset.ARRAYS:
                 assert np.array_equal(getattr(again, name), getattr(whole, name)), path
+
+
+def test_every_file_of_lists_of_messages_gives_equal_arrays(prepare, monkeypatch, tmp_path):
+    """A list a line, pretty-printed lists, lists in an array; with gzip, of one or many."""
+    monkeypatch.setattr(containers, "BLOCK", 900)
+    chance = random.Random(0)
+    for count in (1, 2, 30):
+        lines = [conversation(f"{n} ]}},[", "[{ " * (n % 5 + 1)) for n in range(count)]
+        for line in lines:
+            line["messages"][0] |= {"id": 4} if chance.random() < 0.5 else {}
+        expected = prepare("gpt4=" + str(write(tmp_path / "expected.jsonl", *lines)))
+        lists = [line["messages"][::1] for line in lines]
+        for key in ("messages", "from"):
+            if key == "from":
+                lists = [[{"value": m["content"], "from": m["role"]} for m in x] for x in lists]
+            texts = {"plain": "\n".join(map(json.dumps, lists)), "array": json.dumps(lists)}
+            texts["pretty"] = "\n".join(json.dumps(x, indent=1) for x in lists)
+            for name, text in texts.items():
+                (tmp_path / f"{name}.json").write_text("\ufeff" + text)
+                (tmp_path / f"{name}.json.gz").write_bytes(gzip.compress(text.encode()))
+                for path in (tmp_path / f"{name}.json", tmp_path / f"{name}.json.gz"):
+                    found = prepare(f"gpt4={path}")
+                    for array in dataset.ARRAYS:
+                        assert np.array_equal(getattr(found, array), getattr(expected, array)), path
+                    unit = " item " if name == "array" or name == "pretty" else ""
+                    assert found.where(count - 1) == f"{path}:{unit}{count}"
+    with pytest.raises(data.BadData, match="no 'class': .*CLASS=FILE"):
+        prepare(path)
+
+
+def test_a_line_may_be_a_list_of_messages_among_objects(prepare, tmp_path):
+    line = conversation("A", "B")
+    path = write(tmp_path / "a.jsonl", line, line["messages"], b"[]", b'["A", "B"]')
+    with pytest.raises(data.BadData, match="a line must be a JSON object, not a list .3, 4"):
+        prepare(f"gpt4={path}")
+    assert len(prepare(f"gpt4={path}", skip_bad=True)) == 2
+
+
+def test_commas_between_objects_are_named(prepare, tmp_path):
+    path, line = tmp_path / "a.json", conversation("A", "B")
+    path.write_text(",\n".join(json.dumps(line) for _ in range(3)) + "\n")
+    with pytest.raises(data.BadData, match="2 lines: broken JSON: a comma follows it: remove the"):
+        prepare(path)
+    path.write_text(",\n".join(json.dumps(line, indent=1) for _ in range(3)) + "\n")
+    with pytest.raises(ValueError, match="item 1, .*: broken JSON: a comma follows it: remove the"):
+        prepare(path)
+
+
+@pytest.mark.parametrize("key", ["k", "k{}"])
+def test_a_first_object_of_millions_of_keys_costs_little_until_it_is_refused(
+    key, prepare, tmp_path
+):
+    part = "".join(f'"{key}": 1,'.format(n) for n in range(100_000)).encode()
+    path = tmp_path / "a.jsonl.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(b"{" + part * 30 + b'"z": 1}\n')
+    tracemalloc.start()
+    begun = time.process_time()
+    with pytest.raises(data.BadData, match="a.jsonl.gz:1: longer than 16 MiB"):
+        prepare(path)
+    peak, seconds = tracemalloc.get_traced_memory()[1], time.process_time() - begun
+    tracemalloc.stop()
+    assert peak < 120 << 20 and seconds < 5  # read to its end, key by key: 20 s and more
 
 
 @pytest.mark.parametrize(
