@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import os
 import random
 import shutil
@@ -16,11 +17,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import shared
+from processes import flags, plan_of
 from small import ODD_TEXTS, train_sentencepiece, write
 
 import data
 import loss
-from support import containers, formats, preview, report
+import model
+import train
+from support import checkpoint, containers, formats, preview, report
 from support import dataset as dataset_module
 from support import tokenizer as support_tokenizer
 from support.dataset import ARRAYS
@@ -797,6 +801,157 @@ def test_an_empty_bin_is_one_token_without_weight(none, class_weights, mixed):
 def test_a_class_weight_too_small_for_float32_gives_no_row(mixed):
     batch = data.collate(mixed, np.arange(12), np.array([1.0, 1e-60]))
     assert (batch.weights > 0).all()
+
+
+# --------------------------------------------------------------------- a reward of a line's own
+
+
+def three_steps(lines, ranks, folder, **more):
+    """Bits of the losses and of the weights after each of three steps of training on lines."""
+    folder.mkdir()
+    path = write(folder / "a.jsonl", *lines)
+    plan = plan_of(flags(path, folder / "run", epochs=9, **more), ranks, folder / "run")
+    llama, optimizer = train.build(plan, ranks)
+    bits = []
+    for step in (1, 2, 3):
+        _, batches, total_weight = train.load_step(plan, ranks, step)
+        sums, _ = train.forward_backward(plan, ranks, llama, batches, total_weight)
+        train.clip_and_update(optimizer, sums, 1e-3, 1.0)
+        bits += [total_weight, sums.loss.item(), sums.table.tolist()]
+        bits += [p.full_tensor().detach().numpy().tobytes() for p in llama.parameters()]
+    return bits
+
+
+@pytest.fixture
+def lines(few):
+    """The 60 conversations, some with a weight of the line or of the answer."""
+    chance, found = random.Random(0), [json.loads(text) for text in few.read_text().splitlines()]
+    for one in found[::3]:
+        one["weight"] = chance.uniform(0.1, 3)
+        one["messages"][-1]["weight"] = chance.uniform(0.1, 3)
+    return found
+
+
+def test_a_reward_that_is_its_classs_trains_to_the_same_bits(lines, ranks, tmp_path):
+    rewarded = [x | {"reward": int(CLASSES[x["class"]].reward)} for x in lines]
+    some = [b if n % 2 else a for n, (a, b) in enumerate(zip(lines, rewarded, strict=True))]
+    plain = three_steps(lines, ranks, tmp_path / "plain", beta=0.3)
+    assert three_steps(rewarded, ranks, tmp_path / "all", beta=0.3) == plain
+    assert three_steps(some, ranks, tmp_path / "some", beta=0.3) == plain
+    other = [lines[0] | {"reward": 0.9}, *lines[1:]]
+    assert three_steps(other, ranks, tmp_path / "other", beta=0.3) != plain
+
+
+def test_a_lines_own_reward_is_r_of_equation_3_to_the_loss(lines, ranks, tmp_path):
+    """Beside each conversation alone, in float64, with w = exp((r - r_max) / beta) written out."""
+    chance, beta, best = random.Random(1), 0.7, 1.0
+    for one in lines[::2]:
+        one["reward"] = chance.choice([chance.uniform(-3, 3), -2, 1, 4.5])  # some above r_max
+    path = write(tmp_path / "a.jsonl", *lines)
+    more = {"beta": beta, "batch_tokens": 4096}
+    plan = plan_of(flags(path, tmp_path / "run", **more), ranks, tmp_path / "run")
+    bins, batches, total_weight = train.load_step(plan, ranks, 1)
+    assert [len(b) for b in bins] == [60]
+    network, _ = train.build(plan, ranks)
+    sums, _ = train.forward_backward(plan, ranks, network, batches, total_weight)
+    llama = model.Llama(plan.network)
+    model.random_parameters(llama, seed=0)
+    llama.double()
+    total, normaliser, by_class = 0.0, 0.0, {"gpt4": [], "gpt3.5": []}
+    for one in lines:
+        reward = one.get("reward", {"gpt4": 1.0, "gpt3.5": 0.0}[one["class"]])
+        weight = math.exp((reward - best) / beta)
+        weight *= one.get("weight", 1) * one["messages"][-1].get("weight", 1)
+        tokens, mask = map(torch.tensor, data.encode(one, plan.tokenizer, CLASSES))
+        with torch.no_grad():
+            offsets = torch.tensor([0, len(tokens)])
+            log_p = llama(tokens, torch.arange(len(tokens)), offsets).log_softmax(-1)
+        total -= weight * log_p[:-1].gather(1, tokens[1:, None])[mask[1:]].sum().item()
+        normaliser += weight * mask.sum().item()
+        by_class[one["class"]] += [weight] * mask.sum().item()
+    assert total_weight == pytest.approx(normaliser, rel=1e-12)
+    assert sums.loss.item() == pytest.approx(total / normaliser, rel=1e-6)
+    expected = sorted(np.float32(by_class["gpt4"] + by_class["gpt3.5"]))
+    assert sorted(batches[0].weights.tolist()) == pytest.approx(expected, rel=1e-6)
+    shown = [text.split() for text in report.summary(plan.dataset, CLASSES, plan.class_weights)]
+    means = {row[0]: float(row[-2]) for row in shown if row[0] in CLASSES}
+    assert means == pytest.approx({n: sum(w) / len(w) for n, w in by_class.items()}, rel=1e-3)
+    off = plan_of(flags(path, tmp_path / "off", reward=False, **more), ranks, tmp_path / "off")
+    _, (batch,), total_weight = train.load_step(off, ranks, 1)
+    assert total_weight == len(batch.weights) and set(batch.weights.tolist()) == {1.0}
+
+
+def test_without_reward_no_beta_changes_the_run(lines, ranks, tmp_path):
+    path, plans = write(tmp_path / "a.jsonl", *[x | {"reward": 0.5} for x in lines]), []
+    for beta in (0.1, 0.9):
+        given = flags(path, tmp_path / "run", reward=False, beta=beta)
+        plans.append(plan_of(given, ranks, tmp_path / "run"))
+    assert checkpoint.recipe(plans[0]) == checkpoint.recipe(plans[1])
+
+
+@pytest.mark.parametrize("reward", [True, "1", [1], {}, float("nan"), float("inf"), 10**400])
+def test_a_reward_that_is_no_finite_number_is_refused(reward, prepare, tmp_path):
+    with pytest.raises(data.BadData, match="a.jsonl:1: reward must be a finite number, not"):
+        prepare(write(tmp_path / "a.jsonl", line("Hi", "Ho", reward=reward)))
+
+
+def test_a_reward_has_no_place_beside_final_weights_nor_instead_of_a_class(prepare, tmp_path):
+    items = turns("Hi", "Ho")
+    items[1]["weight"] = 0.5
+    path = tmp_path / "a.jsonl"
+    with pytest.raises(data.BadData, match="final in 'items': remove the line's reward"):
+        prepare(write(path, {"class": "gpt4", "items": items, "reward": 0.5}))
+    with pytest.raises(data.BadData, match="a.jsonl:1: no 'class'"):
+        prepare(write(path, {"messages": turns("Hi", "Ho"), "reward": 0.5}))
+    with pytest.raises(data.BadData, match="'reward' seems to say what is supervised"):
+        messages = [turns("Hi")[0], items[1] | {"reward": 1}]
+        prepare(write(path, {"class": "gpt4", "messages": messages}))
+    (tmp_path / "b.json").write_text(json.dumps({"reward": 1, "data": [line("Hi", "Ho")]}))
+    with pytest.raises(ValueError, match="beside the list of conversations: 'reward' is not read"):
+        prepare(tmp_path / "b.json")
+    assert len(prepare(write(path, line("Hi", "Ho", reward=None)))) == 1
+
+
+def test_the_weight_of_a_reward_ends_where_float32_does(prepare, tmp_path):
+    """0, and counted, where a class's weight is 0; above float32 refused, unless beta is larger."""
+    path = write(tmp_path / "a.jsonl", line("A", "B", reward=-99), line("A", "B", reward=30))
+    found = prepare(path)
+    assert found.report["too_small"] == 1
+    weights = [found.total_weight([c], WEIGHTS) / found.index["supervised"][c] for c in range(2)]
+    assert weights == pytest.approx([0, 1e29])
+    write(path, line("A", "B"), line("A", "B", reward=40))
+    with pytest.raises(data.BadData, match="a.jsonl:2: reward 40 is too far above the best class"):
+        prepare(path)
+    assert prepare(path, beta=4.0).total_weight([1], WEIGHTS) > 0
+    assert prepare(path, beta=math.inf).index["own_weight"].tolist() == [-1, 1]
+    write(path, line("A", "B", reward=1e308))
+    extreme = {"gpt4": loss.SourceClass("GPT4", -1e308)}
+    with pytest.raises(data.BadData, match="is too far above the best class"):
+        prepare(path, classes=extreme)
+
+
+def test_data_of_one_class_with_rewards_is_not_said_to_train_alike(prepare, tmp_path):
+    one = {"gpt4": CLASSES["gpt4"]}
+    weights = np.array([*loss.class_weights(one, 0.4343).values()])
+    said = "only one class has weight in these steps"
+    given = ({}, True, 1), ({"reward": 0.5}, False, 10**-0.5), ({"weight": 0.5}, False, 0.5)
+    for more, told, weight in given:
+        path = write(tmp_path / "a.jsonl", line("A", "B"), line("A", "B", **more))
+        found = prepare(path)
+        steps = [[np.array([0, 1])]]
+        shown = report.weight_by_step(found, steps, CLASSES, WEIGHTS)
+        assert any(text.startswith(said) for text in shown) == told
+        found = prepare(path, classes=one)
+        mean = float(report.summary(found, one, weights)[1].split()[-2])
+        assert mean == pytest.approx((1 + weight) / 2, rel=1e-3)
+
+
+def test_the_command_weighs_a_reward_by_its_beta(stories, run, tmp_path):
+    path = write(tmp_path / "a.jsonl", line("Hi", "Ho", reward=0.5))
+    _, out, _ = run(preview.main, path, "--model", stories)
+    assert "⟧w=0.316" in out  # 10 ** -0.5
+    _, out, _ = run(preview.main, path, "--model", stories, "--beta", 1)
+    assert "⟧w=0.607" in out  # exp(-0.5)
 
 
 # ------------------------------------------------------------------------------ the command
