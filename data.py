@@ -141,9 +141,8 @@ class Encoder:
             parts, weights = self.fit(conversation, contents, report)
             if parts:
                 source_class = list(self.classes).index(conversation.source_class)
-                roles = [message.role for message in conversation.messages]
                 row = source_class, conversation.own_weight, block.file, number
-                laid_out.append((parts, weights, roles, row))
+                laid_out.append((parts, weights, conversation.messages, row))
         arrays = arrays_of(laid_out)
         report.conversations = len(laid_out)
         unk, prefix = self.tokenizer.unk, self.tokenizer.prefix
@@ -154,17 +153,15 @@ class Encoder:
 
     def parse(self, block, report):
         """[(line or item, Conversation), ...]; bad lines and keys not read go to the report."""
-        found = []
+        found, of_file = [], block.source.source_class
         for number, raw in enumerate(block.raw, start=block.number + 1):
             try:
-                line, file_class = parse_json(raw), block.source.source_class
-                if line is not None:
-                    of = parse_conversation(
-                        line, self.classes, self.class_field, file_class, self.beta
-                    )
-                    found.append((number, of))
-                    report.add_keys(of.not_read)
-                    report.too_small += of.too_small
+                if (line := parse_json(raw)) is None:
+                    continue
+                of = parse_conversation(line, self.classes, self.class_field, of_file, self.beta)
+                found.append((number, of))
+                report.add_keys(of.not_read)
+                report.too_small += of.too_small
             except BadLine as error:
                 report.refuse(block.source, number, error)
         return found

@@ -84,7 +84,7 @@ def _without_repeats(pairs):
 def class_table(mapping):
     """A checked {name: SourceClass} from a mapping of names to SourceClass or its JSON form."""
     if not isinstance(mapping, dict) or not mapping:
-        raise ValueError('classes must be a table like {"gpt4": {"condition": ..., "reward": ...}}')
+        raise ValueError('classes must be a table: {"gpt4": {"condition": "GPT4", "reward": 1.0}}')
     table = {name: _source_class(name, entry) for name, entry in mapping.items()}
     owner = {}
     for name, entry in table.items():
@@ -99,7 +99,7 @@ def class_table(mapping):
 def _source_class(name, entry):
     fields = vars(entry) if isinstance(entry, SourceClass) else entry
     if not isinstance(fields, dict) or {*fields, "match"} != {"condition", "reward", "match"}:
-        wanted = '{"condition": text, "reward": number}'
+        wanted = json.dumps({name: {"condition": name, "reward": 1.0}})
         raise ValueError(f"class {name!r}: must be {wanted}, not {entry!r}")
     condition, reward, match = fields["condition"], fields["reward"], fields.get("match", ())
     number = isinstance(reward, (int, float)) and not isinstance(reward, bool)

@@ -58,9 +58,9 @@ class BadData(ValueError):
         lacking = [problem["lacking"] for problem in report["problems"].values()]
         if not good:
             hints = ["No line is good. docs/DATA.md has a table of the supported formats."]
-        if any(name is not None for name in lacking):
+        if {*lacking} != {None}:
             hints = hints[: good or None in lacking]
-            hints += ["A table for --classes, its conditions and rewards for you to choose:"]
+            hints += ["A table for --classes; choose its conditions and rewards:"]
             hints += [table_to_paste(classes, filter(None, lacking))]
         super().__init__("\n".join([lines, *problem_lines(report), *hints]))
 
@@ -197,9 +197,9 @@ class Report:
         self.bad += 1
         cause = f"{'lines' if source.shape == 'lines' else 'items'}: {error.cause}"
         first = f"{source.where(number)}: {error}"
-        problem = {"path": str(source.path), "cause": cause, "first": first}
-        problem["lacking"] = error.lacking
-        self.add_problem(f"{source.path}: {cause}", problem | {"count": 1, "places": [number]})
+        problem = {"path": str(source.path), "cause": cause, "first": first, "count": 1}
+        problem |= {"places": [number], "lacking": error.lacking}
+        self.add_problem(f"{source.path}: {cause}", problem)
 
     def add(self, other):
         for name, value in vars(other).items():
@@ -270,15 +270,18 @@ def _encode(block):
 
 
 def arrays_of(conversations):
-    """ARRAYS of [(tokens in parts, their weights [(weight, how many), ...], roles of the turns,
-    (number of the class, weight of its own reward, file, line)), ...].
+    """ARRAYS of [(tokens in parts, their weights [(weight, how many), ...], messages, (number of
+    the class, own_weight, file, line)), ...].
     """
     rows, all_parts, all_weights = [], [], []
-    for parts, weights, roles, row in conversations:
+    for parts, weights, messages, row in conversations:
         length, supervised = sum(n for _, n in weights), sum(n for weight, n in weights if weight)
         factors = sum(weight * n for weight, n in weights if weight > 0)
         final = sum(FINAL * weight * n for weight, n in weights if weight < 0)
-        answers = count_answers(roles, weights)
+        # A single question has 1 answer; an assistant who speaks first answers something else too.
+        begun = [message for message, _ in zip(messages, weights[2::2])]  # <s>, then 2 per turn
+        roles = [message.role for message in begun if message.role != "system"]
+        answers = max(roles.count("assistant"), 2 * (roles[:1] == ["assistant"]))
         rows.append((0, length, supervised, factors, final, answers, *row))
         all_parts += parts
         all_weights += weights
@@ -290,16 +293,6 @@ def arrays_of(conversations):
         "weights": np.repeat(np.array(values, ARRAYS["weights"]), np.array(counts, int)),
         "index": index,
     }
-
-
-def count_answers(roles, weights):
-    """The answers that begin within a conversation's weights, cut or not.
-
-    At least 2 if the assistant speaks first: only a single question has 1.
-    """
-    begun = [role for role, _ in zip(roles, weights[2::2])]  # <s>, then two weights per turn
-    begun = [role for role in begun if role != "system"]
-    return max(begun.count("assistant"), 2 * (begun[:1] == ["assistant"]))
 
 
 def weight_of(rows, class_weights):

@@ -22,7 +22,7 @@ LISTS = "messages", "conversations", "conversation", "items"
 QUESTIONS = ("instruction", "prompt", "question", "query"), ("inputs", "problem")
 CONTEXTS = (("input", "context"),)
 ANSWERS = ("output", "completion", "response"), ("answer", "solution", "targets")
-ASKED, ANSWERED = ({*itertools.chain(*keys)} for keys in (QUESTIONS + CONTEXTS, ANSWERS))
+ASKED, ANSWERED = sum(QUESTIONS + CONTEXTS, ()), sum(ANSWERS, ())
 SYSTEMS = "system", "system_prompt"  # the system message, with any of them
 
 ROLES = {
@@ -35,7 +35,7 @@ SPEAKERS = "user", "assistant"  # of texts without a role, in turn
 TEXT_PARTS = "text", "input_text", "output_text"
 
 FACTORS = "weight", "train", "loss", "masked"  # of a line, or of an assistant's message
-LINE_KEYS = {*LISTS, *SYSTEMS, *FACTORS, "class", "condition", "reward"}
+LINE_KEYS = {*SYSTEMS, *FACTORS, "class", "condition", "reward"}
 MESSAGE_PARTS = {"role", "from"}, {"content", "value"}
 MESSAGE_KEYS = {*FACTORS}.union(*MESSAGE_PARTS)
 # The answer depends on these, so a line that has one is refused.
@@ -158,17 +158,13 @@ def parse_messages(line, obeyed=()):
     """
     turns, keys = _turns(line)
     not_read = _check_keys(line, LINE_KEYS, "", (*keys, *obeyed))
-    for key in LISTS:  # such as a text, when another key has the list
-        if key in line and key not in keys and not is_empty(line[key]):
-            not_read.append(key)
     factor, numbered = _factor(line), []
     final = keys == ["items"]
     for number, raw in enumerate(turns, start=1):
         try:
             message, keys = _message(raw, final)
             if message and message.final and (factor != 1 or line.get("reward") is not None):
-                key = "weight" if factor != 1 else "reward"
-                raise BadLine(f"its weight is final in 'items': remove the line's {key}")
+                raise BadLine("its weight is final in 'items': remove the line's weight or reward")
             if message and message.role == "assistant":
                 message = message._replace(weight=_checked_weight(message.weight * factor))
         except BadLine as error:
@@ -187,8 +183,9 @@ def parse_messages(line, obeyed=()):
 
 def keys_beside(line):
     """The line's keys and values beside its conversation."""
-    _, keys = _turns(line)
-    return {key: line[key] for key in line if key not in {*keys, *SYSTEMS, "messages"}}
+    keys = {*_turns(line)[1], *SYSTEMS, "messages"}
+    keys |= {key for key in ASKED + ANSWERED if is_empty(line.get(key))}
+    return {key: line[key] for key in line if key not in keys}
 
 
 def _kind(value):
@@ -216,18 +213,15 @@ def _turns(line):
     if not lists and _are_texts(line.get("data")):  # as in UltraChat
         lists = {"data": line["data"]}
     for key in _one_of([*lists]):
-        speakers = itertools.cycle(SPEAKERS)
-        turns = [turn for raw in lists[key] for turn in _pair(raw) or [raw]]
-        if _are_texts(turns):
-            turns = [_turn(next(speakers), text) for text in turns]
-        return turns, [key]
+        if _are_texts(lists[key]):
+            return [*map(_turn, itertools.cycle(SPEAKERS), lists[key])], [key]
+        return [turn for raw in lists[key] for turn in _pair(raw) or [raw]], [key]
     if "chosen" in line or "rejected" in line:
         raise BadLine(
             "'chosen' and 'rejected' are preferences, which C-RLFT does not take: make each a "
             "conversation of a class of its own"
         )
     questions, contexts, answers = (_first_of(line, of) for of in (QUESTIONS, CONTEXTS, ANSWERS))
-    asked = questions + contexts
     if not questions and not (contexts and answers):
         for key in LISTS:
             if key in line:
@@ -237,16 +231,16 @@ def _turns(line):
             "'instruction', 'prompt', 'question' or 'query' with 'output', 'completion' or "
             "'response'; the keys are " + _names(line)
         )
-    for key in asked + answers:
-        if not isinstance(line[key], (str, list)):
-            raise _unreadable(key, line[key], "text or a list of messages")
-    if len(asked) > 1 and _are_texts(texts := [line[key] for key in asked]):
-        turns = [_turn("user", "\n".join(texts))]
-    else:
-        turns = [turn for key in asked for turn in _said("user", line[key])]
-    turns += [turn for key in answers for turn in _said("assistant", line[key])]
-    empty = [key for key in ASKED | ANSWERED if is_empty(line.get(key))]
-    return turns, [*asked, *answers, *empty]
+    turns = []
+    for role, keys in zip(SPEAKERS, (questions + contexts, answers)):
+        values = [line[key] for key in keys]
+        if len(values) > 1 and _are_texts(values):
+            values = ["\n".join(values)]
+        for key, value in zip(keys, values):
+            if not isinstance(value, (str, list)):
+                raise _unreadable(key, value, "text or a list of messages")
+            turns += value if isinstance(value, list) else [_turn(role, value)]
+    return turns, questions + contexts + answers
 
 
 def _list(value):
@@ -265,15 +259,11 @@ def _turn(role, text):
     return {"role": role, "content": text}
 
 
-def _said(role, value):
-    return value if isinstance(value, list) else [_turn(role, value)]
-
-
 def _pair(raw):
     """Two turns of an object or a list with a question and its answer, as in Capybara; or None."""
     keys = {key for key in raw if not is_empty(raw[key])} if isinstance(raw, dict) else set()
-    if len(keys) == 2 and len(keys & ASKED) == len(keys & ANSWERED) == 1:
-        raw = [raw[key] for key in (*keys & ASKED, *keys & ANSWERED)]
+    for pair in itertools.product(ASKED, ANSWERED):
+        raw = [raw[key] for key in pair] if keys == {*pair} else raw
     return [*map(_turn, SPEAKERS, raw)] if _are_texts(raw) and len(raw) == 2 else None
 
 
@@ -404,7 +394,7 @@ def _check_keys(given, obeyed, prefix, more=()):
 
 def check_file_keys(beside):
     """The keys beside a file's list of conversations; BadLine if it belongs in each of these."""
-    for key in beside.keys() & {*LINE_KEYS, "data"}:
+    for key in beside.keys() & {*LINE_KEYS, *LISTS, "data"}:
         if not is_empty(beside[key]):
             hint = "put it into each of them, or give the class of all as CLASS=FILE"
             raise BadLine(f"{key!r} is not read: {hint}")

@@ -506,6 +506,7 @@ UNREAD = [  # a line, what is said of it
     ({"problem": "Q", "solution": "A", "answer": "B"}, "both 'answer' and 'solution': keep the"),
     ({"messages": [{"role": "user", "content": "Q"}], "answer": "A"}, "'answer' beside the list"),
     ({"conversation": [{"input": "Q", "output": "A", "n": 1}]}, "keys are 'input', 'output', 'n'"),
+    ({"conversation": [{"instruction": "Q", "input": "A"}]}, "keys are 'instruction', 'input'"),
     ({"conversation": [{"speaker": "Q", "text": "A"}]}, "the keys are 'speaker', 'text'"),
     ({"instruction": 5, "output": "A"}, "'instruction' must be text or a list of messages, not"),
     ({"prompt": "Q", "response": {"text": "A"}}, "'response' must be text or a list of mess"),
