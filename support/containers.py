@@ -146,6 +146,7 @@ def lines(file):
 
 # ------------------------------------------------------------------------------------ JSON in items
 
+ROWS = re.compile(r"\[.*\][ \t\r]*\n\s*\[")  # a line that is a list, and another
 SPACE, DECODER = re.compile(r"[ \t\r\n\ufeff]*"), json.JSONDecoder()
 
 
@@ -187,10 +188,10 @@ class _Text:
         self.at += 1
         try:
             if first == "[":
-                conversation = formats.is_conversation([self.value()])
-                self.at = start if conversation else start + 1
-                if not conversation:
+                if not (ROWS.match(self.text, start) or formats.is_conversation([self.value()])):
+                    self.at = start + 1
                     return "array"
+                self.at = start
                 self.value()
             for _ in range(FIRST_KEYS):
                 if first == "[" or self.peek() == "}":

@@ -62,7 +62,7 @@ class BadLine(ValueError):
 
     def __init__(self, text, cause=None, lacking=None):
         super().__init__(text)
-        self.cause, self.lacking = cause or text, lacking and lacking[:40]
+        self.cause, self.lacking = cause or text, lacking if len(lacking or "") <= 40 else ""
 
 
 class Message(NamedTuple):
@@ -100,7 +100,7 @@ def parse_json(raw):
         if text.endswith(("},", "],")):
             raise BadLine(f"broken JSON: {COMMA}") from None
         raise BadLine(f"broken JSON: {error}", "broken JSON") from None
-    if is_conversation(line):
+    if isinstance(line, list) and line and isinstance(line[0], (dict, str)):
         return {"messages": line}
     if not isinstance(line, dict):
         raise BadLine(f"a line must be a JSON object, not {_kind(line)}")
@@ -491,8 +491,8 @@ def _matching_class(key, value, classes):
     if len(fits) == 1:
         return fits[0]
     fault = f"fits the patterns of both {fits[0]} and {fits[1]}" if fits else "matches no class"
-    hint = 'list the values of each class as its "match" in --classes'
-    raise BadLine(f"{key!r} {text!r:.40} {fault} ({', '.join(classes)}): {hint}", lacking=text)
+    fault += f" ({', '.join(classes)}): list the values of each class as its \"match\" in --classes"
+    raise BadLine(f"{key!r} {text!r:.40} {fault}", lacking="" if fits else text)
 
 
 def table_to_paste(classes, lacking=()):

@@ -724,10 +724,18 @@ def test_every_file_of_lists_of_messages_gives_equal_arrays(prepare, monkeypatch
 
 def test_a_line_may_be_a_list_of_messages_among_objects(prepare, tmp_path):
     line = conversation("A", "B")
-    path = write(tmp_path / "a.jsonl", line, line["messages"], b"[]", b'["A", "B"]')
+    path = write(tmp_path / "a.jsonl", line, line["messages"], b"[]", b"[1]", b'["A", "B"]')
     with pytest.raises(data.BadData, match="a line must be a JSON object, not a list .3, 4"):
         prepare(f"gpt4={path}")
-    assert len(prepare(f"gpt4={path}", skip_bad=True)) == 2
+    found = learned(prepare(f"gpt4={path}", skip_bad=True))
+    assert len(found) == 3 and found[0] == found[1] == found[2]
+
+
+def test_lines_of_other_lists_are_no_broken_json(prepare, tmp_path):
+    path = write(tmp_path / "a.jsonl", *[[{"type": "human", "content": "A"}]] * 2, ["A", "B"])
+    with pytest.raises(data.BadData, match="2 lines: no 'role' .*; the keys are 'type', 'content'"):
+        prepare(f"gpt4={path}")
+    assert len(prepare(f"gpt4={write(path, ['A', 'B'], ['A', 'B'])}")) == 2
 
 
 def test_commas_between_objects_are_named(prepare, tmp_path):
