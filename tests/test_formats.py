@@ -253,8 +253,13 @@ def test_small_weights_count_down_to_float32s_smallest_and_below_as_0_with_their
     assert weights == pytest.approx(kept, rel=1e-6, abs=0)
     shown = report.summary(found, CLASSES, WEIGHTS)
     assert f"weights too small for float32, taken as 0: {small}" in shown
-    assert not any("too small" in text for text in
-                   report.summary(prepare(write(tmp_path / "b.jsonl", lines[0])), CLASSES, WEIGHTS))
+    vanishing = conversation("A", "B", "C", "D") | {"weight": 1e-200}
+    vanishing["messages"][1]["weight"] = 1e-200  # 0 in float64 as well
+    vanishing["messages"][3] |= {"weight": 1e6, "train": False}
+    path = write(tmp_path / "b.jsonl", conversation("A", "B"), vanishing)
+    assert prepare(path).report["too_small"] == 1
+    write(path, conversation("A", "B"), conversation("A", "B") | {"weight": 0})
+    assert "too small" not in "\n".join(report.summary(prepare(path), CLASSES, WEIGHTS))
 
 
 def test_scores_as_weights_by_the_recipe_are_read(prepare):
@@ -547,13 +552,13 @@ def test_any_unknown_key_at_any_depth_is_refused_or_counted():
         value = chance.choice([1, "a", [0], {"b": 1}, False, None, "", [], {}])
         places[depth][key] = value
         nothing = value is None or value in ("", [], {})
+        named = key in names and isinstance(value, str)  # such as a reward model's name
         try:
             found = data.parse_conversation(line, CLASSES).not_read
             assert found == (() if nothing else (prefixes[depth] + key[:40],))
         except ValueError as error:
-            assert not nothing and key[:30] in str(error)
+            assert not nothing and not named and key[:30] in str(error)
         else:
-            named = key in names and isinstance(value, str)  # such as a reward model's name
             assert nothing or key in harmless or named, key
 
 
