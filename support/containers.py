@@ -20,7 +20,6 @@ from support import formats
 from support.formats import LISTS, LONGEST, BadLine, check_file_keys
 
 BLOCK = 4 << 20  # bytes of text that are tokenized at a time
-FIRST_KEYS = 1000  # of a file's first object, among which its "data" is looked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +46,8 @@ def sources(arguments, classes):
         if equals and name in classes:
             path = Path(path).expanduser()
         elif equals and classes and "/" not in name and not os.path.exists(argument):
-            known, table = ", ".join(classes), formats.table_to_paste(classes, [name])
-            fault = f"{argument}: {name!r} is not one of the classes {known}"
-            raise ValueError(f"{fault}; a table for --classes: {table}")
+            fault = f"{argument}: {name!r} is not one of the classes {', '.join(classes)}"
+            raise ValueError(f"{fault}; for --classes: {formats.table_to_paste(classes, [name])}")
         else:
             name, path = None, Path(argument)
         found.append(Source(path, name, _shape(path)))
@@ -185,15 +183,15 @@ class _Text:
     def shape(self):
         """ "lines", "array", "data" or "objects", by the first value; moves to the first item."""
         first, start = self.peek(), self.at
-        self.at += 1
         try:
+            self.take("[" if first == "[" else "{")
             if first == "[":
                 if not (ROWS.match(self.text, start) or formats.is_conversation([self.value()])):
                     self.at = start + 1
                     return "array"
                 self.at = start
                 self.value()
-            for _ in range(FIRST_KEYS):
+            for _ in range(1000):  # more keys than any object with a list of conversations has
                 if first == "[" or self.peek() == "}":
                     break
                 key = self.key()

@@ -55,14 +55,13 @@ LONGEST = 16 << 20  # bytes of a line, or of an item of an array
 
 
 class BadLine(ValueError):
-    """An error in a line; `cause` is the same text for all lines with the same error.
-
-    `lacking`, if a class is wrong: the name that the class table lacks, "" if none is given.
-    """
+    """An error in a line; `cause` is the same text for all lines with the same error."""
 
     def __init__(self, text, cause=None, lacking=None):
         super().__init__(text)
-        self.cause, self.lacking = cause or text, lacking if len(lacking or "") <= 40 else ""
+        self.cause = cause or text
+        # If a class is wrong: the name that the class table lacks, or "".
+        self.lacking = lacking if len(lacking or "") <= 40 else ""
 
 
 class Message(NamedTuple):

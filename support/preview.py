@@ -22,8 +22,7 @@ def main(argv=None):
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="conversations, or CLASS=FILE: all of one class")
     add("--model", required=True, metavar="DIR", help="folder with its tokenizer")
-    entry = '{"gpt4": {"condition": "GPT4", "reward": 1.0, "match": ["gpt-4*"]}, ...}'
-    add("--classes", metavar="C", help=f"JSON: {entry}; match is for the values of --class-field")
+    add("--classes", metavar="FILE", help='{"a": {"condition": "A", "reward": 1, "match": ["a*"]}}')
     add("--class-field", default="class", metavar="KEY", help="the field that names its class")
     add("--beta", type=float, default=BETA, help="w = exp((reward - best reward) / beta)")
     add("--max-length", type=int, help="tokens; longer ones are cut (default: as in train.py)")
