@@ -419,7 +419,7 @@ def test_a_last_answer_can_be_replaced(folder, run, tmp_path):
             "the last message must be the user's",
         ),
         (asked("Hi", "Ho"), "the last message must be the user's"),
-        ({"messages": [{"role": "bot", "content": "Hi"}]}, "message 1: 'role' is 'bot'"),
+        ({"messages": [{"role": "judge", "content": "Hi"}]}, "message 1: 'role' is 'judge'"),
         (asked("Hi", "Ho", "\ud800"), "message 3: 'content' has a lone surrogate"),
         (asked(""), "empty user message"),
         (asked("ball " * 600), "tokens, the model's context is 512"),
