@@ -186,7 +186,7 @@ class _Text:
         try:
             self.take("[" if first == "[" else "{")
             if first == "[":
-                if not (ROWS.match(self.text, start) or formats.is_conversation([self.value()])):
+                if not (ROWS.match(self.text, start) or formats.is_message(self.value())):
                     self.at = start + 1
                     return "array"
                 self.at = start

@@ -36,8 +36,7 @@ TEXT_PARTS = "text", "input_text", "output_text"
 
 FACTORS = "weight", "train", "loss", "masked"  # of a line, or of an assistant's message
 LINE_KEYS = {*SYSTEMS, *FACTORS, "class", "condition", "reward"}
-MESSAGE_PARTS = {"role", "from"}, {"content", "value"}
-MESSAGE_KEYS = {*FACTORS}.union(*MESSAGE_PARTS)
+MESSAGE_KEYS = {*FACTORS, "role", "from", "content", "value"}
 # The answer depends on these, so a line that has one is refused.
 NEEDED = {
     "tools", "tool", "tool_calls", "tool_call", "tool_call_id", "tool_responses", "tool_plan",
@@ -118,10 +117,10 @@ DECODER = json.JSONDecoder(object_pairs_hook=_without_repeats)
 COMMA = "a comma follows it: remove the commas, or put [ before the first and ] after the last"
 
 
-def is_conversation(value):
-    """Is a value a list of messages, not of conversations?"""
-    first = value[0] if isinstance(value, list) and value else None
-    return isinstance(first, dict) and all(map(first.keys().__and__, MESSAGE_PARTS))
+def is_message(value):
+    """Is an item of a list a message, and not a conversation?"""
+    keys = value.keys() if isinstance(value, dict) else set()
+    return bool(keys & {"role", "from"} and keys & {"content", "value"})
 
 
 def parse_conversation(line, classes, class_field="class", file_class=None, beta=BETA):
@@ -260,9 +259,10 @@ def _turn(role, text):
 
 def _pair(raw):
     """Two turns of an object or a list with a question and its answer, as in Capybara; or None."""
-    keys = {key for key in raw if not is_empty(raw[key])} if isinstance(raw, dict) else set()
-    for pair in itertools.product(ASKED, ANSWERED):
-        raw = [raw[key] for key in pair] if keys == {*pair} else raw
+    if isinstance(raw, dict) and not raw.keys() & {"role", "from"}:
+        keys = {key for key in raw if not is_empty(raw[key])}
+        pairs = (pair for pair in itertools.product(ASKED, ANSWERED) if keys == {*pair})
+        raw = [raw[key] for key in next(pairs, ())]
     return [*map(_turn, SPEAKERS, raw)] if _are_texts(raw) and len(raw) == 2 else None
 
 
