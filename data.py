@@ -8,8 +8,8 @@ becomes, in the class-conditioned template of OpenChat v3.2 (arXiv 2309.11235, s
     tokens   <s> GPT4 User: Hello <|end_of_turn|> GPT4 Assistant: Hi <|end_of_turn|>
     weights   0   0    0      0          0         0       0      w        w
 
-w is the weight of the conversation's class, times the "weight" of the line and of the message if
-they have one. Only the assistant's text and its end of turn are supervised.
+w is the weight of the conversation's class, or of its own "reward", times the "weight" of the line
+and of the message if they have one. Only the assistant's text and its end of turn are supervised.
 With Llama 3's tokens (OpenChat 3.6) a turn is <|start_header_id|> GPT4 User <|end_header_id|> and
 two newlines, Hello, <|eot_id|>; support/tokenizer.py has both templates.
 Every text is tokenized on its own with special tokens off, so that no content can forge a turn.

@@ -207,9 +207,8 @@ def _one_of(keys):
 
 def _turns(line):
     """(the messages of a line, each as it is or of a role and a text; the keys they come from)."""
-    lists = {key: found for key in LISTS if (found := _list(line.get(key)))}
-    if not lists and _are_texts(line.get("data")):  # as in UltraChat
-        lists = {"data": line["data"]}
+    lists = {key: line[key] for key in LISTS if isinstance(line.get(key), list) and line[key]}
+    lists = lists or {key: found for key in LISTS if (found := _spelled_list(line.get(key)))}
     for key in _one_of([*lists]):
         if _are_texts(lists[key]):
             return [*map(_turn, itertools.cycle(SPEAKERS), lists[key])], [key]
@@ -221,6 +220,8 @@ def _turns(line):
         )
     questions, contexts, answers = (_first_of(line, of) for of in (QUESTIONS, CONTEXTS, ANSWERS))
     if not questions and not (contexts and answers):
+        if _are_texts(line.get("data")):  # as in UltraChat
+            return [*map(_turn, itertools.cycle(SPEAKERS), line["data"])], ["data"]
         for key in LISTS:
             if key in line:
                 raise _unreadable(key, line[key], "a list of messages")
@@ -241,12 +242,11 @@ def _turns(line):
     return turns, questions + contexts + answers
 
 
-def _list(value):
-    """A list, or the list that a text spells in JSON, as in a table; None if there is none."""
+def _spelled_list(value):
+    """The list that a text spells in JSON, as a cell of a table does; None if it is none."""
     if isinstance(value, str) and value.startswith("[{"):
         with contextlib.suppress(ValueError, RecursionError):
-            value = DECODER.decode(value)
-    return value if isinstance(value, list) else None
+            return DECODER.decode(value)
 
 
 def _are_texts(value):

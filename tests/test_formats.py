@@ -527,12 +527,19 @@ def test_what_is_not_read_is_named_by_the_key_that_is_there(line, message):
     assert message in str(refused.value)
 
 
-def test_an_older_name_of_the_answer_leaves_a_newer_one_unread():
-    """As a reference answer beside a model's: what was read stays what is read."""
+def test_what_may_be_a_conversation_is_not_read_beside_one_that_is():
+    """Such as a reference answer beside a model's, or a list's copy as text."""
     line = {"problem": "P", "prompt": "Q", "response": "A", "answer": "B", "solution": "C"}
     found = data.parse_conversation(line, CLASSES, file_class="gpt4")
     assert [m.content for m in found.messages] == ["Q", "A"]
     assert sorted(found.not_read) == ["answer", "problem", "solution"]
+    line = {"instruction": "Q", "output": "A", "data": ["B", "C"]}
+    found = data.parse_conversation(line, CLASSES, file_class="gpt4")
+    assert [m.content for m in found.messages] == ["Q", "A"] and found.not_read == ("data",)
+    line = {"messages": ["Q", "A"], "conversations": json.dumps(conversation("B", "C")["messages"])}
+    found = data.parse_conversation(line, CLASSES, file_class="gpt4")
+    assert [m.content for m in found.messages] == ["Q", "A"]
+    assert found.not_read == ("conversations",)
 
 
 def test_any_unknown_key_at_any_depth_is_refused_or_counted():
