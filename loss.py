@@ -107,7 +107,7 @@ def _source_class(name, entry):
     for right, problem in (
         (name and name.isprintable(), "its name is empty, or has characters that do not print"),
         (isinstance(condition, str), f"condition must be text, not {condition!r}"),
-        (str(condition).isprintable(), f"condition {condition!r} has control characters"),
+        (str(condition).isprintable(), f"condition {condition!r} has characters that do not print"),
         (str(condition) == str(condition).strip(), f"condition {condition!r} has spaces around it"),
         (number, f"reward must be a number, not {reward!r}"),
         (number and abs(reward) <= 1e308, f"reward must be finite, not {reward!r}"),

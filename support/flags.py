@@ -11,12 +11,17 @@ import sys
 from pathlib import Path
 
 from support.files import told_torchrun
+from support.terminal import guard_terminal
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, with exit code 2."""
+    """An ArgumentParser whose errors are one line, with exit code 2.
+
+    Every program begins with one: from then on its terminal is guarded.
+    """
 
     def __init__(self, **options):
+        guard_terminal()
         super().__init__(allow_abbrev=False, **options)
 
     def parse_args(self, arguments=None):

@@ -5,9 +5,11 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import resource
 import shutil
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -31,7 +33,14 @@ class StatusLine:
     current = None  # the StatusLine that has the cursor, as there is only one terminal
 
     def __init__(self, stream, seconds):
-        self.stream, self.seconds, self.shown = stream, seconds, 0.0
+        self.stream = stream or open(os.devnull, "w")  # None: closed by who started this
+        self.seconds, self.shown = seconds, 0.0
+
+    def width(self):
+        """Columns for `refresh`; no limit in a file."""
+        if not self.stream.isatty():
+            return sys.maxsize
+        return shutil.get_terminal_size().columns - 4  # the terminal shows a Ctrl-C as "^C"
 
     def refresh(self, text, final=False):
         now, terminal = time.monotonic(), self.stream.isatty()
@@ -39,14 +48,13 @@ class StatusLine:
             return
         self.shown = now
         StatusLine.current = self if terminal and not final else None
-        if terminal:
-            width = shutil.get_terminal_size().columns - 4  # the terminal shows a Ctrl-C as "^C"
-            text = f"\r{text[:width]}\033[K"
-        self._print(text, end="" if StatusLine.current else "\n")
+        before, after = ("\r", "\033[K") if terminal else ("", "")
+        end = "" if StatusLine.current else "\n"
+        self._print(text[: self.width()], before, after + end)
 
     def say(self, text):
         self.end()
-        self._print(text)
+        self._print(wrapped(text, self.width()))
 
     @staticmethod
     def end():
@@ -54,9 +62,13 @@ class StatusLine:
         if line:
             line._print("")
 
-    def _print(self, text, end="\n"):
+    def _print(self, text, before="", after="\n"):
+        control = getattr(self.stream, "control", self.stream.write)  # see terminal.Terminal
         try:
-            print(text, end=end, file=self.stream, flush=True)
+            control(before)
+            self.stream.write(text)
+            control(after)
+            self.stream.flush()
         except OSError:  # the terminal is closed, or `tee` has ended: the run continues
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
@@ -66,6 +78,21 @@ class StatusLine:
         StatusLine.current = None
         with contextlib.suppress(OSError):
             os.write(self.stream.fileno(), text.encode())
+
+
+def wrapped(text, width):
+    """Text with long lines broken at spaces, indented as they are.
+
+    Lines indented by two are commands and places: left whole, so that they can be copied.
+    """
+    out = []
+    for line in text.split("\n"):
+        indent = re.match(r"\S* {2,}|", line)[0]
+        if len(line) > width and indent != "  ":
+            options = {"break_long_words": False, "break_on_hyphens": False}
+            line = textwrap.fill(line, width, subsequent_indent=" " * len(indent), **options)
+        out.append(line)
+    return "\n".join(out)
 
 
 class Progress:

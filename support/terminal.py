@@ -1,9 +1,50 @@
-"""chat.py at the terminal: questions, commands, and the conversation so far."""
+"""The terminal, which no text controls but ours; and chat.py's conversation there."""
 
 import contextlib
+import io
+import os
+import re
 import shlex
+import sys
 
 from support.formats import Message
+
+# Control characters but newline and tab, what reverses the direction of text, lone surrogates.
+CONTROLS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+class Terminal(io.TextIOWrapper):
+    """Standard output or error on a terminal: CONTROLS are written as U+FFFD.
+
+    An answer, the name of a class or file, an error: each may have what a stranger wrote, and a
+    control sequence can clear the screen, forge a line, or run a command in some terminals.
+    """
+
+    def write(self, text):
+        self.control(printable(text))
+        return len(text)
+
+    def control(self, text):
+        """Write what may move the cursor."""
+        super().write(text)
+
+
+def printable(text):
+    return CONTROLS.sub("\ufffd", text)
+
+
+def guard_terminal():
+    """Make sys.stdout and sys.stderr Terminals if they are on one; files and pipes get all text."""
+    os.environ.setdefault("PYTHON_COLORS", "0")  # Python's own are control sequences too
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if type(stream) is io.TextIOWrapper and stream.isatty():
+            stream.flush()
+            screen = open(stream.fileno(), "wb", closefd=False)
+            setattr(sys, name, Terminal(screen, stream.encoding, "replace", line_buffering=True))
+
+
+# ------------------------------------------------------------------------------- the conversation
 
 HELP = """\
 /class NAME    answer under the condition of this class
