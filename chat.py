@@ -12,10 +12,15 @@ heads, E head_dim, V vocabulary.
 """
 
 import functools
+import os
 import sys
 from pathlib import Path
 from types import NoneType
 
+if __name__ == "__main__" and sys.stderr and sys.stderr.isatty():
+    print("loading ...", file=sys.stderr)  # PyTorch takes seconds
+
+# ruff: noqa: E402
 import torch
 import torch.nn.functional as F
 
@@ -152,15 +157,23 @@ class Chat:
         """The newest turns that leave room for an answer; [] if even the last one is too long.
 
         The room is max_new_tokens, but at most a quarter of the context; the last message may use
-        it. A model that was trained on single questions gets only the last one.
+        it. A system message remains. A model that was trained on single questions gets only the
+        last one. Turns older than those that fit are not tokenized.
         """
         room = min(max_new_tokens, self.context // 4)
-        for oldest in range(len(messages) - 1 if self.single else 0, len(messages), 2):
-            kept = messages[oldest:]
-            left = self.context - max(len(self.prompt(kept, name)) for name in self.names)
-            if left >= (room if len(kept) > 1 else 1):
-                return kept
-        return []
+        first = 1 if messages[0].role == "system" else 0
+        kept = [*messages[:first], messages[-1]]
+        left = {name: self.context - len(self.prompt(kept, name)) for name in self.names}
+        if min(left.values()) < 1:
+            return []
+        for at in range(len(messages) - 3, first - 1, -2) if not self.single else ():
+            pair = messages[at : at + 2]
+            for name in left:
+                left[name] -= len(self.prompt(pair, name)) - len(self.prompt([], name))
+            if min(left.values()) < room:
+                break
+            kept[first:first] = pair
+        return kept
 
     def answers(self, conversations, **options):
         """(text, ended) for each list of messages; ended: by the model, not by a limit."""
@@ -210,9 +223,11 @@ def export_of(folder):
         return export
     if (Path(folder) / "metrics.jsonl").exists():
         raise ValueError(f"{folder}: this run has exported no model yet")
-    resaved = "transformers' save_pretrained leaves it out: copy it from the export"
-    needed = "chat.py needs a folder exported by train.py"
-    raise ValueError(f"{folder}/crlft.json: not found; {needed} ({resaved})")
+    problem = "not found; chat.py needs a folder exported by train.py"
+    if (Path(folder) / "config.json").exists():
+        problem += ": a base model knows no condition; of an export saved again by transformers' "
+        problem += "save_pretrained, which leaves it out, copy it from the first export"
+    raise ValueError(f"{folder}/crlft.json: {problem}")
 
 
 def ends_of(folder):
@@ -245,8 +260,13 @@ def main(argv=None):
         parser.error("--batch and --to go together, and without --prompt")
     if args.drop_last_answer and not args.batch:
         parser.error("--drop-last-answer is for --batch")
+    both = args.batch and all(map(os.path.exists, (args.batch, args.to)))
+    if both and os.path.samefile(args.batch, args.to):
+        parser.error("--to is the file of --batch: give a new one")
     if args.web is not None and (args.batch or args.prompt is not None or args.source_class):
         parser.error("--web asks under each class; leave out --prompt, --batch and --class")
+    if sys.stdin is None and args.web is args.batch is args.prompt is None:
+        parser.error("standard input is closed: give --prompt, --batch or --web")
     names = "temperature", "top_p", "max_new_tokens", "seed"
     options = {name: getattr(args, name) for name in names}
     try:

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import sys
+import termios
 
 from support.formats import Message
 
@@ -47,6 +48,7 @@ def guard_terminal():
 # ------------------------------------------------------------------------------- the conversation
 
 HELP = """\
+/system TEXT   a system message for all turns; without TEXT, none
 /class NAME    answer under the condition of this class
 /both [TEXT]   ask this, or the last question again, under each condition
 /new           forget the conversation
@@ -89,7 +91,7 @@ def typed():
 class Talk:
     def __init__(self, chat, options):
         self.chat, self.options = chat, options
-        self.messages = []  # ends with a question and its answer
+        self.system, self.messages = [], []  # the latter ends with a question and its answer
 
     def condition(self):
         chat = self.chat
@@ -104,6 +106,9 @@ class Talk:
             print(HELP)
         elif name == "/new" and not rest:
             self.messages = []
+        elif name == "/system":
+            self.system = [Message("system", rest)] if rest else []
+            print("[for all turns; /system removes it]" if rest else "[no system message]")
         elif name == "/class" and rest in self.chat.names:
             self.chat.class_name = rest
             print(self.condition())
@@ -121,21 +126,38 @@ class Talk:
 
     def ask(self, text, names=()):
         """Print the answer of the current class, or of each in `names`, and keep the first."""
-        asked, answers = [*self.messages, Message("user", text)], []
+        asked, answers = [*self.system, *self.messages, Message("user", text)], []
         messages = self.chat.fitting(asked, self.options["max_new_tokens"])
         if not messages:
             return print(f"[too long for the context of {self.chat.context} tokens; not sent]")
         forgotten = 0 if self.chat.single else (len(asked) - len(messages)) // 2
         print("[the context is full: the oldest turn is forgotten]\n" * forgotten, end="")
-        try:
-            for name in names or [self.chat.class_name]:
-                answers.append("")
-                if names:
-                    print(self.chat.prefix(name, "assistant"), end=" ", flush=True)
-                for piece in self.chat.stream(messages, name, **self.options):
-                    answers[-1] += piece
-                    print(piece, end="", flush=True)
-                print()
-        except KeyboardInterrupt:
-            print(" [stopped]")
-        self.messages = [*messages, Message("assistant", answers[0])]
+        with unseen_keys():
+            try:
+                for name in names or [self.chat.class_name]:
+                    answers.append("")
+                    if names:
+                        print(self.chat.prefix(name, "assistant"), end=" ", flush=True)
+                    for piece in self.chat.stream(messages, name, **self.options):
+                        answers[-1] += piece
+                        print(piece, end="", flush=True)
+                    print()
+            except KeyboardInterrupt:
+                print(" [stopped]")
+        self.messages = [*messages[len(self.system) :], Message("assistant", answers[0])]
+
+
+@contextlib.contextmanager
+def unseen_keys():
+    """What is typed meanwhile is not shown in the answer, but kept for the next prompt."""
+    try:
+        before = termios.tcgetattr(0)
+    except termios.error:  # not a terminal
+        yield
+        return
+    flags = before[3] & ~termios.ECHO | termios.NOFLSH  # Ctrl-C forgets nothing
+    termios.tcsetattr(0, termios.TCSANOW, [*before[:3], flags, *before[4:]])
+    try:
+        yield
+    finally:
+        termios.tcsetattr(0, termios.TCSANOW, before)

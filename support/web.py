@@ -1,6 +1,7 @@
 """chat.py --web: a page on which each class answers the same question in its own column.
 
-    POST /ask {"conversations": [[question, answer, ..., question] of each column], "temperature"}
+    POST /ask {"conversations": [[question, answer, ..., question] of each column],
+               "temperature": number, "system": a system message, or ""}
     gives lines [column, piece of the answer, null]; a column's last line has "", or the limit that
     cut the answer short
 
@@ -30,7 +31,9 @@ POLICY = (
 def serve(chat, port, options):
     """Serve until Ctrl-C."""
     with server_of(chat, port, options) as server, contextlib.suppress(KeyboardInterrupt):
-        print(f"{chat.folder} at http://127.0.0.1:{server.server_port}; Ctrl-C ends", flush=True)
+        port = server.server_port
+        print(f"{chat.folder} at http://127.0.0.1:{port}; Ctrl-C ends")
+        print(f"from another machine: ssh -L {port}:127.0.0.1:{port} HOST", flush=True)
         server.serve_forever()
 
 
@@ -82,11 +85,15 @@ class Handler(BaseHTTPRequestHandler):
             raise ValueError("a request must go to /ask and have at most 1 MiB")
         asked = json.loads(self.rfile.read(size))
         temperature, prompts = float(asked["temperature"]), []
+        system = [Message("system", asked["system"])] if asked.get("system") else []
         if not 0 <= temperature <= 100:
             raise ValueError("the temperature must be from 0 to 100")
         for name, texts in zip(chat.names, asked["conversations"], strict=True):
-            "".join(texts).encode()  # raises if one is no text, or has a lone surrogate
-            turns = list(map(Message, itertools.cycle(ROLES), texts))
+            # The next line raises if one is no text, or has a lone surrogate.
+            "".join([*texts, *(message.content for message in system)]).encode()
+            if len(texts) % 2 == 0:
+                raise ValueError("a conversation must end with a question")
+            turns = [*system, *map(Message, itertools.cycle(ROLES), texts)]
             if not (turns := chat.fitting(turns, self.options["max_new_tokens"])):
                 raise ValueError(f"too long for the context of {chat.context:,} tokens")
             prompts.append(chat.prompt(turns, name))

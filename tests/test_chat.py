@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import pty
+import random
 import re
 import select
 import shutil
@@ -403,6 +404,35 @@ def test_a_last_answer_can_be_replaced(folder, run, tmp_path):
     assert "(see --drop-last-answer)" in err
 
 
+def test_keys_that_may_describe_a_dropped_answer_are_named(folder, run, tmp_path):
+    alpaca = {"instruction": "Hi", "output": "Old", "generator": "davinci", "dataset": "x"}
+    rated = asked("Hi", "Old", model_id="m", id=1, score=0.5)
+    bare = asked("Hi", **{"model": "not of an answer", "class": "gpt4"})
+    source = write(tmp_path / "in", alpaca, rated, bare, alpaca)
+    flags = ["--batch", source, "--to", tmp_path / "out", "--drop-last-answer"]
+    code, _, err = run(chat.main, folder, *flags, "--max-new-tokens", "2")
+    note = "note: beside the new answers remain keys that may describe those dropped: "
+    assert code == 0 and f"{note}generator (2), model_id (1), score (1)\n" in err
+    kept = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert kept[0]["generator"] == "davinci" and kept[1]["model_id"] == "m"
+    (tmp_path / "bare").write_text(json.dumps(bare))
+    flags[1], flags[3] = tmp_path / "bare", tmp_path / "other"
+    assert "note" not in run(chat.main, folder, *flags, "--max-new-tokens", "2")[2]
+
+
+@pytest.mark.parametrize("link", [None, os.link, os.symlink])
+def test_a_batch_into_its_own_file_is_refused_before_anything(link, run, tmp_path):
+    source = target = write(tmp_path / "in.jsonl", asked("Hi", "Ho"))
+    before = source.read_bytes()
+    if link:
+        link(source, target := tmp_path / "out.jsonl")
+    for pair in ((source, target), (target, source)):
+        flags = ["--batch", pair[0], "--to", pair[1], "--drop-last-answer"]
+        code, _, err = run(chat.main, tmp_path / "no model", *flags)
+        assert (code, err) == (2, "error: --to is the file of --batch: give a new one\n")
+    assert source.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
@@ -507,6 +537,32 @@ def test_both_conditions_give_what_each_gives_alone(folder, talker, run):
         assert f"{label}{text}\n" in out
 
 
+def test_a_system_message_comes_before_all_turns_until_it_is_removed(folder, run, asked_of_model):
+    stdin = "Hi\n/system Be kind.\nMore\n/both\n/new\nHa\n/system\nStill\n"
+    _, out, _ = run(chat.main, folder, stdin=stdin)
+    assert "> [for all turns; /system removes it]\n" in out and "> [no system message]\n" in out
+    system = ("system", "Be kind.")
+    more, ha = [system, *questions("Hi", "More")], [system, ("user", "Ha")]
+    assert asked_of_model == [
+        ("gpt4", questions("Hi")), ("gpt4", more), ("gpt4", more), ("gpt3.5", more), ("gpt4", ha),
+        ("gpt4", questions("Ha", "Still")),
+    ]  # fmt: skip
+
+
+def test_a_model_is_given_the_system_message_as_in_training(folder, talker, run):
+    turns = [data.Message("system", "Be kind."), user("A big red ball")]
+    ((text, _),) = talker.answers([turns], max_new_tokens=9)
+    stdin = "/system Be kind.\nA big red ball\n"
+    _, out, _ = run(chat.main, folder, "--max-new-tokens", "9", stdin=stdin)
+    assert f"> {text}\n" in out
+    line = {"class": "gpt4", "messages": [m._asdict() for m in turns]}
+    line["messages"] = [{"role": m.role, "content": m.content} for m in turns]
+    line["messages"].append({"role": "assistant", "content": "Yes"})
+    trained, _ = data.encode(line, talker.tokenizer, talker.export.classes)
+    prompt = talker.prompt(turns)
+    assert trained[: len(prompt)] == prompt
+
+
 @pytest.mark.parametrize("command", ["/exit", "/quit", "quit", "exit"])
 def test_words_that_end_it(command, folder, run, asked_of_model):
     assert run(chat.main, folder, stdin=f"{command}\nnever\n")[0] == 0 and not asked_of_model
@@ -576,6 +632,39 @@ def test_kept_turns_have_room_under_every_condition(sums, tmp_path):
         assert kept == asked or left([*turns, *kept])[1] < 8
         forgotten.add(len(asked) - len(kept))
     assert {0, 2} < forgotten
+
+
+def test_what_is_kept_is_the_longest_end_of_a_conversation_that_fits(talker, monkeypatch):
+    """By trying every end of conversations at random, with a system message and without."""
+    rng, several = random.Random(3), 0
+    for _ in range(40):
+        monkeypatch.setattr(talker, "context", rng.randrange(20, 200))
+        most, count = rng.randrange(1, 80), 2 * rng.randrange(6) + 1
+        words = ["ball " * rng.randrange(1, 12) for _ in range(count)]
+        turns = [data.Message(("user", "assistant")[i % 2], text) for i, text in enumerate(words)]
+        system = [data.Message("system", "Be kind")] * rng.randrange(2)
+
+        def fits(kept, system=system, most=most):
+            length = max(len(talker.prompt([*system, *kept], name)) for name in talker.names)
+            room = min(most, talker.context // 4) if len(kept) > 1 else 1
+            return length + room <= talker.context
+
+        ends = [turns[start:] for start in range(0, count, 2)]
+        expected = next(([*system, *kept] for kept in ends if fits(kept)), [])
+        assert talker.fitting([*system, *turns], most) == expected
+        several += 1 < len(expected) < count
+    assert several > 5
+
+
+@pytest.mark.parametrize("turns", [10_001, 40_001])
+def test_turns_that_cannot_fit_cost_no_tokenizing(turns, talker, monkeypatch):
+    kind, encoded = type(talker.tokenizer), []
+    real = kind.encode
+    monkeypatch.setattr(kind, "encode", lambda *of: encoded.append(of[1]) or real(*of))
+    earlier = [user("a"), data.Message("assistant", "b")] * (turns // 2)
+    kept = talker.fitting([*earlier, user("c")], 9)
+    assert kept[-1] == user("c") and 20 < len(kept) < 100
+    assert len(encoded) < 10 * len(kept)
 
 
 def test_a_question_needs_room_for_one_token_of_an_answer(talker, monkeypatch):
@@ -672,6 +761,18 @@ def test_a_terminal_has_history_and_takes_a_paste_of_many_lines_as_one_question(
     type_and_wait(b"", b"> ")
     type_and_wait(b"/both\r", b"GPT3 Assistant: asked 'one\\ntw!o'")
     type_and_wait(b"", b"> ")
+    type_and_wait(b"slow\r", b"one ")
+    os.write(terminal, b"typed")  # while the answer is written: not shown in it
+    type_and_wait(b"", b"two three\r\n")
+    type_and_wait(b"", b"> typed")
+    type_and_wait(b"\r", b"asked 'typed'")  # but kept
+    type_and_wait(b"", b"> ")
+    type_and_wait(b"slow\r", b"one ")
+    os.write(terminal, b"kept\x03")  # by Ctrl-C too
+    type_and_wait(b"", b" [stopped]\r\n")
+    type_and_wait(b"", b"> kept")
+    type_and_wait(b"\r", b"asked 'kept'")
+    type_and_wait(b"", b"> ")
     type_and_wait(b"\x03", b"[Ctrl-C once more ends]")
     type_and_wait(b"", b"> ")
     time.sleep(0.5)
@@ -684,11 +785,19 @@ def test_a_terminal_has_history_and_takes_a_paste_of_many_lines_as_one_question(
 
 
 ECHO = """
-import sys
+import time
 from types import SimpleNamespace
 
-sys.modules["model"] = SimpleNamespace(write_json=None)  # without torch, which takes seconds
-from support.terminal import converse
+from support.terminal import converse, guard_terminal
+
+def stream(messages, name, **_):
+    question = messages[-1].content
+    yield "asked "
+    for word in ("one ", "two ", "three") if question == "slow" else [repr(question)]:
+        yield word
+        time.sleep(0.4 * (question == "slow"))
+
+guard_terminal()
 
 conditions = {"gpt4": "GPT4", "gpt3.5": "GPT3"}
 config = SimpleNamespace(parameter_count=lambda: 0)
@@ -697,7 +806,7 @@ chat = SimpleNamespace(
     prefix=lambda name, role: f"{conditions[name]} {role.title()}:",
     llama=SimpleNamespace(config=config),
     fitting=lambda messages, _: messages[-1:],
-    stream=lambda messages, name, **_: ["asked ", repr(messages[-1].content)],
+    stream=stream,
 )
 converse(chat, {"max_new_tokens": 9})
 """
@@ -712,6 +821,14 @@ def test_ctrl_c_of_one_answer_ends_without_a_traceback(folder, talker, run, monk
     monkeypatch.setattr(talker, "stream", stream)
     code, out, _ = run(chat.main, folder, "--prompt", "Hi")
     assert (code, out) == (130, "Half\n")
+
+
+def test_closed_standard_input_is_one_line(folder, run, monkeypatch):
+    """As under cron, and by `<&-`, which leaves Python without a sys.stdin."""
+    monkeypatch.setattr(sys, "stdin", None)
+    message = "error: standard input is closed: give --prompt, --batch or --web\n"
+    assert run(chat.main, folder) == (2, "", message)
+    assert run(chat.main, folder, "--prompt", "Hi", "--max-new-tokens", "2")[0] == 0
 
 
 def test_the_command_runs_as_a_program(folder):
@@ -757,6 +874,12 @@ BROKEN = {
     "bad class": (b'{"classes": {"a": 1}, "conditioned": true}', "crlft.json: cannot be read"),
     "deep": (b"[" * 100_000, "crlft.json: cannot be read"),
 }
+
+
+def test_a_base_model_is_told_why_it_cannot_answer(stories, run):
+    code, _, err = run(chat.main, stories, "--prompt", "Hi")
+    assert code == 1 and "as it asks under a class's condition, which a base model" in err
+    assert err.count("\n") == 1
 
 
 def test_a_run_without_an_export_is_said(run, tmp_path):

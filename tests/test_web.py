@@ -69,8 +69,9 @@ def request(port, method="GET", path="/", body=None, **headers):
     return found
 
 
-def asked(*conversations, temperature=0):
-    return json.dumps({"conversations": conversations, "temperature": temperature}).encode()
+def asked(*conversations, temperature=0, **more):
+    whole = {"conversations": conversations, "temperature": temperature} | more
+    return json.dumps(whole).encode()
 
 
 HI = asked(["Hi"], ["Hi"])
@@ -101,6 +102,23 @@ def test_each_column_has_what_its_class_answers_alone(talker, port):
         turns = [data.Message(("user", "assistant")[i % 2], t) for i, t in enumerate(of)]
         assert alone.answers([turns], max_new_tokens=12) == [(text, end == "")] and text
         assert end in ("", limit)
+
+
+def test_a_system_message_comes_first_in_every_column(talker, port):
+    texts, _ = answers(port, asked(["Hi"], ["Hi"], system="1 + 1"))
+    turns = [data.Message("system", "1 + 1"), data.Message("user", "Hi")]
+    for name, text in zip(("gpt4", "gpt3.5"), texts, strict=True):
+        alone = chat.Chat(talker.folder, name, device="cpu")
+        assert alone.answers([turns], max_new_tokens=12)[0][0] == text
+    assert answers(port, HI) == answers(port, asked(["Hi"], ["Hi"], system=""))
+
+
+def test_a_request_of_very_many_turns_is_answered_at_once(talker, port):
+    """1 MiB of them, whose tokens would be counted again for every turn that is left out."""
+    conversation = ["a"] * 100_001
+    began = time.process_time()
+    texts, _ = answers(port, asked(conversation, conversation))
+    assert all(texts) and time.process_time() - began < 10
 
 
 def test_a_column_that_ends_says_so_at_once(talker, port, monkeypatch):
@@ -250,8 +268,10 @@ def test_a_page_of_another_origin_may_not_ask(origin, port):
         asked([{}], [["Hi"]]),
         b'{"conversations": 7, "temperature": 0}',
         asked(["Hi"], ["Hi"], temperature=10**400),
+        asked(["Hi", "Ho"], ["Hi"]), asked(["Hi"], ["Hi"], system=7),
+        asked(["Hi"], ["Hi"], system="\ud800"), asked(["Hi"], ["Hi"], system="word " * 200),
     ],
-    ids=range(19),
+    ids=range(23),
 )  # fmt: skip
 def test_what_is_no_question_is_refused_and_the_next_one_answered(body, port):
     status, _, text = request(port, "POST", "/ask", body)
