@@ -348,22 +348,61 @@ def test_a_browser_asks_streams_stops_and_starts_again(page, talker, monkeypatch
     page.type("a " + tags)
     page.until(f"{columns}[1].includes(': 34')")  # while the other column still goes on
     first, second = page.run(columns)
-    turn = "GPT{} User: a " + tags + "<|end_of_turn|>\n\nGPT{} Assistant: "
+    turn = "GPT{} User: a " + tags + "¶\n\nGPT{} Assistant: "
     assert first.split("\n\n", 1)[1] == turn.format(4, 4) + tags
-    assert second.split("\n\n", 1)[1] == turn.format(3, 3) + "34<|end_of_turn|>"
+    assert second.split("\n\n", 1)[1] == turn.format(3, 3) + "34¶"
+    assert "¶ is <|end_of_turn|>." in page.run("document.body.innerText")
     page.run("document.querySelector('#stop').click()")
     page.until("document.querySelector('#stop').disabled")
     assert page.run(columns)[0].endswith(f"GPT4 Assistant: {tags} [stopped]")
     go_on.set()
     page.type("7")
-    page.until(f"{columns}[0].endsWith(' end<|end_of_turn|>')")
+    page.until(f"{columns}[0].endsWith(' end¶')")
     assert page.run("document.querySelectorAll('section img, section section').length") == 0
     assert page.run("document.title") == "C-RLFT: one question, every condition"
     # What was said is what the model is asked after, in each column its own.
     assert questions[1].endswith("GPT3 Assistant: 34 GPT3 User: 7 GPT3 Assistant:")
+    page.run("document.querySelector('#system').value = '5'")
+    page.type("8")
+    page.until(f"{columns}[0].endsWith(' end¶') && {columns}[0].includes('User: 8')")
+    assert questions[2].startswith("5 GPT3 User: a")
+    page.run("document.querySelector('#system').value = ''")
     page.run("window.before = true, document.querySelector('#new').click()")
     page.until("!window.before && document.activeElement.id == 'question'")
     assert page.run("document.querySelectorAll('section p').length") == 0
     page.type("9")
-    page.until(f"{columns}[0].endsWith(' end<|end_of_turn|>')")
-    assert questions[2] == "GPT3 User: 9 GPT3 Assistant:"
+    page.until(f"{columns}[0].endsWith(' end¶')")
+    assert questions[3] == "GPT3 User: 9 GPT3 Assistant:"
+
+
+@pytest.mark.parametrize("size", [(1000, 700), (390, 800)])
+def test_the_question_stays_in_view_and_the_page_follows_the_answers(
+    size, port, talker, tmp_path, monkeypatch
+):
+    if not browser.CHROMIUM:
+        pytest.skip("no Chromium is installed")
+
+    def streams(prompts, **options):
+        for line in range(80):
+            yield line % 2, "word " * 9, None
+        yield from ((0, "end", ""), (1, "end", ""))
+
+    monkeypatch.setattr(talker, "streams", streams)
+    page = browser.Page(f"http://127.0.0.1:{port}/", tmp_path / "profile", size)
+    width, height = size
+    screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+    page.call("Emulation.setDeviceMetricsOverride", **screen)
+    columns = "[...document.querySelectorAll('section')]"
+    box = "document.querySelector('{}').getBoundingClientRect()"
+    for count in range(1, 4):
+        page.type("What?")
+        page.until(f"{columns}.every(of => of.innerText.split('end¶').length == {count + 1})")
+        assert page.run(f"{box.format('form')}.bottom <= innerHeight")
+        assert page.run(f"{box.format('section p:last-child i')}.bottom") < page.run(
+            f"{box.format('form')}.top"
+        )
+    assert page.run("innerWidth") == width  # and no wider than the screen
+    assert page.run("document.documentElement.scrollWidth <= innerWidth")
+    page.run("document.documentElement.scrollTop = 0")
+    assert page.run(f"{box.format('form')}.bottom <= innerHeight")
+    page.close()
