@@ -46,7 +46,7 @@ import model
 from loss import BETA, linear_weighted_cross_entropy
 from support import report
 from support.checkpoint import Checkpoints, write_export
-from support.flags import Parser, check_ranges, flag_of
+from support.flags import Parser, check_ranges, flag_of, python
 from support.plan import make_plan
 from support.ranks import Ranks, held_output
 
@@ -145,7 +145,7 @@ def require_files(parser, flags, arguments):
         line = shlex.join([f"@{EXAMPLE.relative_to(ROOT)}/flags.txt", *arguments])
         parser.error(
             "--model, --data and --out make up a run; to change the embedded example: "
-            f"{there}python train.py {line} --out runs/other"
+            f"{there}{python()} train.py {line} --out runs/other"
         )
     if missing:
         parser.error(f"missing: {', '.join(missing)}; --help lists all")
@@ -233,7 +233,7 @@ def train(plan, ranks, out):
     checkpoints.finish()
     ranks.say(f"done: the model is {out / 'model'}, the metrics {out / 'metrics.jsonl'}")
     run = shlex.quote(str(out))
-    ranks.say(f"  curves:  python plot.py {run}\n  chat:    python chat.py {run}")
+    ranks.say(f"  curves:  {python()} plot.py {run}\n  chat:    {python()} chat.py {run}")
     return True
 
 

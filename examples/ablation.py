@@ -39,7 +39,7 @@ import torch  # noqa: E402
 import chat  # noqa: E402
 import data  # noqa: E402
 import train  # noqa: E402
-from support.flags import Parser  # noqa: E402
+from support.flags import Parser, python  # noqa: E402
 from support.report import clock  # noqa: E402
 
 EXPERT, SUBOPTIMAL = "gpt4", "gpt3.5"
@@ -596,7 +596,7 @@ def has_matplotlib():
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        print("no figures: matplotlib is missing (pip install -r requirements-dev.txt)")
+        print(f"no figures: matplotlib is missing ({python()} -m pip install matplotlib)")
         return False
     return True
 

@@ -322,7 +322,8 @@ def write_export(plan, ranks, llama, out, step, losses):
     def publish():
         describe_export(plan, aside, step, losses.get(step))
         chosen, why = replace_export(aside, folder, step, losses)
-        ranks.say(f"exported {folder}; {out / 'model'} is {chosen}, {why}")
+        part = "" if step in plan.order.ends else f" (after step {step}, a part of the epoch)"
+        ranks.say(f"exported {folder}{part}; {out / 'model'} is {chosen}, {why}")
 
     ranks.all_do(lambda: ranks.check_lock(out), task)
     dtype = torch.bfloat16 if plan.bf16 else torch.float32

@@ -7,6 +7,7 @@ import inspect
 import math
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -31,9 +32,10 @@ class Parser(argparse.ArgumentParser):
         # Report a wrong flag before a missing one: it may be the same one, misspelt.
         for flag in (argument.split("=")[0] for argument in arguments[:before_texts]):
             if flag.startswith("--") and " " not in flag and flag not in known:
-                near = difflib.get_close_matches(flag, known, 1, cutoff=0.7)
-                hint = f"did you mean {near[0]}? " if near else ""
-                if re.search(r"lora|[48]-?bit|quant", flag):
+                longer = [name for name in known if name.startswith(flag)]
+                near = longer[:3] or difflib.get_close_matches(flag, known, 1, cutoff=0.7)
+                hint = f"did you mean {' or '.join(near)}? " if near else ""
+                if re.search(r"lora|peft|[48]-?bit|quant", flag):
                     hint = "full fine-tuning only; "
                 self.error(f"{flag} is not a flag of {self.prog}; {hint}--help lists all")
         found, left = self.parse_known_args(arguments)
@@ -79,6 +81,15 @@ class Parser(argparse.ArgumentParser):
             except (OSError, ValueError) as error:  # ValueError: an open quote, or not text
                 self.error(f"{argument}: {error}")
         return vars(self.parse_args(from_files)) | vars(self.parse_args(others))
+
+
+def python():
+    """What a shell must be given to run this Python, as text: `python`, or a path."""
+    here, found = Path(sys.executable), shutil.which("python")
+    if found and Path(found).parent == here.parent and here.samefile(found):
+        return "python"
+    below = here.is_relative_to(Path.cwd())
+    return shlex.quote(str(here.relative_to(Path.cwd()) if below else here))
 
 
 def flag_of(name):

@@ -56,7 +56,7 @@ class Ranks:
         # The ranks wait for rank 0 to tokenize, and for each other's files: sometimes for hours.
         self.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=2))
         self.first = self.rank == 0
-        self.line = StatusLine(sys.stdout, seconds=1.0)
+        self.line = StatusLine(sys.stdout, seconds=10.0)
         self.signalled = None  # when the first signal to stop came
         of_torchrun = "; torchrun may end with a traceback of its own"
         self.resumes = "the same command resumes from here"

@@ -170,6 +170,7 @@ def schedule(plan):
         *out,
         f"schedule   steps {order.total:,}, epochs {len(order.ends)}; per step {step}",
         f"           conversations up to {plan.max_length:,} tokens",
+        "           shown per step: loss, and for each class its loss and token accuracy",
         f"optimizer  AdamW ({config.adam_precision} moments), peak learning rate {rate}",
     ])  # fmt: skip
 
@@ -181,13 +182,14 @@ def resources(plan):
     """Text about the memory and disk that a run needs, and its time if a GPU is planned for."""
     config, order, parameters = plan.config, plan.order, plan.network.parameter_count()
     gathered = "" if plan.size.resharded else ", each gathered once"
-    parts = [f"{name} {size / 2**30:.2f}" for name, size in plan.memory.items()]
-    fits = f", {'fits' if plan.fits else 'DOES NOT FIT'} {plan.available / 2**30:.1f}"
+    needed = binary(sum(plan.memory.values()))
+    parts = [f"{name} {size / UNITS[needed[-3:]]:.2f}" for name, size in plan.memory.items()]
+    fits = f", {'fits' if plan.fits else 'DOES NOT FIT'} {binary(plan.available)}"
     exports, saved = sum(map(plan.exports, range(1, order.total + 1))), 4 + 2 * plan.size.moment
     out = Path(config.out).absolute()
     disk = next(path for path in (out, *out.parents) if path.exists())
     lines = [
-        f"memory     about {_needed(plan)}{fits if plan.available else ''}; "
+        f"memory     about {needed} per rank{fits if plan.available else ''}; "
         f"{plan.recompute} of {plan.network.num_hidden_layers} blocks recomputed{gathered}",
         f"           {', '.join(parts[:5])},",
         f"           {', '.join(parts[5:])}",
@@ -210,8 +212,12 @@ def resources(plan):
     return "\n".join([*lines, ""])
 
 
-def _needed(plan):
-    return f"{sum(plan.memory.values()) / 2**30:.2f} GiB per rank"
+UNITS = {"MiB": 2**20, "GiB": 2**30}
+
+
+def binary(size):
+    unit = "MiB" if size < 2**30 else "GiB"
+    return f"{size / UNITS[unit]:.2f} {unit}"
 
 
 def what_would_fit(plan):
@@ -234,23 +240,25 @@ def what_would_fit(plan):
     if not ways:
         most = f"{size.shards * config.replicas << 10} ranks and --batch-tokens {size.tokens >> 4}"
         advice = f"not even with {most}"
-    return f"{_needed(plan)} do not fit {plan.available / 2**30:.1f}; {advice}"
+    needed = binary(sum(plan.memory.values()))
+    return f"{needed} per rank do not fit {binary(plan.available)}; {advice}"
 
 
 def summary(dataset, classes, class_weights):
     """Lines of text: per class its conversations, supervised tokens, and share of the weight."""
     index, report = dataset.index, dataset.report
     total, weightless = dataset.total_weight(slice(None), class_weights) or 1.0, []
-    out = ["class          condition      conversations       tokens   supervised   mean w  w mass"]
+    out = ["class       condition   conversations      tokens  supervised  mean w  share"]
     for number, (name, source) in enumerate(classes.items()):
         of = np.flatnonzero(index["source_class"] == number)
         weight, supervised = dataset.total_weight(of, class_weights), dataset.total_weight(of, None)
         mean = weight / supervised if supervised else 0.0
         weightless += [name] if len(of) and not weight else []
         out.append(
-            f"{name:14} {source.condition:14} {len(of):13,} {int(index['length'][of].sum()):12,} "
-            f"{supervised:12,.0f} {mean:8.4g} {weight / total:7.1%}"
+            f"{name:11} {source.condition:11} {len(of):13,} {int(index['length'][of].sum()):11,} "
+            f"{supervised:11,.0f} {mean:7.3g} {weight / total:6.1%}"
         )
+    out.append("mean w: of a supervised token; share: of the weight of all of them")
     lengths = dataset.lengths
     quantiles = ", ".join(f"{q}% {np.percentile(lengths, q):.0f}" for q in (50, 90, 99))
     out.append(
@@ -390,14 +398,15 @@ class Log:
         left = plan.order.total - step
         left *= (time.perf_counter() - self.began) / (step - self.start)
         found = {name: c for name, c in classes.items() if c["tokens"]}
-        shown = "  ".join(f"{n} {c['loss']:.3f} {c['accuracy']:4.0%}" for n, c in found.items())
         mfu = f" {line['mfu']:.0%} mfu" if line["mfu"] else ""
-        self.ranks.line.refresh(
-            f"step {step}/{plan.order.total}  {clock(left)} left  "
-            f"epoch {line['epoch']}/{len(plan.order.ends)}  loss {loss:.4f}  {shown}  lr {lr:.2e}  "
-            f"norm {grad_norm:.2f}  {line['tokens_per_second']:,.0f} tok/s{mfu}",
-            final=step == plan.order.total,
-        )
+        text = fitted(
+            f"step {step}/{plan.order.total}  {clock(left)} left  loss {loss:.4f}",
+            [f"{n} {c['loss']:.3f} {c['accuracy']:4.0%}" for n, c in found.items()],
+            [f"epoch {line['epoch']}/{len(plan.order.ends)}", f"lr {lr:.2e}",
+             f"{line['tokens_per_second']:,.0f} tok/s{mfu}", f"norm {grad_norm:.2f}"],
+            self.ranks.line.width(),
+        )  # fmt: skip
+        self.ranks.line.refresh(text, final=step == plan.order.total)
 
     def write(self, line):
         """Append a line; one that cannot be written is kept for later, and training continues."""
@@ -418,14 +427,28 @@ class Log:
         classes = self.evaluations[step] = by_class(self.plan, table)
         self.write({"step": step, "eval": classes, "eval_data": self.plan.eval_name})
         found = {name: c for name, c in classes.items() if c["tokens"]}
-        each = [f"{n} loss {c['loss']:.4f}, {c['accuracy']:.1%} right" for n, c in found.items()]
-        self.ranks.say(f"evaluation at step {step}: {'  '.join(each)}")
+        each = "  ".join(f"{n} {c['loss']:.4f}, {c['accuracy']:.1%}" for n, c in found.items())
+        self.ranks.say(f"evaluation at step {step}, loss and token accuracy: {each}")
 
     def expert_losses(self):
         """{step: held-out loss of the class with the highest reward}, on this evaluation data."""
         expert = expert_class(self.plan.classes)
         found = self.evaluations.items()
         return {step: classes.get(expert, {}).get("loss") for step, classes in found}
+
+
+def fitted(start, classes, rest, width):
+    """One line: the start, the classes or how many do not fit, and what fits of the rest."""
+    for count in range(len(classes), -1, -1):
+        left_out = [f"+{len(classes) - count} classes"] * (count < len(classes))
+        line = "  ".join([start, *classes[:count], *left_out])
+        if len(line) <= width:
+            break
+    for part in rest:
+        if len(line) + 2 + len(part) > width:
+            break
+        line += "  " + part
+    return line
 
 
 def by_class(plan, table):
@@ -452,7 +475,7 @@ def evaluation(plan, table):
         condition = plan.classes[name].condition if plan.config.condition else ""
         numbers = f"{of['loss']:9.4f} {of['accuracy']:9.2%}" if of["tokens"] else ""
         out.append(f"{name:14} {condition:14} {of['tokens']:12,} {numbers}".rstrip())
-    return "\n".join([*out, "loss: mean cross-entropy per token, nats; accuracy: likeliest tokens"])
+    return "\n".join([*out, "loss: nats per token; accuracy: tokens predicted right"])
 
 
 PEAK_FLOPS = {  # dense bf16, by a part of torch.cuda.get_device_name(); NVIDIA's data sheets

@@ -1,6 +1,6 @@
 """A stranger's hour, in a minute: the commands of README.md as they stand, on a small model.
 
-With a home of their own, on terminals of 100 and of 60 columns, and in a pipe.
+With a home of their own, on terminals of 100 and of 80 columns, and in a pipe.
 """
 
 import fcntl
@@ -74,7 +74,7 @@ class Terminal:
 END = b"\x04 end \x04"
 
 
-@pytest.mark.parametrize("columns", [100, 60, None])
+@pytest.mark.parametrize("columns", [100, 80, None])
 def test_the_commands_of_the_readme_run_as_they_stand(few, tmp_path, columns):
     home = tmp_path / "home"
     home.mkdir()
@@ -99,5 +99,11 @@ def test_the_commands_of_the_readme_run_as_they_stand(few, tmp_path, columns):
         assert len(last) <= 100 or of_a_log, last
     (training,) = [shown for line, shown in screens.items() if line.startswith("torchrun")]
     assert re.search(r"step \d+/\d+  \d+:\d\d left", training)
+    for line, shown in screens.items():
+        if columns and "train.py" in line:  # no line breaks in a word, but a path or a command
+            rows = shown.replace("\r\n", "\n").split("\n")
+            long = [row for row in rows if "\r" not in row and len(row) > columns]
+            assert all(row.startswith("  ") or " " not in row.strip() for row in long), long
+    assert "loss and token accuracy: gpt4 " in " ".join(everything.split())
     assert "class gpt4" in everything and "w=0.1" in everything.replace(" \x1b[0m", "")
     assert (tmp_path / "RUN" / "curves.png").exists()

@@ -389,7 +389,7 @@ def test_what_is_said_to_fit_fits_and_less_of_it_does_not(name, seven_billion):
     plan = seven_billion(**given)
     assert not plan.fits
     needed, ways = report.what_would_fit(plan).split("; ")
-    assert needed.endswith(f" GiB per rank do not fit {given['plan_memory']}.0")
+    assert needed.endswith(f" GiB per rank do not fit {given['plan_memory']}.00 GiB")
     assert ways.removeprefix("it would with ").split(", or with ") == [*expected]
     for enough, smaller in expected.items():
         fits = seven_billion(**given | as_settings(enough)).fits
@@ -413,11 +413,11 @@ def test_a_dry_run_that_does_not_fit_ends_with_1_and_what_to_change(files, tmp_p
     arguments = flags(files[1], None, model=files[0], dry_run=True, plan_ranks=2, max_length=None)
     for gib, code in ((80, 0), (0.001, 1)):
         ended, shown = processes.run([*arguments, "--plan-memory", gib])
-        schedule, memory = shown.index("\nschedule "), shown.index("GiB per rank, ")
+        schedule, memory = shown.index("\nschedule "), shown.index("MiB per rank, ")
         assert ended == code and schedule < memory
-        assert ("DOES NOT FIT 0.0" in shown) == bool(code)
+        assert ("DOES NOT FIT 1.02 MiB" in shown) == bool(code)
         last = shown.rstrip("\n").splitlines()[-1]
-        assert last.startswith("error: 0.") == bool(code)
+        assert last.startswith("error: ") == bool(code)
         assert all(len(line) <= 100 for line in shown.splitlines() if "/" not in line)
 
 
@@ -427,7 +427,7 @@ def test_a_run_that_does_not_fit_its_gpu_ends_before_a_weight_is_read(
     monkeypatch.setattr(memory, "of_a_rank", lambda planned: 1 << 20)
     monkeypatch.setattr(train, "build", None)
     config = train.parse_arguments([*map(str, flags(files[1], tmp_path / "out", model=files[0]))])
-    with pytest.raises(ValueError, match=r"GiB per rank do not fit 0\.0; "):
+    with pytest.raises(ValueError, match=r"MiB per rank do not fit 1\.00 MiB; "):
         train.run(config, ranks)
 
 

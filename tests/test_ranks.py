@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 import train
 from support import ranks as support_ranks
 from support.ranks import Ranks, held_output, lock_folder
-from support.report import StatusLine
+from support.report import StatusLine, fitted
 
 # ------------------------------------------------------------------------------- what they agree on
 
@@ -236,6 +237,46 @@ def test_a_narrow_terminal_gets_one_line_with_room_for_a_ctrl_c(monkeypatch, col
     shown.write("^C\n")
     assert seen(shown) == [fits + "^C"]
     assert len(fits + "^C") < columns
+
+
+@pytest.mark.parametrize("columns", [30, 50, 200])
+def test_long_lines_break_at_spaces_but_commands_and_files_get_them_whole(columns, monkeypatch):
+    lines = [
+        "evaluation at step 12, loss and token accuracy: gpt4 1.2345, 55.2%  gpt3.5 0.1, 1.0%",
+        "memory     about 3.00 GiB per rank, fits 79.0 GiB; 0 of 40 blocks recomputed, and so on",
+        "  curves:  /some/long/.venv/bin/python plot.py /some/other/place/of/runs/run",
+        "exported /some/long/place/of/runs/that/has/no/space/in/it/epoch-1; the best",
+    ]
+    monkeypatch.setenv("COLUMNS", str(columns))
+    terminal, file = Terminal(), io.StringIO()
+    StatusLine(terminal, 1.0).say("\n".join(lines))
+    StatusLine(file, 1.0).say("\n".join(lines))
+    assert file.getvalue() == "\n".join(lines) + "\n"
+    shown = terminal.getvalue().split("\n")[:-1]
+    assert " ".join("\n".join(shown).split()) == " ".join("\n".join(lines).split())
+    assert lines[2] in shown
+    for row in shown:
+        assert len(row) < columns or " " not in row.strip() or row == lines[2]
+    assert columns > 100 or shown[shown.index(lines[2]) - 1].startswith(11 * " ")
+
+
+CLASSES = [f"{name} 1.234  59%" for name in ("gpt4", "gpt3.5", "a human", "web")]
+
+
+@pytest.mark.parametrize("count", range(1, 5))
+def test_the_live_line_has_all_classes_or_says_how_many_it_leaves_out(count):
+    start, rest = "step 12/936  1:23 left  loss 1.2345", ["epoch 1/5", "lr 1e-3", "9 tok/s"]
+    for width in (*range(60, 130), sys.maxsize):
+        line = fitted(start, CLASSES[:count], rest, width)
+        shown = [of for of in CLASSES[:count] if of in line]
+        assert line.startswith(start) and len(line) <= width
+        left_out = int(re.search(r"\+(\d) classes|$", line)[1] or 0)
+        assert shown == CLASSES[: count - left_out]
+        kept = [part for part in rest if part in line]
+        assert kept == rest[: len(kept)]
+        more = "  ".join([start, *CLASSES[: count - left_out + 1]])
+        assert not left_out or len(more) + len("  +1 classes") * (left_out > 1) > width
+    assert line == "  ".join([start, *CLASSES[:count], *rest])
 
 
 def test_a_signal_is_said_on_a_line_of_its_own(tmp_path):

@@ -22,7 +22,7 @@ import model
 import plot
 import train
 from support import preview, report
-from support.flags import Parser
+from support.flags import Parser, python
 from support.ranks import Ranks, held_output
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -501,11 +501,13 @@ def test_a_file_of_flags_that_cannot_be_read_is_named(content, run, tmp_path):
     [
         ("--batch_tokens", "--batch-tokens"),
         ("--epoch=3", "--epochs"),
+        ("--eval", "--eval-data or --eval-every or --evaluate"),
         ("--max-seq-length", "--max-length"),
         ("--no-rewards", "--no-reward"),
         ("--temp", None),
         ("--lora-r=8", "lora"),
         ("--load-in-8bit", "lora"),
+        ("--use_peft", "lora"),
         ("--zzz", None),
     ],
 )
@@ -533,8 +535,8 @@ def test_without_data_the_error_is_a_line_that_changes_the_example(
 ):
     monkeypatch.chdir(ROOT)
     code, _, shown = run(train.parse_arguments, *arguments)
-    assert code == 2 and shown.count("\n") == 1 and f": python train.py {line}" in shown
-    parsed_line = shlex.split(shown.split("python train.py ")[1])
+    assert code == 2 and shown.count("\n") == 1 and f"{python()} train.py {line}" in shown
+    parsed_line = shlex.split(shown.split(" train.py ")[1])
     train.parse_arguments(parsed_line)  # as it stands there
 
 
