@@ -1,7 +1,7 @@
 """Plots one or more runs from their metrics.jsonl.
 
     python plot.py RUN                  RUN/curves.png
-    python plot.py RUN [RUN...]         overlaid, in the first one's curves.png
+    python plot.py RUN OTHER...         overlaid, in RUN/curves-OTHER.png
     python plot.py RUN --to FILE.png
 
 Panels: loss and token accuracy by class (lines: training, smoothed; dots: held out), each class's
@@ -33,7 +33,7 @@ def read(run):
 
 PANELS = {  # title, unit; the first three have a curve per class
     "loss": ("loss by class (dots: held out)", "nats per supervised token, unweighted"),
-    "accuracy": ("accuracy by class (dots: held out)", "supervised tokens predicted right"),
+    "accuracy": ("token accuracy by class (dots: held out)", "supervised tokens predicted right"),
     "weight_share": ("weight by class", "share of a step's weight"),
     "lr": ("learning rate", ""),
     "grad_norm": ("gradient norm", "before clipping"),
@@ -45,7 +45,7 @@ BY_CLASS, BY_RUN = list(PANELS)[:3], list(PANELS)[3:]
 def draw(runs, path):
     """All curves of `runs`, [(name, (steps, evaluations))], into a PNG."""
     from matplotlib.figure import Figure  # not pyplot, which looks for a window system
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import LogLocator, PercentFormatter
 
     figure = Figure((12, 6.5), layout="constrained")
     panels = dict(zip(PANELS, figure.subplots(2, 3).flat, strict=True))
@@ -53,7 +53,7 @@ def draw(runs, path):
         x = [step["step"] for step in steps]
         for key in BY_RUN:
             y = smoothed([step.get(key) for step in steps])
-            panels[key].plot(x, y, style, c="black", lw=1, label=as_label(name))
+            panels[key].plot(x, y, style, c="black", lw=1)
         for number, of in enumerate(steps[0]["classes"]):
             colour, label = f"C{number}", f"{name} {of}" if len(runs) > 1 else of
             for key in BY_CLASS:
@@ -65,12 +65,16 @@ def draw(runs, path):
                 if points and key != "weight_share":
                     points = np.array(points, dtype=np.float64)  # None becomes NaN: no dot
                     panels[key].plot(*points.T, "o", c=colour, ms=4)
-    for (key, panel), (title, unit) in zip(panels.items(), PANELS.values(), strict=True):
+    for panel, (title, unit) in zip(panels.values(), PANELS.values(), strict=True):
         panel.set(title=title, xlabel="step", ylabel=unit)
         panel.grid(alpha=0.3)
-        if key == "loss" or (key == "lr" and len(runs) > 1):
-            panel.legend(fontsize=8)
-    panels["loss"].set_yscale("log")
+    loss = panels["loss"]
+    if 0 < 4 * loss.dataLim.minposy < loss.dataLim.y1:
+        loss.set_yscale("log")
+        loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        loss.yaxis.set_major_formatter("{x:g}")
+        loss.minorticks_off()
+    figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     panels["weight_share"].set_ylim(0, 1)
     for key in ("accuracy", "weight_share"):
         panels[key].yaxis.set_major_formatter(PercentFormatter(1))
@@ -96,9 +100,10 @@ def main(argv=None):
     parser = Parser(prog="plot.py", description="Curves of runs of train.py.")
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folders that train.py wrote (--out)")
-    add("--to", metavar="FILE.png", help="default: curves.png in the first RUN")
+    add("--to", metavar="FILE.png", help="default: a curves*.png in the first RUN")
     args = parser.parse_args(argv)
-    target = args.to or Path(args.runs[0]) / "curves.png"
+    names = ["curves", *(Path(run).resolve().name for run in args.runs[1:])]
+    target = args.to or Path(args.runs[0]) / f"{'-'.join(names)}.png"
     try:
         draw([(run, read(run)) for run in args.runs], target)
     except ModuleNotFoundError as error:

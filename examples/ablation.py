@@ -40,7 +40,7 @@ import chat  # noqa: E402
 import data  # noqa: E402
 import train  # noqa: E402
 from support.flags import Parser, python  # noqa: E402
-from support.report import clock  # noqa: E402
+from support.report import StatusLine, clock  # noqa: E402
 
 EXPERT, SUBOPTIMAL = "gpt4", "gpt3.5"
 BATCH = 500  # questions answered at a time
@@ -145,7 +145,7 @@ def finish(runs, out, jobs, judge=None, names=None):
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.getenv("PYTHONPATH")]))
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(["train", "chat"])  # imported once, for all runs
-    count = len(runs) - len(waiting)
+    count, line = len(runs) - len(waiting), StatusLine(sys.stdout, seconds=60)
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -153,7 +153,12 @@ def finish(runs, out, jobs, judge=None, names=None):
                 process = forks.Process(target=work, args=(run, out, judge or answers), daemon=True)
                 process.start()
                 running[process.sentinel] = run, process
-            for sentinel in multiprocessing.connection.wait(running):
+            ended = multiprocessing.connection.wait(running, timeout=1)
+            current = done + sum(steps_of(run, out) for run, _ in running.values())
+            seconds = time.perf_counter() - began
+            left = f", {clock(seconds / current * (steps - current))} left" if current else ""
+            line.refresh(f"{count}/{len(runs)} runs done, step {current:,} of {steps:,}{left}")
+            for sentinel in ended:
                 run, process = running.pop(sentinel)
                 process.join()
                 folder = run.folder(out)
@@ -161,16 +166,20 @@ def finish(runs, out, jobs, judge=None, names=None):
                     tail = "\n  ".join((folder / "log.txt").read_text().splitlines()[-8:])
                     raise RuntimeError(f"{folder}/log.txt ended with {process.exitcode}:\n  {tail}")
                 count, done = count + 1, done + run.steps
-                seconds = time.perf_counter() - began
-                left = clock(seconds / done * (steps - done))
                 name = names.get(run, folder.name)
-                print(f"{count}/{len(runs)}  {name}: {in_short(score_of(run, out))}, {left} left",
-                      flush=True)  # fmt: skip
+                line.say(f"{count}/{len(runs)}  {name}: {in_short(score_of(run, out))}{left}")
     finally:
+        line.end()
         for _, process in running.values():
             process.kill()
             process.join()
     return {run: score_of(run, out) for run in runs}
+
+
+def steps_of(run, out):
+    """The steps that a run has logged."""
+    log = run.folder(out) / "metrics.jsonl"
+    return log.read_bytes().count(b'"grad_norm"') if log.exists() else 0
 
 
 def score_of(run, out):
@@ -555,12 +564,12 @@ def main(argv=None):
     minutes = sum(run.steps for run in missing) * SECONDS_A_STEP[args.task] / args.jobs / 60
     print(
         f"{len(runs)} runs, {len(missing)} of them to do, {args.jobs} at a time: about "
-        f"{math.ceil(minutes)} minutes; logs in {runs[0].folder(args.out).parent}/*/log.txt"
+        f"{math.ceil(minutes)} minutes; logs in\n  {runs[0].folder(args.out).parent}/*/log.txt"
     )
     try:
         scores = finish(runs, args.out, args.jobs, names=names)
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted: finished runs are kept, and the same command goes on from them")
+        sys.exit("interrupted: finished runs are kept, and the same command goes on from them")
     except RuntimeError as error:
         sys.exit(f"error: {error}")
     print_table(rows, scores)

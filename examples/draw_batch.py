@@ -40,7 +40,8 @@ def draw_batch(path, batch, source_classes, classes, tokenizer):
     if T <= SPELLED:
         for at, token in enumerate(batch.tokens.tolist()):
             text = visible([token], tokenizer).strip() or "␣"
-            packed.text(at + 0.5, 0.5, text, rotation=90, ha="center", va="center", fontsize=7)
+            size = min(7, 640 / T)  # points, as wide as the token has room
+            packed.text(at + 0.5, 0.5, text, rotation=90, ha="center", va="center", fontsize=size)
     middles = np.arange(T) + 0.5
     positions.plot(middles, batch.positions.numpy(), ".", color="black", markersize=3)
     supervised = batch.rows.numpy() + 1  # a row predicts the token after it
@@ -58,8 +59,8 @@ def draw_batch(path, batch, source_classes, classes, tokenizer):
             panel.axvline(end, color="gray", linewidth=0.5)
     found = dict.fromkeys(source_classes)
     handles = [Patch(color=colour(n), alpha=0.6, label=list(classes)[n]) for n in found]
-    figure.legend(handles=handles, loc="outside right upper")
-    figure.savefig(path, dpi=100)
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    figure.savefig(path, dpi=150)
 
 
 def colour(number):

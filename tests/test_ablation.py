@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -24,6 +25,7 @@ import stories  # noqa: E402
 from ablation import EXPERT, SUBOPTIMAL, Run  # noqa: E402
 
 import train  # noqa: E402
+from support.report import StatusLine  # noqa: E402
 
 NOISY = "examples/noisy"
 
@@ -48,10 +50,18 @@ def test_infinite_beta_equals_without_reward(tmp_path):
     assert rewarded["weights"] != without["weights"]
 
 
-def test_shuffled_labels_leave_no_advantage(tmp_path):
-    """The expert's condition is worth nothing once the labels say nothing, and much before."""
+def test_shuffled_labels_leave_no_advantage(tmp_path, capsys, monkeypatch):
+    """The expert's condition is worth nothing once the labels say nothing, and much before.
+
+    Meanwhile a line says how far the runs are.
+    """
+    monkeypatch.setattr(ablation, "StatusLine", lambda stream, seconds: StatusLine(stream, 0))
     runs = [Run(NOISY, 80), Run(NOISY, 80, shuffled=True)]
     scores = ablation.finish(runs, tmp_path, 2)
+    live = re.findall(r"([012])/2 runs done, step (\d+) of 160(.*)\n", capsys.readouterr().out)
+    steps = [int(step) for _, step, _ in live]
+    assert sorted(steps) == steps and steps[-1] == 160 and len(set(steps)) > 3
+    assert all(left == "" or re.fullmatch(r", \d+:\d\d left", left) for *_, left in live)
     told, shuffled = ([scores[run][c]["sampled"] for c in (EXPERT, SUBOPTIMAL)] for run in runs)
     assert told[0] > told[1] + 0.1 and told[0] > shuffled[0] + 0.1
     assert abs(shuffled[0] - shuffled[1]) < 0.05
@@ -152,6 +162,7 @@ def test_ctrl_c_ends_with_one_line_and_what_is_finished_is_kept(tmp_path):
     try:
         first = running.stdout.readline()
         assert first.startswith("6 runs, 6 of them to do, 1 at a time: about ")
+        assert running.stdout.readline().endswith("/*/log.txt\n")
         deadline = time.monotonic() + 60
         while not [*tmp_path.rglob("log.txt")] and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -160,7 +171,9 @@ def test_ctrl_c_ends_with_one_line_and_what_is_finished_is_kept(tmp_path):
     finally:
         with contextlib.suppress(ProcessLookupError):  # nothing is left there, unless it failed
             os.killpg(running.pid, signal.SIGKILL)
-    assert running.returncode == 1 and not out
+    assert running.returncode == 1
+    live = "0/6 runs done, step 0 of 600,000"
+    assert set(filter(None, out.split("\n"))) <= {live}
     assert err.strip().startswith("interrupted: finished runs are kept") and "\n" not in err.strip()
 
 

@@ -1,5 +1,6 @@
 """The picture of a packed batch shows what the network is given, by an account of its own."""
 
+import itertools
 import sys
 
 import numpy as np
@@ -59,6 +60,15 @@ def test_weights_stand_on_the_answers_and_rows_one_before(panels):
     assert lines == ends
     drawn = [to_hex(span.get_facecolor()) for span in packed.patches]
     assert drawn == [{"4": "#1f77b4", "3": "#ff7f0e"}[texts[at + 2]] for at in starts]
+
+
+@pytest.mark.parametrize("tokens", ["64", "112", "160"])
+def test_no_token_is_written_over_another(tokens, panels):
+    packed = panels("--batch-tokens", tokens)[0]
+    boxes = [text.get_window_extent() for text in packed.texts if text.get_text()]
+    assert all(left.x1 <= right.x0 + 0.5 for left, right in itertools.pairwise(boxes))
+    whole = packed.get_window_extent()
+    assert all(whole.y0 < box.y0 and box.y1 < whole.y1 for box in boxes)
 
 
 def test_a_long_batch_is_drawn_without_its_texts(panels):

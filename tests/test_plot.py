@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -102,6 +103,43 @@ def test_runs_of_different_classes_share_a_figure(drawn, tmp_path):
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_runs_together_overwrite_no_run_s_own_curves(drawn, tmp_path):
+    runs = [write_run(tmp_path / name, 3) for name in "abc"]
+    drawn(runs[0])
+    alone = (runs[0] / "curves.png").read_bytes()
+    drawn(*runs[:2]), drawn(*runs)
+    assert {path.name for path in runs[0].glob("*.png")} == {
+        "curves.png", "curves-b.png", "curves-b-c.png"
+    }  # fmt: skip
+    assert (runs[0] / "curves.png").read_bytes() == alone
+
+
+@pytest.mark.parametrize("low, high", [(0.01, 9), (1.2, 1.4), (3.9, 4.2), (0.5, 60), (1e-5, 1)])
+def test_the_ticks_of_a_loss_are_plain_numbers_and_at_least_three(low, high, drawn, tmp_path):
+    run = write_run(tmp_path / "run", 0)
+    lines = [
+        {"step": step, "classes": {"a": {"loss": value}}} for step, value in ((1, high), (2, low))
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn(run)
+    axis = drawn.figures[-1].axes[0].yaxis
+    bottom, top = axis.get_view_interval()
+    ticks = zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)
+    texts = [label.get_text() for at, label in ticks if bottom <= at <= top]
+    minor = [label.get_text() for label in axis.get_ticklabels(minor=True)]
+    assert len(texts) >= 3 and not any(minor)
+    assert all(re.fullmatch(r"[\d.]+(e[-−]\d+)?", text) for text in texts), texts
+
+
+def test_no_legend_covers_a_curve(drawn, tmp_path):
+    drawn(write_run(tmp_path / "a", 3), write_run(tmp_path / "b", 3))
+    figure = drawn.figures[-1]
+    (legend,) = figure.legends
+    boxes = [axes.get_window_extent() for axes in figure.axes]
+    assert not any(box.overlaps(legend.get_window_extent()) for box in boxes)
+    assert not any(axes.get_legend() for axes in figure.axes)
+
+
 def test_smoothing_is_a_trailing_mean_of_known_values():
     values = [None, *range(99)]  # 100 steps: a window of 3
     assert plot.smoothed(values)[1:5].tolist() == [0, 0.5, 1, 2]
@@ -134,7 +172,8 @@ def test_any_name_of_a_class_and_of_a_run_is_its_label(drawn, tmp_path, monkeypa
 
 
 def labels(drawn):
-    texts = drawn.figures[-1].axes[0].get_legend().get_texts()
+    (legend,) = drawn.figures[-1].legends
+    texts = legend.get_texts()
     return [text.get_text().strip().replace("\\$", "$") for text in texts]
 
 
