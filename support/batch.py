@@ -4,7 +4,6 @@ Reads the files that train.py reads. Writes one line per conversation, in the or
 its other keys, and its turns and the answer under "messages". An interrupted run resumes.
 """
 
-import collections
 import json
 import re
 import sys
@@ -21,13 +20,12 @@ ANSWER = rb'(?:[^"\\]|\\.)*"}]}\n'  # the end of a line: the rest of a JSON text
 
 def answer_file(chat, source, target, options, drop_last_answer=False):
     """Answer the last user turn of every conversation in `source`, from where `target` ends."""
-    of_dropped, cut = collections.Counter(), 0
-    asked = list(read_prompts(chat, source, drop_last_answer, of_dropped))
+    asked, cut = list(read_prompts(chat, source, drop_last_answer)), 0
     if others := sum(keys.get("class") not in (None, chat.class_name) for keys, _ in asked):
         say(f"note: answered as class {chat.class_name}; {others} of the lines have another class")
-    if of_dropped:
-        keys = ", ".join(f"{key} ({count:,})" for key, count in of_dropped.items())
-        say(f"note: beside the new answers remain keys that may describe those dropped: {keys}")
+    stale = {key for keys, _ in asked for key in keys if OF_AN_ANSWER.search(key)}
+    if drop_last_answer and stale:
+        say(f"note: keys that may describe the old answers remain: {', '.join(sorted(stale))}")
     with open(target, "ab+") as out:
         for start in range(continue_after(out, target, asked), len(asked), BATCH):
             batch = asked[start : start + BATCH]
@@ -41,11 +39,8 @@ def answer_file(chat, source, target, options, drop_last_answer=False):
         say(f"{cut} answers cut: --max-new-tokens or the model's context")
 
 
-def read_prompts(chat, path, drop_last_answer, of_dropped):
-    """(other keys, messages) of each conversation; ValueError names the line that is bad.
-
-    of_dropped counts the keys that may describe an answer which is dropped.
-    """
+def read_prompts(chat, path, drop_last_answer):
+    """(other keys, messages) of each conversation; ValueError names the line that is bad."""
     (source,) = sources([path], {})
     raws = (raw for block in blocks([source]) for raw in block.raw)
     for number, raw in enumerate(raws, start=1):
@@ -55,7 +50,6 @@ def read_prompts(chat, path, drop_last_answer, of_dropped):
             messages, _ = parse_messages(line)
             if drop_last_answer and messages and messages[-1].role == "assistant":
                 messages.pop()
-                of_dropped.update(filter(OF_AN_ANSWER.search, keys_beside(line)))
             if not messages or messages[-1].role != "user":
                 raise ValueError("the last message must be the user's (see --drop-last-answer)")
             if (length := len(chat.prompt(messages))) > chat.context:

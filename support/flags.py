@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import os
 import re
 import shlex
 import shutil
@@ -16,13 +17,10 @@ from support.terminal import guard_terminal
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, with exit code 2.
-
-    Every program begins with one: from then on its terminal is guarded.
-    """
+    """An ArgumentParser whose errors are one line, with exit code 2."""
 
     def __init__(self, **options):
-        guard_terminal()
+        guard_terminal()  # here, as every program begins with a Parser
         super().__init__(allow_abbrev=False, **options)
 
     def parse_args(self, arguments=None):
@@ -84,12 +82,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def python():
-    """What a shell must be given to run this Python, as text: `python`, or a path."""
-    here, found = Path(sys.executable), shutil.which("python")
-    if found and Path(found).parent == here.parent and here.samefile(found):
-        return "python"
-    below = here.is_relative_to(Path.cwd())
-    return shlex.quote(str(here.relative_to(Path.cwd()) if below else here))
+    """How a shell names the Python that runs this: "python", or a path."""
+    here, found = sys.executable, shutil.which("python") or ""
+    same = os.path.dirname(found) == os.path.dirname(here) and os.path.samefile(found, here)
+    return "python" if same else shlex.quote(here.removeprefix(os.getcwd() + "/"))
 
 
 def flag_of(name):

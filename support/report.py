@@ -81,16 +81,12 @@ class StatusLine:
 
 
 def wrapped(text, width):
-    """Text with long lines broken at spaces, indented as they are.
-
-    Lines indented by two are commands and places: left whole, so that they can be copied.
-    """
-    out = []
+    """Text with lines broken at spaces; those indented by two, commands and places, are not."""
+    out, options = [], {"break_long_words": False, "break_on_hyphens": False}
     for line in text.split("\n"):
-        indent = re.match(r"\S* {2,}|", line)[0]
+        indent = " " * len(re.match(r"\S* {2,}|", line)[0])
         if len(line) > width and indent != "  ":
-            options = {"break_long_words": False, "break_on_hyphens": False}
-            line = textwrap.fill(line, width, subsequent_indent=" " * len(indent), **options)
+            line = textwrap.fill(line, width, subsequent_indent=indent, **options)
         out.append(line)
     return "\n".join(out)
 
@@ -183,7 +179,8 @@ def resources(plan):
     config, order, parameters = plan.config, plan.order, plan.network.parameter_count()
     gathered = "" if plan.size.resharded else ", each gathered once"
     needed = binary(sum(plan.memory.values()))
-    parts = [f"{name} {size / UNITS[needed[-3:]]:.2f}" for name, size in plan.memory.items()]
+    unit = 2**30 if "GiB" in needed else 2**20
+    parts = [f"{name} {size / unit:.2f}" for name, size in plan.memory.items()]
     fits = f", {'fits' if plan.fits else 'DOES NOT FIT'} {binary(plan.available)}"
     exports, saved = sum(map(plan.exports, range(1, order.total + 1))), 4 + 2 * plan.size.moment
     out = Path(config.out).absolute()
@@ -212,12 +209,8 @@ def resources(plan):
     return "\n".join([*lines, ""])
 
 
-UNITS = {"MiB": 2**20, "GiB": 2**30}
-
-
 def binary(size):
-    unit = "MiB" if size < 2**30 else "GiB"
-    return f"{size / UNITS[unit]:.2f} {unit}"
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
 
 
 def what_would_fit(plan):
@@ -438,17 +431,13 @@ class Log:
 
 
 def fitted(start, classes, rest, width):
-    """One line: the start, the classes or how many do not fit, and what fits of the rest."""
-    for count in range(len(classes), -1, -1):
-        left_out = [f"+{len(classes) - count} classes"] * (count < len(classes))
-        line = "  ".join([start, *classes[:count], *left_out])
-        if len(line) <= width:
-            break
-    for part in rest:
-        if len(line) + 2 + len(part) > width:
-            break
-        line += "  " + part
-    return line
+    """One line: the start, the classes that fit or how many do not, and what fits of the rest."""
+    for count, part in enumerate([*classes, *rest], start=1):
+        if len(start) + 2 + len(part) > width - 12 * (count < len(classes)):  # to say how many
+            left_out = len(classes) - count + 1
+            return start + f"  +{left_out} classes" * (left_out > 0)
+        start += "  " + part
+    return start
 
 
 def by_class(plan, table):

@@ -17,21 +17,14 @@ CONTROLS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud80
 class Terminal(io.TextIOWrapper):
     """Standard output or error on a terminal: CONTROLS are written as U+FFFD.
 
-    An answer, the name of a class or file, an error: each may have what a stranger wrote, and a
-    control sequence can clear the screen, forge a line, or run a command in some terminals.
+    An answer, a name or an error may have what a stranger wrote, and a control sequence can clear
+    the screen, forge a line, or worse.
     """
 
     def write(self, text):
-        self.control(printable(text))
-        return len(text)
+        return self.control(CONTROLS.sub("\ufffd", text))
 
-    def control(self, text):
-        """Write what may move the cursor."""
-        super().write(text)
-
-
-def printable(text):
-    return CONTROLS.sub("\ufffd", text)
+    control = io.TextIOWrapper.write  # for what moves the cursor
 
 
 def guard_terminal():
@@ -40,7 +33,6 @@ def guard_terminal():
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if type(stream) is io.TextIOWrapper and stream.isatty():
-            stream.flush()
             screen = open(stream.fileno(), "wb", closefd=False)
             setattr(sys, name, Terminal(screen, stream.encoding, "replace", line_buffering=True))
 
@@ -132,7 +124,8 @@ class Talk:
             return print(f"[too long for the context of {self.chat.context} tokens; not sent]")
         forgotten = 0 if self.chat.single else (len(asked) - len(messages)) // 2
         print("[the context is full: the oldest turn is forgotten]\n" * forgotten, end="")
-        with unseen_keys():
+        with contextlib.ExitStack() as stack:
+            hide_keys(stack)
             try:
                 for name in names or [self.chat.class_name]:
                     answers.append("")
@@ -147,17 +140,10 @@ class Talk:
         self.messages = [*messages[len(self.system) :], Message("assistant", answers[0])]
 
 
-@contextlib.contextmanager
-def unseen_keys():
-    """What is typed meanwhile is not shown in the answer, but kept for the next prompt."""
-    try:
+def hide_keys(stack):
+    """Until `stack` ends, keep what is typed for the next prompt, and out of the answer."""
+    with contextlib.suppress(termios.error):  # not a terminal
         before = termios.tcgetattr(0)
-    except termios.error:  # not a terminal
-        yield
-        return
-    flags = before[3] & ~termios.ECHO | termios.NOFLSH  # Ctrl-C forgets nothing
-    termios.tcsetattr(0, termios.TCSANOW, [*before[:3], flags, *before[4:]])
-    try:
-        yield
-    finally:
-        termios.tcsetattr(0, termios.TCSANOW, before)
+        stack.callback(termios.tcsetattr, 0, termios.TCSANOW, before)
+        flags = before[3] & ~termios.ECHO | termios.NOFLSH  # Ctrl-C forgets nothing
+        termios.tcsetattr(0, termios.TCSANOW, [*before[:3], flags, *before[4:]])

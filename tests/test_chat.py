@@ -411,12 +411,11 @@ def test_keys_that_may_describe_a_dropped_answer_are_named(folder, run, tmp_path
     source = write(tmp_path / "in", alpaca, rated, bare, alpaca)
     flags = ["--batch", source, "--to", tmp_path / "out", "--drop-last-answer"]
     code, _, err = run(chat.main, folder, *flags, "--max-new-tokens", "2")
-    note = "note: beside the new answers remain keys that may describe those dropped: "
-    assert code == 0 and f"{note}generator (2), model_id (1), score (1)\n" in err
+    note = "note: keys that may describe the old answers remain: "
+    assert code == 0 and f"{note}class, generator, model, model_id, score\n" in err
     kept = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
     assert kept[0]["generator"] == "davinci" and kept[1]["model_id"] == "m"
-    (tmp_path / "bare").write_text(json.dumps(bare))
-    flags[1], flags[3] = tmp_path / "bare", tmp_path / "other"
+    flags = ["--batch", write(tmp_path / "bare", bare), "--to", tmp_path / "b"]
     assert "note" not in run(chat.main, folder, *flags, "--max-new-tokens", "2")[2]
 
 
