@@ -36,11 +36,8 @@ class StatusLine:
         self.stream = stream or open(os.devnull, "w")  # None: closed by who started this
         self.seconds, self.shown = seconds, 0.0
 
-    def width(self):
-        """Columns for `refresh`; no limit in a file."""
-        if not self.stream.isatty():
-            return sys.maxsize
-        return shutil.get_terminal_size().columns - 4  # the terminal shows a Ctrl-C as "^C"
+    def columns(self):
+        return shutil.get_terminal_size().columns if self.stream.isatty() else sys.maxsize
 
     def refresh(self, text, final=False):
         now, terminal = time.monotonic(), self.stream.isatty()
@@ -50,11 +47,12 @@ class StatusLine:
         StatusLine.current = self if terminal and not final else None
         before, after = ("\r", "\033[K") if terminal else ("", "")
         end = "" if StatusLine.current else "\n"
-        self._print(text[: self.width()], before, after + end)
+        room = self.columns() - 4  # the terminal shows a Ctrl-C as "^C"
+        self._print(text[:room], before, after + end)
 
     def say(self, text):
         self.end()
-        self._print(wrapped(text, self.width()))
+        self._print(wrapped(text, self.columns()))
 
     @staticmethod
     def end():
@@ -166,7 +164,7 @@ def schedule(plan):
         *out,
         f"schedule   steps {order.total:,}, epochs {len(order.ends)}; per step {step}",
         f"           conversations up to {plan.max_length:,} tokens",
-        "           shown per step: loss, and for each class its loss and token accuracy",
+        "           shown: the loss, and by class loss and token accuracy",
         f"optimizer  AdamW ({config.adam_precision} moments), peak learning rate {rate}",
     ])  # fmt: skip
 
@@ -188,8 +186,8 @@ def resources(plan):
     lines = [
         f"memory     about {needed} per rank{fits if plan.available else ''}; "
         f"{plan.recompute} of {plan.network.num_hidden_layers} blocks recomputed{gathered}",
-        f"           {', '.join(parts[:5])},",
-        f"           {', '.join(parts[5:])}",
+        f"           {', '.join(parts[:4])},",
+        f"           {', '.join(parts[4:])}",
         f"disk       checkpoints {config.keep + 1} x {saved * parameters / 1e9:.3g} GB, "
         f"exports {exports} x {(2 if plan.bf16 else 4) * parameters / 1e9:.3g} GB",
         f"           {shutil.disk_usage(disk).free / 1e9:,.0f} GB free in {disk}",
@@ -309,8 +307,8 @@ def weight_by_step(dataset, steps, classes, class_weights):
     if best.any() and without:
         out.append(
             f"{without:,} of its {len(steps):,} steps ({without / len(steps):.1%}) hold no "
-            f"{' or '.join(names[best])} token: the other classes count in full there,\n"
-            "whatever their w; raise --accumulate or --batch-tokens"
+            f"{' or '.join(names[best])} token: the others count in\n"
+            "full there, whatever their w; raise --accumulate or --batch-tokens"
         )
     return out
 
@@ -397,7 +395,7 @@ class Log:
             [f"{n} {c['loss']:.3f} {c['accuracy']:4.0%}" for n, c in found.items()],
             [f"epoch {line['epoch']}/{len(plan.order.ends)}", f"lr {lr:.2e}",
              f"{line['tokens_per_second']:,.0f} tok/s{mfu}", f"norm {grad_norm:.2f}"],
-            self.ranks.line.width(),
+            self.ranks.line.columns() - 4,
         )  # fmt: skip
         self.ranks.line.refresh(text, final=step == plan.order.total)
 
@@ -421,7 +419,7 @@ class Log:
         self.write({"step": step, "eval": classes, "eval_data": self.plan.eval_name})
         found = {name: c for name, c in classes.items() if c["tokens"]}
         each = "  ".join(f"{n} {c['loss']:.4f}, {c['accuracy']:.1%}" for n, c in found.items())
-        self.ranks.say(f"evaluation at step {step}, loss and token accuracy: {each}")
+        self.ranks.say(f"evaluation at step {step}, loss and token accuracy:\n    {each}")
 
     def expert_losses(self):
         """{step: held-out loss of the class with the highest reward}, on this evaluation data."""
