@@ -107,3 +107,19 @@ def test_the_commands_of_the_readme_run_as_they_stand(few, tmp_path, columns):
     assert "loss and token accuracy: gpt4 " in " ".join(everything.split())
     assert "class gpt4" in everything and "w=0.1" in everything.replace(" \x1b[0m", "")
     assert (tmp_path / "RUN" / "curves.png").exists()
+
+
+def test_a_run_that_ends_within_an_epoch_says_so_and_a_log_has_few_lines(few, tmp_path):
+    log, out = Pipe(tmp_path / "log"), tmp_path / "RUN"
+    settings = processes.flags(few, out, epochs=9, max_steps=15, eval_data=few)
+    (code,) = processes.finish(processes.start(settings, 1, log.path))
+    shown = log.shown()
+    assert code == 0 and "steps 15, epochs 3; per step" in shown
+    steps = re.findall(r"^step (\d+)/15 .*$", shown, re.MULTILINE)
+    assert steps[0] == "1" and steps[-1] == "15" and len(steps) < 6
+    assert "  epoch 3/3  " in shown and "epoch-3 (after step 15, a part of the epoch); " in shown
+    assert f"exported {out}/epoch-2; " in shown
+    assert re.search(r"memory +about \d+\.\d\d MiB per rank; ", shown)
+    accuracy = processes.metrics(out, "eval")[-1]["eval"]["gpt4"]["accuracy"]
+    last = shown.partition("evaluation at step 15, loss and token accuracy:\n    ")[2]
+    assert re.match(rf"gpt4 [\d.]+, {accuracy:.1%}  gpt3.5 [\d.]+, [\d.]+%\n", last)
