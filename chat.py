@@ -223,11 +223,9 @@ def export_of(folder):
         return export
     if (Path(folder) / "metrics.jsonl").exists():
         raise ValueError(f"{folder}: this run has exported no model yet")
-    problem = "not found; chat.py needs a folder exported by train.py"
-    if (Path(folder) / "config.json").exists():
-        problem += ": a base model knows no condition; of an export saved again by transformers' "
-        problem += "save_pretrained, which leaves it out, copy it from the first export"
-    raise ValueError(f"{folder}/crlft.json: {problem}")
+    why = "chat.py needs a folder exported by train.py, as a base model knows no class's condition"
+    hint = "transformers' save_pretrained leaves it out: copy it from the export"
+    raise ValueError(f"{folder}/crlft.json: not found; {why} ({hint})")
 
 
 def ends_of(folder):

@@ -89,11 +89,10 @@ class Handler(BaseHTTPRequestHandler):
         if not 0 <= temperature <= 100:
             raise ValueError("the temperature must be from 0 to 100")
         for name, texts in zip(chat.names, asked["conversations"], strict=True):
-            # The next line raises if one is no text, or has a lone surrogate.
-            "".join([*texts, *(message.content for message in system)]).encode()
             if len(texts) % 2 == 0:
                 raise ValueError("a conversation must end with a question")
             turns = [*system, *map(Message, itertools.cycle(ROLES), texts)]
+            "".join(turn.content for turn in turns).encode()  # raises if one cannot be UTF-8
             if not (turns := chat.fitting(turns, self.options["max_new_tokens"])):
                 raise ValueError(f"too long for the context of {chat.context:,} tokens")
             prompts.append(chat.prompt(turns, name))

@@ -224,6 +224,17 @@ def test_an_answer_ends_with_its_listener(talker, port, monkeypatch):
 # -------------------------------------------------------------------------------- what it does not
 
 
+def test_it_says_where_it_is_and_how_to_reach_it_from_another_machine(talker, capsys, monkeypatch):
+    def ctrl_c(server):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(web.ThreadingHTTPServer, "serve_forever", ctrl_c)
+    web.serve(talker, 0, OPTIONS)
+    shown = capsys.readouterr().out
+    port = re.search(r" at http://127\.0\.0\.1:(\d+); Ctrl-C ends\n", shown)[1]
+    assert f"ssh -L {port}:127.0.0.1:{port} HOST\n" in shown
+
+
 def test_it_listens_on_this_machine_alone(talker):
     with web.server_of(talker, 0, OPTIONS) as server:
         assert server.socket.getsockname()[0] == "127.0.0.1"
