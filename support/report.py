@@ -163,8 +163,8 @@ def schedule(plan):
     return "\n".join([
         *out,
         f"schedule   steps {order.total:,}, epochs {len(order.ends)}; per step {step}",
-        f"           conversations up to {plan.max_length:,} tokens",
         "           shown: the loss, and by class loss and token accuracy",
+        f"           conversations up to {plan.max_length:,} tokens",
         f"optimizer  AdamW ({config.adam_precision} moments), peak learning rate {rate}",
     ])  # fmt: skip
 
