@@ -383,7 +383,7 @@ def test_a_copy_without_links_is_named_before_anything_is_done(finished, few, tm
     """cp -rL, or a cloud's synchronisation: OUT/model is a folder."""
     out = tmp_path / "out"
     shutil.copytree(finished, out)
-    refused(flags(few, out, epochs=2), str(out / "model"), "copied without links")
+    refused(flags(few, out, epochs=2), str(out / "model"), "copied run")
     (out / "model").rename(tmp_path / "copy")
     succeeds(flags(few, out, epochs=2))
     assert (out / "model").resolve().name == "epoch-2"
