@@ -22,10 +22,10 @@ A conversation longer than --max-length is cut at its end, and dropped if no ans
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 from bisect import bisect_left
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -203,11 +203,8 @@ def pack(lengths, capacity, bins_per_step, seed, epoch):
     Raises ValueError at a length outside 1..capacity.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
-    bad = np.flatnonzero((lengths < 1) | (lengths > capacity))
-    if len(bad):
-        raise ValueError(
-            f"conversation {bad[0]} has {lengths[bad[0]]} tokens; a bin takes 1 to {capacity}"
-        )
+    for i in np.flatnonzero((lengths < 1) | (lengths > capacity)):
+        raise ValueError(f"conversation {i} has {lengths[i]} tokens; a bin takes 1 to {capacity}")
     rng = np.random.default_rng([seed, epoch])
     todo, full_steps, last_step = rng.permutation(len(lengths)), [], []
     step_tokens = bins_per_step * capacity
@@ -258,10 +255,8 @@ class Order:
     """The conversations of each step, which depend only on (lengths, seed, epoch)."""
 
     def __init__(self, lengths, config, bins_per_step):
-        of_epoch = functools.partial(
-            pack, lengths, config.batch_tokens, bins_per_step, config.seed
-        )
-        self.pack = functools.lru_cache(maxsize=1)(of_epoch)  # pack(epoch): all its steps
+        of_epoch = partial(pack, lengths, config.batch_tokens, bins_per_step, config.seed)
+        self.pack = lru_cache(maxsize=1)(of_epoch)  # pack(epoch): all its steps
         self.ends, self.fullest = [], 0  # last step of each epoch; most conversations of a bin
         for epoch in range(config.epochs):
             begun = self.ends[-1] if self.ends else 0
@@ -289,19 +284,15 @@ class Order:
 
 
 class Batch(NamedTuple):
-    """One micro-batch of one rank: whole conversations end to end, T tokens.
-
-    `rows` (N,) are the positions whose next token is supervised: targets (N,) is that token,
-    weights (N,) float32 its weight, classes (N,) the number of its conversation's class.
-    """
+    """One micro-batch of one rank: whole conversations end to end, T tokens, N supervised."""
 
     tokens: torch.Tensor  # (T,) int64
     positions: torch.Tensor  # (T,) int64, from 0 in each conversation
     cu_seqlens: torch.Tensor  # (B + 1,) int32
-    rows: torch.Tensor  # (N,) int64
-    targets: torch.Tensor  # (N,) int64
-    weights: torch.Tensor  # (N,) float32
-    classes: torch.Tensor  # (N,) int64
+    rows: torch.Tensor  # (N,) int64, the positions whose next token is supervised
+    targets: torch.Tensor  # (N,) int64, that token
+    weights: torch.Tensor  # (N,) float32, its weight
+    classes: torch.Tensor  # (N,) int64, the number of its conversation's class
 
 
 def collate(dataset, conversations, class_weights, shape=None):
@@ -318,7 +309,7 @@ def collate(dataset, conversations, class_weights, shape=None):
     tokens = np.concatenate(tokens or [[]]).astype(np.int64)
     weights = [dataset.weights_of(c, class_weights) for c in conversations]
     weights = np.concatenate(weights or [[]]).astype(np.float32)
-    classes = np.repeat(rows["source_class"], lengths)
+    classes = np.repeat(rows["source_class"], lengths).astype(np.int64)
     # Position t predicts token t + 1. Each first token has weight 0: nothing predicts across.
     predicted = np.flatnonzero(weights)
     targets, weights, classes = tokens[predicted], weights[predicted], classes[predicted]
@@ -332,10 +323,8 @@ def collate(dataset, conversations, class_weights, shape=None):
         tokens, lengths = np.zeros(1, dtype=np.int64), [1]
     ends = np.cumsum([0, *lengths])
     positions = np.arange(len(tokens)) - np.repeat(ends[:-1], lengths)
-    arrays = (tokens, positions, ends.astype(np.int32), predicted - 1, targets)
-    tensors = [torch.from_numpy(array) for array in arrays]
-    tensors += [torch.from_numpy(weights), torch.from_numpy(classes.astype(np.int64))]
-    return Batch(*tensors)
+    arrays = tokens, positions, ends.astype(np.int32), predicted - 1, targets, weights, classes
+    return Batch(*map(torch.from_numpy, arrays))
 
 
 if __name__ == "__main__":

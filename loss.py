@@ -47,9 +47,8 @@ DEFAULT_CLASSES = {
 def class_weights(classes, beta):
     """Weight of each source class: w_c = exp((r_c - r_max) / beta), Eq. (6) up to a factor.
 
-    The factor exp(r_max / beta) cancels in L = Σ w·CE / Σ w, so the best class has weight 1, and
-    beta = 1 / ln 10 with rewards 1 and 0 gives the 1.0 and 0.1 of OpenChat's own runs. An infinite
-    beta gives every class weight 1. To train on a different reward, change reward_weight.
+    The factor exp(r_max / beta) cancels in L = Σ w·CE / Σ w, so the best class has weight 1. An
+    infinite beta gives every class weight 1. To train on a different reward, change reward_weight.
     """
     if not beta > 0:
         raise ValueError(f"beta must be a number above 0, not {beta!r}")
@@ -68,17 +67,18 @@ def read_classes(path):
     """The class table of a JSON file: {"gpt4": {"condition": "GPT4", "reward": 1.0}, ...}."""
     try:
         with open(path, encoding="utf-8-sig") as file:
-            return class_table(json.load(file, object_pairs_hook=_without_repeats))
+            return class_table(json.load(file, object_pairs_hook=without_repeats))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _without_repeats(pairs):
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"{name!r} is given twice")
-    return dict(pairs)
+def without_repeats(pairs):
+    found = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r:.40} is given twice in one object")
+        found[name] = value
+    return found
 
 
 def class_table(mapping):
@@ -89,10 +89,8 @@ def class_table(mapping):
     owner = {}
     for name, entry in table.items():
         if (other := owner.setdefault(entry.condition, name)) != name:
-            raise ValueError(
-                f"class {name!r}: condition {entry.condition!r} already belongs to class "
-                f"{other!r}, and two classes with one condition cannot be told apart"
-            )
+            fault = f"condition {entry.condition!r} already belongs to class {other!r}"
+            raise ValueError(f"class {name!r}: {fault}, and the two could not be told apart")
     return table
 
 
@@ -109,8 +107,7 @@ def _source_class(name, entry):
         (isinstance(condition, str), f"condition must be text, not {condition!r}"),
         (str(condition).isprintable(), f"condition {condition!r} has characters that do not print"),
         (str(condition) == str(condition).strip(), f"condition {condition!r} has spaces around it"),
-        (number, f"reward must be a number, not {reward!r}"),
-        (number and abs(reward) <= 1e308, f"reward must be finite, not {reward!r}"),
+        (number and abs(reward) <= 1e308, f"reward must be a finite number, not {reward!r}"),
         (patterns, f"match must be a list of patterns, not {match!r}"),
     ):
         if not right:
@@ -165,15 +162,11 @@ def _one_dtype(hidden, lm_head):
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         hidden, lm_head = hidden.to(dtype), lm_head.to(dtype)
-    if hidden.dim() != 2 or lm_head.dim() != 2:
-        raise ValueError(
-            f"hidden {tuple(hidden.shape)} and lm_head {tuple(lm_head.shape)} must be (N, D) and "
-            "(V, D): select the supervised rows first"
-        )
-    if hidden.dtype != lm_head.dtype or hidden.shape[1] != lm_head.shape[1]:
+    fit = hidden.dim() == lm_head.dim() == 2 and hidden.shape[1] == lm_head.shape[1]
+    if not fit or hidden.dtype != lm_head.dtype:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} {hidden.dtype} and lm_head {tuple(lm_head.shape)} "
-            f"{lm_head.dtype} must have one dtype and one hidden size"
+            f"{lm_head.dtype} must be (N, D) and (V, D) of one dtype: select supervised rows first"
         )
     return hidden, lm_head
 

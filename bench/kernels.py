@@ -39,7 +39,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 import kernels.cross_entropy as ce
-from kernels.linear_cross_entropy import logits_workspace, padded, row_chunks
+from kernels.linear_cross_entropy import logits_workspace, padded
 from loss import linear_weighted_cross_entropy, weighted_cross_entropy
 
 LOGITS_SHAPES = [(8192, 32000), (8192, 32002), (8192, 128256)]  # N, V
@@ -167,7 +167,8 @@ def three_products(hidden, lm_head, rows):
 
     def call():
         workspace = logits_workspace(hidden, lm_head)
-        for chunk in row_chunks(rows, len(workspace)):
+        for start in range(0, rows, len(workspace)):
+            chunk = slice(start, min(start + len(workspace), rows))
             x = hidden[chunk]
             logits = torch.mm(x, lm_head.t(), out=workspace[: len(x)])
             torch.mm(logits, lm_head, out=d_hidden[chunk])

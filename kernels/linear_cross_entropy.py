@@ -38,7 +38,8 @@ class LinearWeightedCrossEntropy(torch.autograd.Function):
         d_lm_head = None
         workspace = logits_workspace(hidden, lm_head)
 
-        for chunk in row_chunks(len(hidden), len(workspace)):
+        for start in range(0, len(hidden), max(1, len(workspace))):
+            chunk = slice(start, start + len(workspace))
             # Zero times NaN is NaN in a matrix product: a row of weight 0 goes in as zeros.
             x = hidden[chunk].masked_fill((weights[chunk] == 0)[:, None], 0)
             logits = torch.mm(x, lm_head.t(), out=workspace[: len(x)])
@@ -87,10 +88,6 @@ def padded(V):
     matrix kernels (TMA needs 16) and cross_entropy_kernel's 16-byte accesses.
     """
     return math.ceil(V / 64) * 64
-
-
-def row_chunks(N, rows):
-    return [slice(start, min(start + rows, N)) for start in range(0, N, max(1, rows))]
 
 
 def add_product(total, grad, x, alone):

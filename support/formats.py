@@ -5,7 +5,6 @@
 Every key is used, refused, or returned in `not_read` and counted. Errors raise BadLine.
 """
 
-import collections
 import contextlib
 import fnmatch
 import itertools
@@ -13,7 +12,7 @@ import json
 import re
 from typing import NamedTuple
 
-from loss import BETA, SMALLEST, reward_weight
+from loss import BETA, SMALLEST, reward_weight, without_repeats
 
 # A line has its conversation as a list of messages under one of these keys,
 LISTS = "messages", "conversations", "conversation", "items"
@@ -90,14 +89,13 @@ def parse_json(raw):
         return None
     try:
         line = DECODER.decode(text)
-    except BadLine:
-        raise
     except RecursionError:
         raise BadLine("broken JSON: nested too deeply") from None
     except ValueError as error:
         if text.endswith(("},", "],")):
             raise BadLine(f"broken JSON: {COMMA}") from None
-        raise BadLine(f"broken JSON: {error}", "broken JSON") from None
+        cause = "broken JSON" if isinstance(error, json.JSONDecodeError) else None  # has no place
+        raise BadLine(f"broken JSON: {error}", cause) from None
     if isinstance(line, list) and line and isinstance(line[0], (dict, str)):
         return {"messages": line}
     if not isinstance(line, dict):
@@ -105,15 +103,7 @@ def parse_json(raw):
     return line
 
 
-def _without_repeats(pairs):
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        (repeated, _), *_ = collections.Counter(name for name, _ in pairs).most_common(1)
-        raise BadLine(f"{repeated!r:.40} is given twice in one object")
-    return found
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=_without_repeats)
+DECODER = json.JSONDecoder(object_pairs_hook=without_repeats)
 COMMA = "a comma follows it: remove the commas, or put [ before the first and ] after the last"
 
 
