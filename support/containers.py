@@ -47,7 +47,8 @@ def sources(arguments, classes):
             path = Path(path).expanduser()
         elif equals and classes and "/" not in name and not os.path.exists(argument):
             fault = f"{argument}: {name!r} is not one of the classes {', '.join(classes)}"
-            raise ValueError(f"{fault}; for --classes: {formats.table_to_paste(classes, [name])}")
+            example = json.dumps({name: {"condition": name, "reward": 1.0}})
+            raise ValueError(f"{fault}; a table for --classes names others: {example}")
         else:
             name, path = None, Path(argument)
         found.append(Source(path, name, _shape(path)))

@@ -28,7 +28,6 @@ import numpy as np
 
 from support.containers import blocks
 from support.files import sync
-from support.formats import table_to_paste
 
 FORMAT = 4  # changes with the arrays' format, or with how files are read
 SHOWN_CAUSES, SHOWN_PLACES = 20, 5  # of bad lines
@@ -55,13 +54,11 @@ class BadData(ValueError):
     def __init__(self, report, good, classes):
         lines = f"{report['bad']:,} bad line{'s' * (report['bad'] > 1)}:"
         hints = ["Fix them, or pass --skip-bad to drop and count them."]
-        lacking = [problem["lacking"] for problem in report["problems"].values()]
         if not good:
             hints = ["No line is good. docs/DATA.md has a table of the supported formats."]
-        if {*lacking} != {None}:
-            hints = hints[: good or None in lacking]
-            hints += ["A table for --classes; choose its conditions and rewards:"]
-            hints += [table_to_paste(classes, filter(None, lacking))]
+        if any(problem["of_class"] for problem in report["problems"].values()):
+            table = json.dumps({name: vars(source) for name, source in classes.items()})
+            hints.append(f"For other classes, change this table in a file for --classes: {table}")
         super().__init__("\n".join([lines, *problem_lines(report), *hints]))
 
 
@@ -198,7 +195,7 @@ class Report:
         cause = f"{'lines' if source.shape == 'lines' else 'items'}: {error.cause}"
         first = f"{source.where(number)}: {error}"
         problem = {"path": str(source.path), "cause": cause, "first": first, "count": 1}
-        problem |= {"places": [number], "lacking": error.lacking}
+        problem |= {"places": [number], "of_class": error.of_class}
         self.add_problem(f"{source.path}: {cause}", problem)
 
     def add(self, other):

@@ -55,11 +55,9 @@ LONGEST = 16 << 20  # bytes of a line, or of an item of an array
 class BadLine(ValueError):
     """An error in a line; `cause` is the same text for all lines with the same error."""
 
-    def __init__(self, text, cause=None, lacking=None):
+    def __init__(self, text, cause=None, of_class=False):
         super().__init__(text)
-        self.cause = cause or text
-        # If a class is wrong: the name that the class table lacks, or "".
-        self.lacking = lacking if len(lacking or "") <= 40 else ""
+        self.cause, self.of_class = cause or text, of_class  # of_class: a different table helps
 
 
 class Message(NamedTuple):
@@ -140,10 +138,7 @@ def parse_conversation(line, classes, class_field="class", file_class=None, beta
 
 
 def parse_messages(line, obeyed=()):
-    """([Message, ...], keys not read) of a decoded JSON line, answered or not yet.
-
-    `obeyed` are keys that the caller reads.
-    """
+    """([Message, ...], keys not read) of a decoded JSON line; the caller reads those `obeyed`."""
     turns, keys = _turns(line)
     not_read = _check_keys(line, LINE_KEYS, "", (*keys, *obeyed))
     factor, numbered = _factor(line), []
@@ -204,10 +199,7 @@ def _turns(line):
             return [*map(_turn, itertools.cycle(SPEAKERS), lists[key])], [key]
         return [turn for raw in lists[key] for turn in _pair(raw) or [raw]], [key]
     if "chosen" in line or "rejected" in line:
-        raise BadLine(
-            "'chosen' and 'rejected' are preferences, which C-RLFT does not take: make each a "
-            "conversation of a class of its own"
-        )
+        raise BadLine("'chosen' and 'rejected' are preferences: make them two conversations")
     questions, contexts, answers = (_first_of(line, of) for of in (QUESTIONS, CONTEXTS, ANSWERS))
     if not questions and not (contexts and answers):
         if _are_texts(line.get("data")):  # as in UltraChat
@@ -216,9 +208,8 @@ def _turns(line):
             if key in line:
                 raise _unreadable(key, line[key], "a list of messages")
         raise BadLine(
-            "no conversation: 'messages', 'conversations', 'conversation' or 'items', or "
-            "'instruction', 'prompt', 'question' or 'query' with 'output', 'completion' or "
-            "'response'; the keys are " + _names(line)
+            f"no conversation: one of {_names(LISTS)}, or of {_names(QUESTIONS[0])} with one of "
+            f"{_names(ANSWERS[0])}; the keys are {_names(line)}"
         )
     turns = []
     for role, keys in zip(SPEAKERS, (questions + contexts, answers)):
@@ -286,10 +277,8 @@ def _check_turns(numbered):
         raise BadLine("a system message after the first message")
     for (number, message), (other, following) in itertools.pairwise(numbered):
         if (role := message.role) == following.role:
-            raise BadLine(
-                f"messages {number} and {other} are two {role} turns in a row: make them one",
-                f"two {role} turns in a row: make them one",
-            )
+            cause = f"two {role} turns in a row: make them one"
+            raise BadLine(f"messages {number} and {other} are {cause}", cause)
 
 
 # ---------------------------------------------------------------------------------- one message
@@ -303,8 +292,7 @@ def _message(raw, final):
     role, content = _key(raw, "role", "from"), _key(raw, "content", "value")
     name = raw[role].strip().lower() if isinstance(raw[role], str) else None
     if name not in ROLES:
-        known = ", ".join(ROLES)
-        raise BadLine(f"{role!r} is {ascii(raw[role]):.40}, not one of {known}")
+        raise BadLine(f"{role!r} is {ascii(raw[role]):.40}, not one of {', '.join(ROLES)}")
     role, text = ROLES[name], _text(raw[content], content, not_read)
     if not text.strip():
         if role == "system":
@@ -314,10 +302,7 @@ def _message(raw, final):
     if final and raw.get("weight") is not None:
         return Message(role, text, weight, final=True), not_read
     if role != "assistant" and weight and any(raw.get(key) is not None for key in FACTORS):
-        raise BadLine(
-            f"a {role} message with a weight; it is supervised only with a 'weight' in OpenChat's "
-            "'items'"
-        )
+        raise BadLine(f"a {role} message with a weight: only OpenChat's 'items' supervise one")
     return Message(role, text, weight), not_read
 
 
@@ -441,19 +426,16 @@ def _source_class(line, classes, class_field, file_class):
             if file_class is None:
                 raise
             hint = f"--data says {file_class}; a different --class-field ignores {class_field!r}"
-            raise BadLine(f"{error}; {hint}", lacking=error.lacking) from None
+            raise BadLine(f"{error}; {hint}", of_class=True) from None
     if found and class_field != "class" and line.get("class") in list(classes):
         found["class"] = line["class"]
     if line.get("condition") is not None:  # OpenChat's name of the class
         conditions = {source.condition: name for name, source in classes.items()}
         found["condition"] = _named_class("condition", line["condition"], conditions)
     if not found:
-        raise BadLine(
-            f"no {class_field!r}: name it in each line, or for a whole file by CLASS=FILE in its "
-            f"place, or by another field, --class-field KEY; the classes are {', '.join(classes)}",
-            lacking="",
-        )
-    if len(found) > 1 and len(set(found.values())) > 1:
+        fault = f"no {class_field!r}: name it in each line, or use CLASS=FILE or --class-field KEY"
+        raise BadLine(f"{fault}; the classes are {', '.join(classes)}", of_class=True)
+    if len(set(found.values())) > 1:
         raise BadLine(" but ".join(f"{who!r} says {name}" for who, name in found.items()))
     return next(iter(found.values()))
 
@@ -462,8 +444,8 @@ def _named_class(key, value, names):
     """names[value]: `names` are {name or condition: class}."""
     if isinstance(value, str) and value in names:
         return names[value]
-    shown, lacking = (f"{value!r:.40}", value) if isinstance(value, str) else (_kind(value), "")
-    raise BadLine(f"{key} {shown} is not in the class table ({', '.join(names)})", lacking=lacking)
+    shown = f"{value!r:.40}" if isinstance(value, str) else _kind(value)
+    raise BadLine(f"{key} {shown} is not in the class table ({', '.join(names)})", of_class=True)
 
 
 def _matching_class(key, value, classes):
@@ -481,14 +463,4 @@ def _matching_class(key, value, classes):
         return fits[0]
     fault = f"fits the patterns of both {fits[0]} and {fits[1]}" if fits else "matches no class"
     fault += f" ({', '.join(classes)}): list the values of each class as its \"match\" in --classes"
-    raise BadLine(f"{key!r} {text!r:.40} {fault}", lacking="" if fits else text)
-
-
-def table_to_paste(classes, lacking=()):
-    """The JSON of a class table for --classes, with the classes that it lacks."""
-    table = {name: vars(source) for name, source in classes.items()}
-    taken = {*classes, *(source.condition for source in classes.values())}
-    entry = {"reward": min(source.reward for source in classes.values())}
-    fit = [name for name in lacking if name == name.strip() and name.isprintable()]
-    table |= {name: {"condition": name} | entry for name in fit if name not in taken | {""}}
-    return json.dumps(table)
+    raise BadLine(f"{key!r} {text!r:.40} {fault}", of_class=True)

@@ -440,7 +440,7 @@ def test_a_batch_into_its_own_file_is_refused_before_anything(link, run, tmp_pat
         (b"[" * 100_000, "broken JSON: nested too deeply"),
         (b"[]", "a line must be a JSON object, not a list"),
         ({"items": []}, "'items' must be a list of messages, not an empty one"),
-        ({"item": []}, "no conversation: 'messages'"),
+        ({"item": []}, "no conversation: one of 'messages'"),
         ({"messages": {}}, "'messages' must be a list of messages, not an object"),
         ({"messages": []}, "'messages' must be a list of messages, not an empty one"),
         (

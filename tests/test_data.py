@@ -188,7 +188,7 @@ BAD = [
     (b'"text"', "a line must be a JSON object, not text"),
     (b"null", "a line must be a JSON object, not null"),
     (b"3.5", "a line must be a JSON object, not float 3.5"),
-    ({"class": "gpt4"}, "no conversation: 'messages', 'conversations', 'conversation' or 'items'"),
+    ({"class": "gpt4"}, "no conversation: one of 'messages', 'conversations', 'conversation', 'it"),
     ({"class": "gpt4", "messages": {"role": "user"}},
      "'messages' must be a list of messages, not an object"),
     ({"class": "gpt4", "items": "Hi"}, "'items' must be a list of messages, not text"),
@@ -200,10 +200,10 @@ BAD = [
      "class 'gpt5' is not in the class table (gpt4, gpt3.5)"),
     (line("Hi", "Ho", source_class=4), "class int 4 is not in the class table"),
     (line("Hi", "Ho", source_class=["gpt4"]), "class a list is not in the class table"),
-    ({"messages": HI}, "no 'class': name it in each line, or for a whole file by CLASS=FILE"),
+    ({"messages": HI}, "no 'class': name it in each line, or use CLASS=FILE"),
     ({"items": HI},
-     "no 'class': name it in each line, or for a whole file by CLASS=FILE in its place, or by "
-     "another field, --class-field KEY; the classes are gpt4, gpt3.5"),
+     "no 'class': name it in each line, or use CLASS=FILE or --class-field KEY; the classes are "
+     "gpt4, gpt3.5"),
     ({"items": HI, "condition": "GPT9"}, "condition 'GPT9' is not in the class table (GPT4, GPT3)"),
     ({"items": HI, "condition": ["GPT4"]},
      "condition a list is not in the class table (GPT4, GPT3)"),
@@ -318,7 +318,7 @@ def test_of_more_than_20_causes_the_others_are_counted(prepare, tmp_path):
     classes = [line("Hi", "Ho", source_class=f"c{n}") for n in range(30)]
     with pytest.raises(data.BadData) as refused:
         prepare(write(tmp_path / "a.jsonl", line("Hi", "Ho"), *classes, *classes))
-    head, *problems, more, hint, _, table = str(refused.value).splitlines()
+    head, *problems, more, hint, table = str(refused.value).splitlines()
     assert head == "60 bad lines:" and more == "... and 20 for other causes, or in other files"
     path = tmp_path / "a.jsonl"
     causes = [f"class 'c{n}' is not in the class table (gpt4, gpt3.5)" for n in range(20)]

@@ -111,7 +111,7 @@ REFUSED = {
     "g4_two_gpts.jsonl": "messages 2 and 3 are two assistant turns in a row: make them one",
     "g8_empties.jsonl": ":2: message 1: empty user message",
     "h1_model_field.jsonl": "2 lines: no 'class'",
-    "h3_no_class.jsonl": "CLASS=FILE in its place, or by another field, --class-field KEY",
+    "h3_no_class.jsonl": "name it in each line, or use CLASS=FILE or --class-field KEY",
     "h4_kto.jsonl": "no 'class'",
     "h5_class_and_condition_clash.jsonl": "'class' says gpt4 but 'condition' says gpt3.5",
     "i1_openchat_v1_items.jsonl": "no 'class'",
@@ -395,43 +395,32 @@ def pasted(refused, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fault", "lacking", "options"),
+    ("fault", "shown", "options"),
     [
-        ({"class": "mid"}, ["mid"], {}),
-        ({"class": "gpt4 "}, [], {}),
-        ({"class": "GPT4"}, [], {}),  # the condition of gpt4
-        ({"class": ["x"]}, [], {}),
-        ({"class": "x\n"}, [], {}),
-        ({"class": None}, [], {}),
-        ({"class": None, "condition": "Mid"}, ["Mid"], {}),
-        ({"class": None, "model": 'claude "3"'}, ['claude "3"'], {"class_field": "model"}),
-        ({"class": None, "model": True}, ["true"], {"class_field": "model"}),
+        ({"class": "mid"}, "class 'mid'", {}),
+        ({"class": ["x"]}, "class a list", {}),
+        ({"class": None}, "no 'class'", {}),
+        ({"class": None, "condition": "Mid"}, "condition 'Mid'", {}),
+        ({"class": None, "model": 'claude "3"'}, "'claude \"3\"'", {"class_field": "model"}),
+        ({"class": None, "model": True}, "'true'", {"class_field": "model"}),
     ],
 )  # fmt: skip
-def test_an_error_about_classes_has_a_table_to_paste(fault, lacking, options, prepare, tmp_path):
-    path = write(tmp_path / "a.jsonl", conversation("A", "B") | fault)
+def test_an_error_about_classes_has_a_table_to_change(fault, shown, options, prepare, tmp_path):
+    bad, good = conversation("A", "B") | fault, conversation("A", "B") | {"model": "gpt-4"}
     with pytest.raises(data.BadData) as refused:
-        prepare(path, **options)
-    table = pasted(refused, tmp_path)
-    assert [*table] == [*CLASSES, *lacking] and table | CLASSES == table
-    assert "docs/DATA.md" not in str(refused.value) and len(str(refused.value).splitlines()) == 4
-    if lacking:
-        assert len(prepare(path, classes=table, **options)) == 1
+        prepare(write(tmp_path / "a.jsonl", good, bad), **options)
+    assert pasted(refused, tmp_path) == CLASSES
+    _, cause, skip, table = str(refused.value).splitlines()
+    assert shown in cause and "--skip-bad" in skip and "--classes" in table
+    with pytest.raises(data.BadData) as refused:
+        prepare(write(tmp_path / "a.jsonl", {"class": "gpt4"}))
+    assert "--classes" not in str(refused.value)
 
 
-def test_the_table_to_paste_has_all_values_that_lack_a_class(prepare, tmp_path):
-    good = conversation("A", "B")
-    lines = [good, *(good | {"class": name} for name in ("x", "y", "x"))]
-    with pytest.raises(data.BadData) as refused:
-        prepare(write(tmp_path / "a.jsonl", *lines))
-    assert [*pasted(refused, tmp_path)] == ["gpt4", "gpt3.5", "x", "y"]
-    assert "--skip-bad" in str(refused.value)
-    with pytest.raises(data.BadData) as refused:  # not the class only
-        prepare(write(tmp_path / "a.jsonl", {"class": "x"}, {"messages": good["messages"]}))
-    assert "docs/DATA.md" in str(refused.value) and [*pasted(refused, tmp_path)] == [*CLASSES]
+def test_a_file_of_an_unknown_class_is_told_how_to_define_it(prepare, tmp_path):
     with pytest.raises(ValueError, match="mid=b.jsonl: 'mid' is not one of the classes") as refused:
         prepare("mid=b.jsonl")
-    assert [*pasted(refused, tmp_path)] == ["gpt4", "gpt3.5", "mid"]
+    assert pasted(refused, tmp_path) == {"mid": loss.SourceClass("mid", 1.0)}
 
 
 # ------------------------------------------------------------------------ one meaning, many shapes
