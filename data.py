@@ -276,8 +276,7 @@ class Order:
     def bins(self, step):
         assert 1 <= step <= self.ends[-1]
         epoch = self.epoch_of(step) - 1
-        begun = self.ends[epoch - 1] if epoch else 0
-        return self.pack(epoch)[step - begun - 1]
+        return self.pack(epoch)[step - 1 - self.ends[epoch]]  # below 0: counted from its last
 
 
 # ----------------------------------------------------------------------------------- batches

@@ -16,8 +16,7 @@ import re
 import zlib
 from pathlib import Path
 
-from support import formats
-from support.formats import LISTS, LONGEST, BadLine, check_file_keys
+from support.formats import COMMA, LISTS, LONGEST, BadLine, check_file_keys, is_message
 
 BLOCK = 4 << 20  # bytes of text that are tokenized at a time
 
@@ -187,7 +186,7 @@ class _Text:
         try:
             self.take("[" if first == "[" else "{")
             if first == "[":
-                if not (ROWS.match(self.text, start) or formats.is_message(self.value())):
+                if not (ROWS.match(self.text, start) or is_message(self.value())):
                     self.at = start + 1
                     return "array"
                 self.at = start
@@ -224,7 +223,7 @@ class _Text:
                 if end and self.peek() != end:
                     self.take(",")
                 elif self.peek() == ",":
-                    raise ValueError(formats.COMMA)
+                    raise ValueError(COMMA)
             self.at += len(end)
             while shape == "data" and self.peek() != "}":
                 self.take(",")

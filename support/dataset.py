@@ -79,9 +79,8 @@ def encode_files(sources, encoder, settings, folder, *, skip_bad=False, progress
     """Encode Sources into arrays below `folder`, once; returns a Dataset.
 
     The arrays are keyed by the files' content and by `settings` (JSON), which is everything that
-    the result depends on. `encoder(block)` returns (arrays_of its conversations, Report).
-    `progress(done bytes, all bytes, conversations)` is called now and then. Raises BadData once
-    all files are read, unless `skip_bad`.
+    the result depends on. `encoder(block)` returns (arrays_of its conversations, Report);
+    `skip_bad` and `progress` are as in data.prepare.
     """
     digests = [source.sha256() for source in sources]
     settings = [FORMAT, settings, [(s.source_class, s.shape) for s in sources], skip_bad, digests]

@@ -199,7 +199,7 @@ def _turns(line):
             return [*map(_turn, itertools.cycle(SPEAKERS), lists[key])], [key]
         return [turn for raw in lists[key] for turn in _pair(raw) or [raw]], [key]
     if "chosen" in line or "rejected" in line:
-        raise BadLine("'chosen' and 'rejected' are preferences: make them two conversations")
+        raise BadLine("'chosen' and 'rejected' are preferences: give each its line and class")
     questions, contexts, answers = (_first_of(line, of) for of in (QUESTIONS, CONTEXTS, ANSWERS))
     if not questions and not (contexts and answers):
         if _are_texts(line.get("data")):  # as in UltraChat
@@ -357,11 +357,8 @@ def _check_keys(given, obeyed, prefix, more=()):
         if name in obeyed:
             raise BadLine(f"{key!r:.40} is not read: write {name!r}")
         if SUPERVISION.search(name) and not isinstance(value, str):  # text is a name or a note
-            raise BadLine(
-                f"{key!r:.40} seems to say what is supervised, and is not read: remove it or "
-                "write 'weight' (a factor), 'train', 'loss', 'masked' (true or false) or, for a "
-                "line, 'reward'"
-            )
+            known = "'weight' (a factor), 'train', 'loss', 'masked' or, for a line, 'reward'"
+            raise BadLine(f"{key!r:.40} seems to say what is supervised: remove it or use {known}")
         not_read.append(prefix + key[:40])
     return not_read
 

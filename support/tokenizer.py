@@ -3,8 +3,6 @@
     SentencePiece      tokenizer.model, as Llama 2's and Mistral's
     SentencePieceJson  the same in a tokenizer.json
     ByteLevel          byte-level BPE in a tokenizer.json, as Llama 3's
-
-Every text is encoded on its own with special tokens off, so that no content can forge a turn.
 """
 
 import hashlib
