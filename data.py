@@ -101,8 +101,7 @@ def prepare(
     A path may be CLASS=FILE; otherwise `class_field` names a conversation's class.
     `condition=False` leaves the class out of the prompt. `beta` makes a weight of a line's own
     reward. `progress(done bytes, all bytes, conversations)` is called now and then. Raises BadData
-    once all files are checked, unless `skip_bad`. A conversation with no answer left after the cut
-    is dropped and counted.
+    once all files are checked, unless `skip_bad`.
     """
     classes = class_table(classes)
     files = sources(paths, classes)

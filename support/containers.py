@@ -2,8 +2,7 @@
 
     sources(arguments) -> Source, its path and shape -> blocks -> Block of raw lines or items
 
-Lines are read in a stream. Any other file is read whole, which takes 2 to 5 times its size in
-memory. Anything that is not JSON raises a one-line error that says how to convert it.
+Lines are read in a stream. Any other file is read whole, into 2 to 5 times its size of memory.
 """
 
 import contextlib
