@@ -10,8 +10,10 @@ The whole method, and where each part is:
     L = Σ w_t · CE_t / Σ w_t over the supervised tokens of all ranks        forward_backward, below
     no reference model, no value model, no sampling: pi_c of Eq. (4) is the data itself
 
-    other classes: --classes; a reward per conversation or turn: a "weight" in the data
-    the head and the loss without the logits, rows padded if V = 32002: kernels/
+    other classes: --classes; a reward per conversation: "reward" in the data, per turn: "weight"
+    longer than --max-length: cut at its end, data.py
+    lm_head fused with the loss, never all logits at once; V = 32002 padded: kernels/
+    resume, bit for bit: support/checkpoint.py; how a signal ends a run: support/ranks.py
 
 In order: flags, main, the loop, the sharded network, one step, evaluation, the schedule. support/
 has everything that a run needs and the method does not; a Plan holds all decisions made in advance.
@@ -62,7 +64,7 @@ class Config:
     data: list = ()  # training conversations; CLASS=FILE gives the class of a whole file
     eval_data: list = ()  # held-out conversations, in the same formats as --data
     class_field: str = "class"  # the key with a conversation's class, such as model, source, label
-    classes: str = ""  # JSON {class: {"condition", "reward"}}; default: gpt4 1.0, gpt3.5 0.0
+    classes: str = ""  # JSON {class: {"condition", "reward", "match"}}; default: gpt4 1, gpt3.5 0
     beta: float = BETA  # w = exp((reward - best reward) / beta); 1/ln 10 gives 1.0 and 0.1
     condition: bool = True  # put the class into the prompt (off: the paper's "w/o condition")
     reward: bool = True  # weigh by class (off: the paper's "w/o reward", every w = 1)
@@ -199,7 +201,7 @@ def train(plan, ranks, out):
     checkpoints.load(llama, optimizer)
     gc.collect()
     gc.freeze()  # long-lived objects: each later collection would spend 0.3 s on them
-    stopped = not evaluate_and_export(plan, ranks, llama, log, out, done)
+    stopped = evaluate_and_export(plan, ranks, llama, log, out, done)
 
     with ranks.thread() as loader:
         next_step = loader.submit(load_step, plan, ranks, done + 1)
@@ -225,7 +227,7 @@ def train(plan, ranks, out):
             done, stopped = step, signals > 0
             if plan.saves(step) and not stopped:
                 checkpoints.save(llama, optimizer, step)
-            stopped = stopped or not evaluate_and_export(plan, ranks, llama, log, out, step)
+            stopped = stopped or evaluate_and_export(plan, ranks, llama, log, out, step)
     if stopped:
         checkpoints.save(llama, optimizer, done)
         ranks.say(f"stopped after step {done} by a signal; {ranks.resumes}")
@@ -238,7 +240,7 @@ def train(plan, ranks, out):
 
 
 def evaluate_and_export(plan, ranks, llama, log, out, step):
-    """Evaluate and export if they are due after `step`; False if a signal to stop arrived by then.
+    """Evaluate and export if they are due after `step`; True if a signal to stop arrived by then.
 
     A run that resumes at `step` does both again: their results replace the earlier ones.
     """
@@ -246,16 +248,16 @@ def evaluate_and_export(plan, ranks, llama, log, out, step):
     if evaluate_now:
         table = evaluate(plan, ranks, llama)
         if table is None:
-            return False
+            return True
         log.evaluation(step, table)
         if step == 0 and plan.base:
-            require_finite(table)
+            refuse_broken_base(table)
     if export_now:
         if ranks.asked_to_stop():  # exporting is slow, and can be redone from the checkpoint
-            return False
+            return True
         write_export(plan, ranks, llama, out, step, log.expert_losses())
     # After the last step there is nothing left to stop.
-    return step == plan.order.total or not ((evaluate_now or export_now) and ranks.asked_to_stop())
+    return (evaluate_now or export_now) and step < plan.order.total and ranks.asked_to_stop()
 
 
 def make_repeatable(config, ranks):
@@ -278,7 +280,7 @@ def build(plan, ranks, with_weights=True):
     It is built on the meta device, sharded (each block, then the root with embeddings, norm, head),
     and only then allocated; each rank reads its rows. Weights and gradients are float32.
     """
-    config = plan.config
+    config, tokenizer = plan.config, plan.tokenizer
     with torch.device("meta"):
         llama = model.Llama(plan.network)
     llama.recompute = plan.recompute
@@ -303,10 +305,8 @@ def build(plan, ranks, with_weights=True):
     fully_shard(llama, mesh=mesh, mp_policy=policy)
     llama.to_empty(device=ranks.device)
     if with_weights and plan.base:  # otherwise a checkpoint will be loaded
-        new_tokens = [plan.tokenizer.eot] if plan.tokenizer.eot_is_new else plan.untrained
-        model.fill_parameters(
-            llama, config.model, plan.new_rows, new_tokens, plan.tokenizer.ordinary
-        )
+        new_tokens = [tokenizer.eot] if tokenizer.eot_is_new else plan.untrained
+        model.fill_parameters(llama, config.model, plan.new_rows, new_tokens, tokenizer.ordinary)
     elif with_weights:
         model.random_parameters(llama, config.seed)
     return llama, torch.optim.AdamW(
@@ -321,19 +321,17 @@ def build(plan, ranks, with_weights=True):
 def load_step(plan, ranks, step):
     """All bins of a step, this rank's batches, and Σ w over all tokens of the step.
 
-    Every rank knows every bin, so the normaliser of the loss needs no communication. None after
-    the last step.
+    Every rank knows every bin, so L's normaliser needs no communication. None after the last step.
     """
     if step > plan.order.total:
         return None
-    bins, device = plan.order.bins(step), ranks.device
+    bins = plan.order.bins(step)
     total_weight = sum(plan.dataset.total_weight(b, plan.class_weights) for b in bins)
     mine = bins[ranks.rank :: ranks.world]  # not_finite counts on this order
     batches = [data.collate(plan.dataset, b, plan.class_weights, plan.shape) for b in mine]
     if ranks.cuda:
-        batches = [
-            data.Batch(*(x.pin_memory().to(device, non_blocking=True) for x in b)) for b in batches
-        ]
+        pinned = [[x.pin_memory() for x in b] for b in batches]
+        batches = [data.Batch(*(x.to(ranks.device, non_blocking=True) for x in b)) for b in pinned]
     return bins, batches, total_weight or 1.0  # without any weight the loss is 0 / 1
 
 
@@ -354,20 +352,16 @@ def objective(batch, classes):
             hidden, lm_head, batch.targets, batch.weights, per_token=True
         )
         unweighted = losses / batch.weights  # no row of a batch has weight 0
-        per_token = torch.stack(
-            [torch.ones_like(losses), unweighted, correct.float(), batch.weights]
-        )
+        per_token = torch.ones_like(losses), unweighted, correct.float(), batch.weights
         table = torch.zeros(len(TABLE), classes, dtype=torch.float64, device=hidden.device)
-        return total, table.index_add(1, batch.classes, per_token.double())
+        return total, table.index_add(1, batch.classes, torch.stack(per_token).double())
 
     return weighted_loss
 
 
 def forward(llama, plan, batch):
-    return llama(
-        batch.tokens, batch.positions, batch.cu_seqlens,
-        objective(batch, len(plan.classes)), batch.rows, plan.max_length,
-    )  # fmt: skip
+    packed = batch.tokens, batch.positions, batch.cu_seqlens
+    return llama(*packed, objective(batch, len(plan.classes)), batch.rows, plan.max_length)
 
 
 class StepSums(NamedTuple):
@@ -427,10 +421,8 @@ def clip_and_update(optimizer, sums, lr, clip):
 
 def not_finite(plan, ranks, step, bins, of_batches):
     """The conversations behind a NaN or inf, for the error; every rank must call it."""
-    of_rank = torch.zeros(ranks.world, len(of_batches), dtype=torch.float64, device=ranks.device)
-    of_rank[ranks.rank] = of_batches
-    of_bin = ranks.sum(of_rank).T.flatten()  # bin b is micro-batch b // ranks of rank b % ranks
-    bad = [b for b, loss in enumerate(of_bin.tolist()) if not math.isfinite(loss)]
+    of_ranks = ranks.gather(of_batches.tolist())  # bin b: micro-batch b // ranks of rank b % ranks
+    bad = [b for b, loss in enumerate(np.transpose(of_ranks).flat) if not math.isfinite(loss)]
     conversations = [c for b in bad or range(len(bins)) for c in bins[b]]
     where = "\n  ".join(plan.dataset.where(c) for c in conversations[:20])
     more = f"\n  ... and {len(conversations) - 20} more" if len(conversations) > 20 else ""
@@ -442,7 +434,7 @@ def not_finite(plan, ranks, step, bins, of_batches):
 BASE_IS_BROKEN = "The weights of --model already give this"
 
 
-def require_finite(table):
+def refuse_broken_base(table):
     """ValueError if an evaluation of the weights of --model gave NaN or infinity."""
     if not np.isfinite(table["loss"]).all():
         raise ValueError(f"the loss on --eval-data is not finite. {BASE_IS_BROKEN}")
@@ -453,10 +445,7 @@ def require_finite(table):
 
 @torch.no_grad()
 def evaluate(plan, ranks, llama):
-    """{row of TABLE: (C,)} of the held-out conversations.
-
-    None if a signal to stop arrived; this is checked once per batch.
-    """
+    """{row of TABLE: (C,)} of the held-out conversations; None if a signal to stop came first."""
     lengths, stopped = plan.eval_dataset.lengths, False
     table = torch.zeros(len(TABLE), len(plan.classes), dtype=torch.float64, device=ranks.device)
     llama.eval()
@@ -479,7 +468,7 @@ def evaluate_alone(plan, ranks):
     llama, _ = build(plan, ranks)
     table = evaluate(plan, ranks, llama)
     ranks.say(report.evaluation(plan, table))
-    require_finite(table)
+    refuse_broken_base(table)
     return True
 
 
