@@ -35,6 +35,7 @@ from support.formats import DECODER
 
 # From torch 2.12 on grouped heads need this argument, which earlier versions do not have.
 GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+LARGEST_FLASH_HEAD = 256  # FlashAttention 2 takes no larger head_dim
 
 # ------------------------------------------------------------------------------ configuration
 
@@ -219,7 +220,8 @@ class Llama(nn.Module):
         hidden = self.model.embed_tokens(tokens)  # (T, D)
         for index, block in enumerate(self.model.layers):
             if self.training and index < self.recompute:
-                block = functools.partial(checkpoint, block, **RECOMPUTE)
+                options = {"use_reentrant": False, "preserve_rng_state": False}  # nothing random
+                block = functools.partial(checkpoint, block, **options)
             hidden = block(hidden, rotary, attend[index])
         if rows is not None:
             hidden = hidden.index_select(0, rows)  # (N, D)
@@ -227,9 +229,6 @@ class Llama(nn.Module):
         tied = self.config.tie_word_embeddings
         weight = (self.model.embed_tokens if tied else self.lm_head).weight  # (V, D)
         return F.linear(hidden, weight) if objective is None else objective(hidden, weight)
-
-
-RECOMPUTE = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in a block is random
 
 
 class Block(nn.Module):
@@ -291,7 +290,7 @@ class PackedAttention:
 
     def __call__(self, q, k, v):  # (T, H, E), (T, K, E), (T, K, E) -> (T, H, E)
         half = q.dtype in (torch.bfloat16, torch.float16)
-        if q.is_cuda and half and flash_takes(q.shape[-1]):
+        if q.is_cuda and half and q.shape[-1] <= LARGEST_FLASH_HEAD:
             return self.attend_varlen(q, k, v)
         return self.attend_rectangles(q, k, v)
 
@@ -310,23 +309,15 @@ class PackedAttention:
     def attend_rectangles(self, q, k, v):
         if self.rectangles is None:  # made once for all layers
             self.rectangles = rectangles(self.cu_seqlens)
-        out = torch.empty_like(q)
+        out, gqa = torch.empty_like(q), q.shape[1] != k.shape[1]
         for index, valid in self.rectangles:  # (B, L)
-            grouped = (x[index].transpose(1, 2) for x in (q, k, v))  # (B, heads, L, E)
+            padded = (x[index].transpose(1, 2) for x in (q, k, v))  # (B, heads, L, E)
             mask = sliding_mask(index.shape[1], self.sliding_window, q.device)
             attended = F.scaled_dot_product_attention(
-                *grouped,
-                attn_mask=mask,
-                is_causal=mask is None,
-                enable_gqa=q.shape[1] != k.shape[1],
+                *padded, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa
             )
             out[index[valid]] = attended.transpose(1, 2)[valid]
         return out
-
-
-def flash_takes(head_dim):
-    """Does FlashAttention 2 support heads of this size?"""
-    return head_dim <= 256
 
 
 def rectangles(cu_seqlens):
@@ -459,8 +450,7 @@ def weight_files(folder):
     for file in files:
         with open_safetensors(folder / file) as tensors:
             listed = {name for name, of in entries if of == file}
-            if listed != set(tensors.keys()):
-                odd = sorted(listed ^ set(tensors.keys()))[:5]
+            if odd := sorted(listed.symmetric_difference(tensors.keys()))[:5]:
                 raise ValueError(f"{index}: disagrees with {file} about {', '.join(odd)}")
     return {name: folder / file for name, file in entries}
 
@@ -656,7 +646,8 @@ def save(llama, folder, dtype=None, shard_bytes=5 << 30):
     folder, parameters = Path(folder), dict(llama.named_parameters())
     first = not dist.is_initialized() or dist.get_rank() == 0
     dtype = dtype or next(iter(parameters.values())).dtype
-    shards, failure = split(parameters, dtype, shard_bytes), None
+    sizes = {name: p.numel() * dtype.itemsize for name, p in parameters.items()}
+    shards, failure = split(sizes, shard_bytes), None
     files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     files = files if len(shards) > 1 else [SINGLE]
     for file, names in zip(files, shards, strict=True):
@@ -678,9 +669,9 @@ def save(llama, folder, dtype=None, shard_bytes=5 << 30):
         described = llama.config.to_json() | {"torch_dtype": str(dtype).removeprefix("torch.")}
         write_json(folder / "config.json", described)
     if first and len(files) > 1:
-        size = sum(p.numel() for p in parameters.values()) * dtype.itemsize
+        total = {"total_size": sum(sizes.values())}
         weight_map = {n: file for file, names in zip(files, shards, strict=True) for n in names}
-        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
 
 
 def write_tensors(path, tensors):
@@ -692,11 +683,10 @@ def write_tensors(path, tensors):
         raise OSError(f"{path}: {error}") from None
 
 
-def split(tensors, dtype, most):
-    """Their names in lists of at most `most` bytes, in `dtype` or their own, or of a larger one."""
+def split(sizes, most):
+    """The names of `sizes` {name: bytes} in lists of at most `most` bytes, or of one larger."""
     lists, filled = [[]], 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * (dtype or tensor.dtype).itemsize
+    for name, size in sizes.items():
         if lists[-1] and filled + size > most:
             lists.append([])
             filled = 0

@@ -30,8 +30,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import model
-from loss import DEFAULT_CLASSES, expert_class
-from support.files import model_folder, of_type, read_export, reading, sync
+from loss import expert_class
+from support.files import of_type, read_export, reading, sync
 from support.flags import flag_of
 from support.model_card import model_card
 
@@ -49,11 +49,6 @@ class Checkpoints:
         self.folder = out / "checkpoints"
         self.bytes = (4 + 2 * plan.size.moment) * plan.network.parameter_count()
         self.saved = 0  # the step of the newest checkpoint
-        with torch.device("meta"):
-            parameters = dict(model.Llama(plan.network).named_parameters())
-        self.shapes = {name: list(p.shape) for name, p in parameters.items()}
-        for moment in MOMENTS:
-            self.shapes |= {f"optimizer.{n}.{moment}": list(p.shape) for n, p in parameters.items()}
 
     def committed(self):
         """[(step, folder)] of complete checkpoints, oldest first."""
@@ -70,7 +65,7 @@ class Checkpoints:
         self.ranks.all_do(lambda: self.ranks.check_lock(self.out), task)
         files = self.ranks.all_do(lambda: self._write(aside, tensors), task)
         files = {name: rows for of_rank in files for name, rows in of_rank.items()}
-        self.ranks.first_does(lambda: self._commit(aside, folder, step, files), task)
+        self.ranks.first_does(lambda: self._commit(aside, folder, step, files, tensors), task)
         self.saved = step
 
     def _write(self, aside, tensors):
@@ -79,8 +74,8 @@ class Checkpoints:
             return {}  # all replicas have the rows of the first one
         return write_rows(aside, f"rank-{self.ranks.rank:05d}", tensors)
 
-    def _commit(self, aside, folder, step, files):
-        check_rows(files, self.shapes)
+    def _commit(self, aside, folder, step, files, tensors):
+        check_rows(files, tensors)
         config = dataclasses.asdict(self.plan.config)
         state = {"step": step, "recipe": recipe(self.plan), "config": config, "files": files}
         (aside / "state.json").write_text(json.dumps(state))
@@ -120,10 +115,9 @@ class Checkpoints:
             needed += 4 * self.plan.network.parameter_count()
             free = shutil.disk_usage(self.out).free
             if free < needed:
-                unit, name = (1e9, "GB") if needed >= 1e9 else (1e6, "MB")
                 raise ValueError(
-                    f"{self.out} has {free / unit:,.1f} {name} free, and the checkpoints and model "
-                    f"need {needed / unit:,.1f}: free some, or give a new --out or a smaller --keep"
+                    f"{self.out} has {free / 1e9:,.3f} GB free, and the checkpoints and model need "
+                    f"{needed / 1e9:,.3f}: free some, or give a new --out or a smaller --keep"
                 )
         return step, finished and (self.out / "model").exists()
 
@@ -156,7 +150,7 @@ class Checkpoints:
         tensors, files = state_tensors(llama, optimizer), read_state(folder)["files"]
 
         def check():
-            check_rows(files, self.shapes)
+            check_rows(files, tensors)
             for name in sorted(files)[ranks.rank :: ranks.world]:  # each file on one rank
                 check_sums(folder / name, files[name])
 
@@ -192,8 +186,8 @@ def write_rows(folder, prefix, tensors):
     """
     mine = {name: model.local_tensor(tensor) for name, tensor in tensors.items()}
     mine = {name: rows for name, rows in mine.items() if len(rows)}
-    written = {}
-    for number, names in enumerate(model.split(mine, None, FILE_SIZE), start=1):
+    sizes, written = {name: rows.nbytes for name, rows in mine.items()}, {}
+    for number, names in enumerate(model.split(sizes, FILE_SIZE), start=1):
         path = folder / f"{prefix}-{number:05d}.safetensors"
         rows = {name: mine[name].cpu().contiguous() for name in names}
         require_finite(rows)
@@ -214,23 +208,23 @@ def require_finite(tensors):
             raise ValueError(f"{name} holds NaN or infinity: try a lower --lr")
 
 
-def check_rows(files, shapes):
+def check_rows(files, tensors):
     """ValueError unless the files hold every row of every tensor exactly once."""
-    found = {name: [] for name in shapes}
+    found = {name: [] for name in tensors}
     for rows in files.values():
         for name, (first, count, _) in rows.items():
-            if name not in shapes:
+            if name not in tensors:
                 raise ValueError(f"{name} does not belong to this network")
             found[name].append((first, first + count))
-    for name, shape in shapes.items():
+    for name, tensor in tensors.items():
         end = 0
         for first, last in sorted(found[name]):
             if first != end:
                 how = "lacks" if first > end else "repeats"
                 raise ValueError(f"{name} {how} rows {min(first, end)} to {max(first, end)}")
             end = last
-        if end != shape[0]:
-            raise ValueError(f"{name} has {end} rows, not {shape[0]}")
+        if end != tensor.shape[0]:
+            raise ValueError(f"{name} has {end} rows, not {tensor.shape[0]}")
 
 
 def check_sums(path, rows):
@@ -247,9 +241,9 @@ def check_sums(path, rows):
 
 def recipe(plan):
     """{flags: their values} that identify a run: a checkpoint with others is refused."""
-    config = plan.config
+    config, tokens = plan.config, plan.dataset.folder.name
     return as_json({
-        "--data, --model, --max-length, --no-condition": plan.dataset.folder.name,
+        "tokens of --data by --model, --max-length, --classes, --beta, --no-condition": tokens,
         "config.json of --model": dataclasses.asdict(plan.network),
         "weights of --model, --random-weights": plan.base or "random",
         "--classes": {name: dataclasses.asdict(c) for name, c in plan.classes.items()},
@@ -394,24 +388,6 @@ def exports_of(out):
     """{folder name: Export} of a run; a user's copies of its exports have other names."""
     found = {p.name: read_export(p) for p in out.glob("epoch-*") if EXPORT.fullmatch(p.name)}
     return {name: export for name, export in found.items() if export and export.steps is not None}
-
-
-def evaluation_config(config):
-    """The Config for planning --evaluate, and its class table.
-
-    An export is measured as it was trained: with its own classes, with or without conditions, cut
-    at its own length. All tokens count equally: with a different --beta a class could weigh 0.
-    """
-    folder = model_folder(config.model)
-    export = read_export(folder)
-    length = config.max_length or (export and export.max_length)
-    own = {
-        "model": str(folder), "data": config.eval_data, "epochs": 1, "random_weights": False,
-        "condition": config.condition and (not export or export.conditioned), "reward": False,
-        "adam_precision": "fp32",
-        "max_length": min(length, config.batch_tokens) if length else None,
-    }  # fmt: skip
-    return dataclasses.replace(config, **own), export.classes if export else DEFAULT_CLASSES
 
 
 def check_ownership(out, epochs, has_checkpoints):

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import math
 import os
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,10 +17,9 @@ import data
 import model
 from loss import DEFAULT_CLASSES, class_table, class_weights, read_classes
 from support import memory, report
-from support.checkpoint import evaluation_config
 from support.containers import sources
 from support.dataset import Dataset
-from support.files import read_export
+from support.files import model_folder, read_export
 from support.flags import flag_of
 from support.tokenizer import Tokenizer
 
@@ -105,7 +103,7 @@ def make_plan(config, ranks, out):
         raise ValueError(f"{config.model}: no *.safetensors there{hint}")
     if pretrained:
         model.check_weights(config.model, network, new_rows)
-    new = pretrained and not read_export(Path(config.model))  # an export has all its rows
+    new = pretrained and not read_export(config.model)  # an export has all its rows
     untrained = model.untrained(config.model, tokenizer.marks) if new else []
 
     cuda = ranks.cuda or config.plan_memory > 0  # the plan is for a GPU, even if none is here
@@ -113,7 +111,7 @@ def make_plan(config, ranks, out):
     if obstacle and config.adam_precision == "bf16":
         raise ValueError(f"--adam-precision bf16 {obstacle}")
     bf16 = (config.precision or ("bf16" if cuda else "fp32")) == "bf16"
-    flash = cuda and bf16 and model.flash_takes(network.head_dim)
+    flash = cuda and bf16 and network.head_dim <= model.LARGEST_FLASH_HEAD
     # Only FlashAttention has fixed shapes; anything else would compile again for every batch.
     compile = flash if config.compile is None else config.compile
     context = network.max_position_embeddings
@@ -169,6 +167,24 @@ def make_plan(config, ranks, out):
         recompute=recompute, spared=spared, size=size,
         memory=memory.estimate(network, size, recompute), available=available,
     )  # fmt: skip
+
+
+def evaluation_config(config):
+    """The Config for planning --evaluate, and its class table.
+
+    An export is measured as it was trained: with its own classes, with or without conditions, cut
+    at its own length. All tokens count equally: with a different --beta a class could weigh 0.
+    """
+    folder = model_folder(config.model)
+    export = read_export(folder)
+    length = config.max_length or (export and export.max_length)
+    own = {
+        "model": str(folder), "data": config.eval_data, "epochs": 1, "random_weights": False,
+        "condition": config.condition and (not export or export.conditioned), "reward": False,
+        "adam_precision": "fp32",
+        "max_length": min(length, config.batch_tokens) if length else None,
+    }  # fmt: skip
+    return dataclasses.replace(config, **own), export.classes if export else DEFAULT_CLASSES
 
 
 def obstacle_to_bf16_moments(config, cuda):

@@ -58,9 +58,9 @@ class Ranks:
         self.first = self.rank == 0
         self.line = StatusLine(sys.stdout, seconds=10.0)
         self.signalled = None  # when the first signal to stop came
-        of_torchrun = "; torchrun may end with a traceback of its own"
         self.resumes = "the same command resumes from here"
-        self.resumes += of_torchrun * dist.is_torchelastic_launched()
+        if dist.is_torchelastic_launched():
+            self.resumes += "; torchrun may end with a traceback of its own"
 
     def thread(self):
         """An executor of one thread, on this rank's device: new threads start on device 0."""
