@@ -42,14 +42,12 @@ def generate(llama, prompts, max_new_tokens, stop=(), temperature=0.0, top_p=1.0
     or when the model's context is full. Temperature 0 takes the likeliest token.
     """
     context = llama.config.max_position_embeddings
-    longest = max(map(len, prompts))
-    if longest > context or not all(prompts):
-        wrong = longest if longest > context else 0
-        raise ValueError(f"a prompt has {wrong} tokens, the model's context is {context}")
+    if wrong := [len(prompt) for prompt in prompts if not 0 < len(prompt) <= context]:
+        raise ValueError(f"a prompt has {wrong[0]} tokens, the model's context is {context}")
     device = next(llama.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    cache = KeyValueCache(llama, lengths, min(context, longest + max_new_tokens))
+    cache = KeyValueCache(llama, lengths, min(context, int(lengths.max()) + max_new_tokens))
     last = lengths.cumsum(0) - 1
     tokens = torch.tensor(sum(prompts, []), device=device)
     logits = llama(tokens, cache.positions, cache.cu_seqlens, rows=last, attend=cache.layers)
@@ -112,14 +110,9 @@ class KeyValueCache:
         keys[at], values[at] = k, v
         if self.packed:
             return self.packed(q, k, v)
-        out = F.scaled_dot_product_attention(
-            q[:, :, None],  # (B, H, 1, E)
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            attn_mask=self.mask,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        return out[:, :, 0]
+        q, keys, values = q[:, :, None], keys.transpose(1, 2), values.transpose(1, 2)
+        options = {"attn_mask": self.mask, "enable_gqa": q.shape[1] != k.shape[1]}
+        return F.scaled_dot_product_attention(q, keys, values, **options)[:, :, 0]
 
 
 class Chat:
@@ -265,8 +258,7 @@ def main(argv=None):
         parser.error("--web asks under each class; leave out --prompt, --batch and --class")
     if sys.stdin is None and args.web is args.batch is args.prompt is None:
         parser.error("standard input is closed: give --prompt, --batch or --web")
-    names = "temperature", "top_p", "max_new_tokens", "seed"
-    options = {name: getattr(args, name) for name in names}
+    options = {n: getattr(args, n) for n in ("temperature", "top_p", "max_new_tokens", "seed")}
     try:
         folder = model_folder(args.folder)
         if args.source_class and not export_of(folder).conditioned:

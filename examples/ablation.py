@@ -169,7 +169,6 @@ def finish(runs, out, jobs, judge=None, names=None):
                 name = names.get(run, folder.name)
                 line.say(f"{count}/{len(runs)}  {name}: {in_short(score_of(run, out))}{left}")
     finally:
-        line.end()
         for _, process in running.values():
             process.kill()
             process.join()

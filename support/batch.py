@@ -12,10 +12,8 @@ from support.containers import blocks, sources
 from support.formats import Message, keys_beside, parse_json, parse_messages
 
 BATCH = 16  # conversations answered at a time
-OF_AN_ANSWER = re.compile(  # keys that seem to tell its author or its worth
-    "class|generator|model|teacher|author|annotat|scor|rating|reward|rank|judge|prefer|stamp", re.I
-)
-ANSWER = rb'(?:[^"\\]|\\.)*"}]}\n'  # the end of a line: the rest of a JSON text, and brackets
+# A line after its question: the rest of a JSON text and the brackets, or anything if cut short.
+ANSWER = rb'(?:[^"\\]|\\.)*"}]}\n|[^\n]*'
 
 
 def answer_file(chat, source, target, options, drop_last_answer=False):
@@ -23,9 +21,8 @@ def answer_file(chat, source, target, options, drop_last_answer=False):
     asked, cut = list(read_prompts(chat, source, drop_last_answer)), 0
     if others := sum(keys.get("class") not in (None, chat.class_name) for keys, _ in asked):
         say(f"note: answered as class {chat.class_name}; {others} of the lines have another class")
-    stale = {key for keys, _ in asked for key in keys if OF_AN_ANSWER.search(key)}
-    if drop_last_answer and stale:
-        say(f"note: keys that may describe the old answers remain: {', '.join(sorted(stale))}")
+    if drop_last_answer and (kept := {key for keys, _ in asked for key in keys}):
+        say(f"note: kept, though some may describe the old answers: {', '.join(sorted(kept))}")
     with open(target, "ab+") as out:
         for start in range(continue_after(out, target, asked), len(asked), BATCH):
             batch = asked[start : start + BATCH]
@@ -81,9 +78,7 @@ def continue_after(out, target, asked):
 def is_answer(line, prompt):
     """Is a line, perhaps cut short, this prompt with some answer, as encoded() writes it?"""
     start = encoded(*prompt, "").removesuffix(b'"}]}\n')
-    if line.endswith(b"\n"):
-        return line.startswith(start) and re.fullmatch(ANSWER, line[len(start) :])
-    return line.startswith(start) or start.startswith(line)
+    return start.startswith(line[: len(start)]) and re.fullmatch(ANSWER, line[len(start) :])
 
 
 def encoded(keys, messages, answer):

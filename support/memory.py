@@ -72,15 +72,5 @@ def blocks_to_recompute(network, size, available):
     return network.num_hidden_layers
 
 
-def sizes_that_fit(network, size, available):
-    """Sizes that fit, the most tokens first: down to a 16th, on up to 1024 times as many shards."""
-    sizes = [
-        size._replace(tokens=size.tokens >> halvings, shards=size.shards << doublings)
-        for halvings in range(5)
-        for doublings in range(11)
-    ]
-    return [s for s in sizes if total(network, s, network.num_hidden_layers) <= available]
-
-
 def total(network, size, recompute):
     return sum(estimate(network, size, recompute).values())

@@ -36,10 +36,8 @@ def main(argv=None):
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
-        report.StatusLine.end()
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        report.StatusLine.end()
         sys.exit("interrupted")
 
 

@@ -147,7 +147,6 @@ class Ranks:
             self.stop(f"error: lost another rank; {self.resumes} ({error})")
 
     def stop(self, message):
-        self.line.end()
         time.sleep(0 if self.first else 3)  # of an error on all ranks, only rank 0 prints it
         told_torchrun(message)
         if self.world == 1:

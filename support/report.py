@@ -20,71 +20,56 @@ from loss import expert_class
 from support import memory
 from support.dataset import dropped, problem_lines
 from support.files import read_metrics, sync
+from support.terminal import Terminal
 
 # ------------------------------------------------------------------------------------- the terminal
 
 
 class StatusLine:
-    """One refreshed line on a terminal; in a file, a new line every `seconds`.
-
-    Everything else is printed by `say`, or after `end`: both first end the refreshed line.
-    """
-
-    current = None  # the StatusLine that has the cursor, as there is only one terminal
+    """One refreshed line on a terminal; in a file, a new line every `seconds`."""
 
     def __init__(self, stream, seconds):
         self.stream = stream or open(os.devnull, "w")  # None: closed by who started this
+        self.on_terminal = isinstance(stream, Terminal)
         self.seconds, self.shown = seconds, 0.0
 
-    def columns(self):
-        return shutil.get_terminal_size().columns if self.stream.isatty() else sys.maxsize
-
     def refresh(self, text, final=False):
-        now, terminal = time.monotonic(), self.stream.isatty()
-        if now - self.shown < (0.1 if terminal else self.seconds) and not final:
+        now = time.monotonic()
+        if now - self.shown < (0.1 if self.on_terminal else self.seconds) and not final:
             return
         self.shown = now
-        StatusLine.current = self if terminal and not final else None
-        before, after = ("\r", "\033[K") if terminal else ("", "")
-        end = "" if StatusLine.current else "\n"
-        room = self.columns() - 4  # the terminal shows a Ctrl-C as "^C"
-        self._print(text[:room], before, after + end)
+        if not self.on_terminal:
+            return self._print(self.stream.write, text + "\n")
+        room = shutil.get_terminal_size().columns - 4  # the terminal shows a Ctrl-C as "^C"
+        text = text if len(text) <= room else text[: room - 3] + "..."
+        self._print(self.stream.refresh, text, final)
 
     def say(self, text):
-        self.end()
-        self._print(wrapped(text, self.columns()))
+        self._print(self.stream.write, (wrapped(text) if self.on_terminal else text) + "\n")
 
-    @staticmethod
-    def end():
-        line, StatusLine.current = StatusLine.current, None
-        if line:
-            line._print("")
-
-    def _print(self, text, before="", after="\n"):
-        control = getattr(self.stream, "control", self.stream.write)  # see terminal.Terminal
+    def _print(self, write, *arguments):
         try:
-            control(before)
-            self.stream.write(text)
-            control(after)
+            write(*arguments)
             self.stream.flush()
         except OSError:  # the terminal is closed, or `tee` has ended: the run continues
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def say_in_handler(self, text):
         """From a signal handler, which may have interrupted a print: not through its buffer."""
-        text = "\n" * bool(StatusLine.current) + text + "\n"
-        StatusLine.current = None
+        text = "\n" * Terminal.refreshed + text + "\n"
+        Terminal.refreshed = False
         with contextlib.suppress(OSError):
             os.write(self.stream.fileno(), text.encode())
 
 
-def wrapped(text, width):
+def wrapped(text):
     """Text with lines broken at spaces; those indented by two, commands and places, are not."""
-    out, options = [], {"break_long_words": False, "break_on_hyphens": False}
+    out, width = [], shutil.get_terminal_size().columns
+    whole_words = {"break_long_words": False, "break_on_hyphens": False}
     for line in text.split("\n"):
         indent = " " * len(re.match(r"\S* {2,}|", line)[0])
         if len(line) > width and indent != "  ":
-            line = textwrap.fill(line, width, subsequent_indent=indent, **options)
+            line = textwrap.fill(line, width, subsequent_indent=indent, **whole_words)
         out.append(line)
     return "\n".join(out)
 
@@ -99,12 +84,9 @@ class Progress:
     def __call__(self, done, total, count):
         seconds, share = time.time() - self.started, max(done, 1) / max(total, 1)
         if seconds >= 1:
-            self.line.refresh(
-                f"{self.label} [{'#' * int(12 * share):12}] {share:4.0%}  "
-                f"{clock(seconds / share - seconds)} left  {count:,} conversations  "
-                f"{done / seconds / 1e6:.1f} MB/s",
-                final=done == total,
-            )
+            bar, left = "#" * int(12 * share), clock(seconds / share - seconds)
+            text = f"{self.label} [{bar:12}] {share:4.0%}  {left} left  {count:,} conversations  "
+            self.line.refresh(f"{text}{done / seconds / 1e6:.1f} MB/s", final=done == total)
 
 
 def clock(seconds):
@@ -202,8 +184,8 @@ def resources(plan):
         flops = epochs * training_flops(plan.network, lengths.sum(), (lengths**2).sum())
         hours = flops / (plan.world * 0.4 * PEAK_FLOPS["H100"]) / 3600
         assumed = f"on {plan.world} x H100 at 40 % of their peak, an assumption"
-        lines += [f"time       about {hours:,.2f} h {assumed}"]
-        lines += ["           no GPU has confirmed these estimates yet"]
+        lines.append(f"time       about {hours:,.2f} h {assumed}")
+        lines.append("           no GPU has confirmed these estimates yet")
     return "\n".join([*lines, ""])
 
 
@@ -213,24 +195,20 @@ def binary(size):
 
 def what_would_fit(plan):
     """The error of a plan that does not fit; it says with how many ranks or tokens it would."""
-    config, size, ways = plan.config, plan.size, []
-    found = memory.sizes_that_fit(plan.network, size, plan.available)
-    if found:  # the most tokens, or the fewest ranks
-        found = dict.fromkeys([found[0], min(found, key=lambda other: other.shards)])
-    for other in found:
-        changes = ["no --recompute"] * (config.recompute is not None)
-        if other.tokens < size.tokens:
-            accumulate = config.accumulate * size.tokens // other.tokens
-            changes.append(f"--batch-tokens {other.tokens} --accumulate {accumulate}")
-            if other.tokens < (config.max_length or plan.dataset.lengths.max()):
-                changes[-1] += f" --max-length {other.tokens}"
-        if other.shards > size.shards:
-            changes.append(f"{other.shards * config.replicas} ranks")
-        ways.append(" and ".join(changes))
-    advice = "it would with " + ", or with ".join(ways)
-    if not ways:
-        most = f"{size.shards * config.replicas << 10} ranks and --batch-tokens {size.tokens >> 4}"
-        advice = f"not even with {most}"
+    config, size, ways, fewest = plan.config, plan.size, [], sys.maxsize
+    for halvings, doublings in itertools.product(range(5), range(11)):  # the most tokens first
+        tokens, shards = size.tokens >> halvings, size.shards << doublings
+        way = f"{shards * config.replicas} ranks and --batch-tokens {tokens}"
+        other = size._replace(tokens=tokens, shards=shards)
+        least = memory.total(plan.network, other, recompute=plan.network.num_hidden_layers)
+        if least <= plan.available and shards < fewest:
+            fewest = shards
+            way += f" --accumulate {config.accumulate << halvings}"
+            if tokens < (config.max_length or plan.dataset.lengths.max()):
+                way += f" --max-length {tokens}"
+            ways.append(way + ", without --recompute" * (config.recompute is not None))
+    advice = f"it would with {ways[0]}" if ways else f"not even with {way}"
+    advice += f", or with {ways[-1]}" if len(ways) > 1 else ""
     needed = binary(sum(plan.memory.values()))
     return f"{needed} per rank do not fit {binary(plan.available)}; {advice}"
 
@@ -250,11 +228,9 @@ def summary(dataset, classes, class_weights):
             f"{supervised:11,.0f} {mean:7.3g} {weight / total:6.1%}"
         )
     out.append("mean w: of a supervised token; share: of the weight of all of them")
-    lengths = dataset.lengths
+    lengths, mean = dataset.lengths, dataset.lengths.mean()
     quantiles = ", ".join(f"{q}% {np.percentile(lengths, q):.0f}" for q in (50, 90, 99))
-    out.append(
-        f"tokens per conversation: mean {lengths.mean():.1f}, {quantiles}, longest {lengths.max()}"
-    )
+    out.append(f"tokens per conversation: mean {mean:.1f}, {quantiles}, longest {lengths.max()}")
     out += [f"dropped: {text}" for text in dropped(report)]
     out += [text.format(**report) for key, text in COUNTED.items() if report[key]]
     out += ["  " + text for text in problem_lines(report)]
@@ -270,12 +246,10 @@ def summary(dataset, classes, class_weights):
 
 COUNTED = {  # of dataset.report, each printed unless it is 0
     "cut": "cut at the maximum length: {cut:,} conversations, {tokens_cut:,} tokens lost",
-    "unknown": "warning: {unknown:,} tokens of <unk>: characters missing in the tokenizer, all the "
-    "same to the model",
+    "unknown": "warning: {unknown:,} tokens of <unk>, for characters that the tokenizer lacks",
     "unknown_in": "warning: such characters are in the conditions {unknown_in}, so in every turn",
     "too_small": "weights too small for float32, taken as 0: {too_small:,}",
-    "lost_bytes": "warning: {lost_bytes:,} bytes of characters that the tokenizer lacks, which "
-    "give no token: the model never sees them",
+    "lost_bytes": "warning: {lost_bytes:,} bytes of characters that the tokenizer lacks: not read",
     "bad": "dropped as bad (--skip-bad): {bad:,} lines",
 }
 
@@ -365,10 +339,9 @@ class Log:
     def step(self, step, bins, loss, lr, grad_norm, table, seconds):
         if not self.ranks.first:
             return
-        plan, lengths = self.plan, self.plan.dataset.lengths
-        conversations = np.concatenate(bins).astype(np.int64)
-        tokens = int(lengths[conversations].sum())
-        squares = float((lengths[conversations].astype(np.float64) ** 2).sum())
+        plan, conversations = self.plan, np.concatenate(bins).astype(np.int64)
+        lengths = plan.dataset.lengths[conversations].astype(np.int64)
+        tokens, squares = int(lengths.sum()), int((lengths**2).sum())
         flops = training_flops(plan.network, tokens, squares) / seconds / self.ranks.world
         classes = by_class(plan, table)
         supervised = sum(c["tokens"] for c in classes.values())
@@ -388,15 +361,12 @@ class Log:
         self.write(line)
         left = plan.order.total - step
         left *= (time.perf_counter() - self.began) / (step - self.start)
-        found = {name: c for name, c in classes.items() if c["tokens"]}
+        text = f"step {step}/{plan.order.total}  {clock(left)} left  loss {loss:.4f}"
+        for name, of in classes.items():
+            text += f"  {name} {of['loss']:.3f} {of['accuracy']:4.0%}" if of["tokens"] else ""
         mfu = f" {line['mfu']:.0%} mfu" if line["mfu"] else ""
-        text = fitted(
-            f"step {step}/{plan.order.total}  {clock(left)} left  loss {loss:.4f}",
-            [f"{n} {c['loss']:.3f} {c['accuracy']:4.0%}" for n, c in found.items()],
-            [f"epoch {line['epoch']}/{len(plan.order.ends)}", f"lr {lr:.2e}",
-             f"{line['tokens_per_second']:,.0f} tok/s{mfu}", f"norm {grad_norm:.2f}"],
-            self.ranks.line.columns() - 4,
-        )  # fmt: skip
+        text += f"  epoch {line['epoch']}/{len(plan.order.ends)}  lr {lr:.2e}"
+        text += f"  {line['tokens_per_second']:,.0f} tok/s{mfu}  norm {grad_norm:.2f}"
         self.ranks.line.refresh(text, final=step == plan.order.total)
 
     def write(self, line):
@@ -424,18 +394,7 @@ class Log:
     def expert_losses(self):
         """{step: held-out loss of the class with the highest reward}, on this evaluation data."""
         expert = expert_class(self.plan.classes)
-        found = self.evaluations.items()
-        return {step: classes.get(expert, {}).get("loss") for step, classes in found}
-
-
-def fitted(start, classes, rest, width):
-    """One line: the start, the classes that fit or how many do not, and what fits of the rest."""
-    for count, part in enumerate([*classes, *rest], start=1):
-        if len(start) + 2 + len(part) > width - 12 * (count < len(classes)):  # to say how many
-            left_out = len(classes) - count + 1
-            return start + f"  +{left_out} classes" * (left_out > 0)
-        start += "  " + part
-    return start
+        return {step: of.get(expert, {}).get("loss") for step, of in self.evaluations.items()}
 
 
 def by_class(plan, table):
@@ -478,9 +437,8 @@ def peak_flops(name):
 
 def training_flops(network, tokens, sum_of_squares):
     """6 · parameters (embeddings not counted) · tokens, plus causal attention by Σ length²."""
-    matrices = network.parameter_count() - network.vocab_size * network.hidden_size * (
-        not network.tie_word_embeddings
-    )
+    embedding = 0 if network.tie_word_embeddings else network.vocab_size * network.hidden_size
+    matrices = network.parameter_count() - embedding
     width = network.num_attention_heads * network.head_dim
     return 6 * matrices * tokens + 6 * network.num_hidden_layers * width * sum_of_squares
 

@@ -21,10 +21,16 @@ class Terminal(io.TextIOWrapper):
     the screen, forge a line, or worse.
     """
 
-    def write(self, text):
-        return self.control(CONTROLS.sub("\ufffd", text))
+    refreshed = False  # does the cursor follow a refreshed line? What is written then ends it first
 
-    control = io.TextIOWrapper.write  # for what moves the cursor
+    def write(self, text):
+        before, Terminal.refreshed = "\n" * Terminal.refreshed, False
+        return super().write(before + CONTROLS.sub("\ufffd", text))
+
+    def refresh(self, line, final):
+        """Show a line in place of the last refreshed one."""
+        Terminal.refreshed = not final
+        super().write("\r" + CONTROLS.sub("\ufffd", line) + "\033[K" + "\n" * final)
 
 
 def guard_terminal():

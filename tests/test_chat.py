@@ -411,8 +411,8 @@ def test_keys_that_may_describe_a_dropped_answer_are_named(folder, run, tmp_path
     source = write(tmp_path / "in", alpaca, rated, bare, alpaca)
     flags = ["--batch", source, "--to", tmp_path / "out", "--drop-last-answer"]
     code, _, err = run(chat.main, folder, *flags, "--max-new-tokens", "2")
-    note = "note: keys that may describe the old answers remain: "
-    assert code == 0 and f"{note}class, generator, model, model_id, score\n" in err
+    note = "note: kept, though some may describe the old answers: "
+    assert code == 0 and f"{note}class, dataset, generator, id, model, model_id, score\n" in err
     kept = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
     assert kept[0]["generator"] == "davinci" and kept[1]["model_id"] == "m"
     flags = ["--batch", write(tmp_path / "bare", bare), "--to", tmp_path / "b"]

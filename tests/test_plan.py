@@ -338,35 +338,41 @@ def seven_billion(files, ranks, tmp_path):
 
 # What does not fit, and each way that is proposed, with smaller changes that must not be enough.
 DO_NOT_FIT = {
-    "ranks": ({"plan_ranks": 2, "plan_memory": 40}, {"4 ranks": []}),
+    "ranks": (
+        {"plan_ranks": 2, "plan_memory": 40},
+        {"4 ranks and --batch-tokens 512 --accumulate 1": []},
+    ),
     "tokens or ranks": (
         {"plan_ranks": 8, "plan_memory": 20, "batch_tokens": 32768},
-        {"128 ranks": ["64 ranks"],
-         "--batch-tokens 8192 --accumulate 4": ["--batch-tokens 16384 --accumulate 2"]},
+        {"128 ranks and --batch-tokens 32768 --accumulate 1": ["64 ranks"],
+         "8 ranks and --batch-tokens 8192 --accumulate 4": ["--batch-tokens 16384 --accumulate 2"]},
     ),
     "tokens and ranks": (
         {"plan_ranks": 4, "plan_memory": 20, "batch_tokens": 65536, "accumulate": 2},
-        {"--batch-tokens 32768 --accumulate 4 and 128 ranks":
+        {"128 ranks and --batch-tokens 32768 --accumulate 4":
          ["128 ranks", "4096 ranks", "--batch-tokens 32768 and 64 ranks"],
-         "--batch-tokens 8192 --accumulate 16 and 8 ranks":
+         "8 ranks and --batch-tokens 8192 --accumulate 16":
          ["--batch-tokens 8192", "--batch-tokens 16384 and 8 ranks"]},
     ),
     "replicas": (
         {"plan_ranks": 8, "plan_memory": 24, "replicas": 2},
-        {"16 ranks": ["8 ranks"]},
+        {"16 ranks and --batch-tokens 512 --accumulate 1": ["8 ranks"]},
     ),
     "blocks": (
         {"plan_ranks": 8, "plan_memory": 40, "batch_tokens": 32768, "recompute": 1},
-        {"no --recompute": ["--recompute 1"]},
+        {"8 ranks and --batch-tokens 32768 --accumulate 1, without --recompute":
+         ["--recompute 1"]},
     ),
     "blocks and ranks": (
         {"plan_ranks": 2, "plan_memory": 40, "recompute": 1},
-        {"no --recompute and 4 ranks": ["no --recompute"]},
+        {"4 ranks and --batch-tokens 512 --accumulate 1, without --recompute":
+         ["2 ranks, without --recompute"]},
     ),
     "a 16th of the tokens": (
         {"plan_ranks": 8, "plan_memory": 20, "batch_tokens": 131072},
-        {"--batch-tokens 32768 --accumulate 4 and 128 ranks": ["--batch-tokens 32768"],
-         "--batch-tokens 8192 --accumulate 16": ["--batch-tokens 16384 --accumulate 8"]},
+        {"128 ranks and --batch-tokens 32768 --accumulate 4": ["--batch-tokens 32768"],
+         "8 ranks and --batch-tokens 8192 --accumulate 16":
+         ["--batch-tokens 16384 --accumulate 8"]},
     ),
     "nothing": (
         {"plan_ranks": 8, "plan_memory": 1},
@@ -380,7 +386,7 @@ def as_settings(way):
     found = {n.replace("-", "_"): int(value) for n, value in re.findall(r"--(\S+) (\d+)", way)}
     if count := re.search(r"(\d+) ranks", way):
         found["plan_ranks"] = int(count[1])
-    return found | ({"recompute": None} if "no --recompute" in way else {})
+    return found | ({"recompute": None} if "without --recompute" in way else {})
 
 
 @pytest.mark.parametrize("name", DO_NOT_FIT)
