@@ -132,8 +132,9 @@ def schedule(plan):
         out.append(f"warning: no conversation of the expert class {expert}, chat.py's default")
     first_epoch = order.pack(0)[: order.total]
     out += weight_by_step(plan.dataset, first_epoch, plan.classes, plan.class_weights)
-    if order.total <= FEW_STEPS and order.total != config.max_steps:
-        times = 1 << (FEW_STEPS // order.total).bit_length()  # that many make enough
+    few = 100  # so few steps train hardly anything
+    if order.total <= few and order.total != config.max_steps:
+        times = 1 << (few // order.total).bit_length()  # that many make enough
         tokens, longest = config.batch_tokens // times, plan.dataset.lengths.max()
         whole = tokens >= (config.max_length or longest)  # no conversation would be cut
         flag = f"--batch-tokens {tokens}" if whole else f"--epochs {times * config.epochs}"
@@ -149,9 +150,6 @@ def schedule(plan):
         f"           conversations up to {plan.max_length:,} tokens",
         f"optimizer  AdamW ({config.adam_precision} moments), peak learning rate {rate}",
     ])  # fmt: skip
-
-
-FEW_STEPS = 100  # so few train hardly anything
 
 
 def resources(plan):
@@ -325,12 +323,11 @@ class Log:
         keep = []
         for line in read_metrics(self.path) if self.start else ():
             ours = "eval" in line and line.get("eval_data") == self.plan.eval_name
-            again = line["step"] == self.start and self.plan.evaluates(self.start)
-            if line["step"] > self.start or (ours and again):
-                continue
-            keep.append(line)
-            if ours:
-                self.evaluations[line["step"]] = line["eval"]
+            again = ours and line["step"] == self.start and self.plan.evaluates(self.start)
+            if line["step"] <= self.start and not again:
+                keep.append(line)
+                if ours:
+                    self.evaluations[line["step"]] = line["eval"]
         temporary = self.out / ".metrics.tmp"
         temporary.write_text("".join(json.dumps(line) + "\n" for line in keep))
         sync(temporary)
@@ -344,7 +341,6 @@ class Log:
         tokens, squares = int(lengths.sum()), int((lengths**2).sum())
         flops = training_flops(plan.network, tokens, squares) / seconds / self.ranks.world
         classes = by_class(plan, table)
-        supervised = sum(c["tokens"] for c in classes.values())
         line = {
             "step": step,
             "epoch": plan.order.epoch_of(step),
@@ -353,7 +349,7 @@ class Log:
             "grad_norm": grad_norm,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            "supervised_tokens_per_second": supervised / seconds,
+            "supervised_tokens_per_second": sum(c["tokens"] for c in classes.values()) / seconds,
             "mfu": flops / self.peak if self.peak and plan.bf16 else None,
             "memory_bytes": peak_memory(self.ranks),
             "classes": classes,

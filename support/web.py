@@ -21,7 +21,6 @@ from support.formats import Message
 
 PORT = 8000
 ROLES = "user", "assistant"
-LONGEST = 1 << 20  # bytes of a request
 POLICY = (
     "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -81,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
     def question(self):
         """(a prompt for each column, temperature); ValueError and the like for anything else."""
         chat, size = self.chat, int(self.headers["Content-Length"] or 0)
-        if self.path != "/ask" or not 0 < size <= LONGEST:
+        if self.path != "/ask" or not 0 < size <= 1 << 20:
             raise ValueError("a request must go to /ask and have at most 1 MiB")
         asked = json.loads(self.rfile.read(size))
         temperature, prompts = float(asked["temperature"]), []
