@@ -69,15 +69,12 @@ class Parser(argparse.ArgumentParser):
 
     def values(self, arguments):
         """{field: value} of the flags given; the command line overrides an @FILE."""
-        from_files, others = [], []
-        for argument in arguments:
-            if not argument.startswith("@"):
-                others.append(argument)
-                continue
+        from_files, others = [], [text for text in arguments if not text.startswith("@")]
+        for path in [text[1:] for text in arguments if text.startswith("@")]:
             try:
-                from_files += shlex.split(Path(argument[1:]).read_text("utf-8-sig"), comments=True)
+                from_files += shlex.split(Path(path).read_text("utf-8-sig"), comments=True)
             except (OSError, ValueError) as error:  # ValueError: an open quote, or not text
-                self.error(f"{argument}: {error}")
+                self.error(f"@{path}: {error}")
         return vars(self.parse_args(from_files)) | vars(self.parse_args(others))
 
 
