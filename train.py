@@ -156,14 +156,14 @@ def require_files(parser, flags, arguments):
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     embedded = not arguments
-    if embedded:
-        arguments = [f"@{EXAMPLE / 'flags.txt'}"]
-    config = parse_arguments(arguments)
+    config = parse_arguments(arguments or [f"@{EXAMPLE / 'flags.txt'}"])
     ranks = Ranks()
     with ranks.errors_in_one_line():
         if embedded:
             os.chdir(ROOT)  # its flags have paths relative to this folder
-            ranks.say(f"no flags: the embedded example, as with\n  train.py {arguments[0]}\n")
+            tokens = max(config.batch_tokens // ranks.world, config.max_length)
+            config = dataclasses.replace(config, batch_tokens=tokens)  # ranks share the step
+            ranks.say(f"no flags: as with train.py @{EXAMPLE}/flags.txt --batch-tokens {tokens}\n")
         finished = run(config, ranks)
         if embedded and finished and ranks.first:
             subprocess.run([sys.executable, EXAMPLE / "score.py", f"{config.out}/model"])

@@ -1,5 +1,6 @@
 """The trainer: its step and network in this process, and whole runs as its users start them."""
 
+import contextlib
 import json
 import math
 import os
@@ -538,6 +539,23 @@ def test_without_data_the_error_is_a_line_that_changes_the_example(
     assert code == 2 and shown.count("\n") == 1 and f"{python()} train.py {line}" in shown
     parsed_line = shlex.split(shown.split(" train.py ")[1])
     train.parse_arguments(parsed_line)  # as it stands there
+
+
+@pytest.mark.parametrize("world, tokens", [(1, 6144), (2, 3072), (4, 1536), (128, 64)])
+def test_without_flags_the_ranks_share_the_steps_tokens(world, tokens, monkeypatch):
+    """The example takes as many steps on any ranks; each has room for a conversation."""
+    said, taken = [], []
+
+    class Some:
+        errors_in_one_line, say = contextlib.nullcontext, said.append
+
+    Some.world = world
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(train, "Ranks", Some)
+    monkeypatch.setattr(train, "run", lambda config, ranks: taken.append(config))
+    train.main([])
+    line = said[0].split("train.py ")[1].split()
+    assert taken == [train.parse_arguments(line)] and taken[0].batch_tokens == tokens
 
 
 @pytest.mark.parametrize(
