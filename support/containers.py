@@ -55,7 +55,7 @@ def sources(arguments, classes):
 
 # --------------------------------------------------------------------------------- kinds of files
 
-PANDAS = "pandas.read_{}.to_json(OUT, orient='records', lines=True)"
+PANDAS = "pip install pandas; pandas.read_{}.to_json(OUT, orient='records', lines=True)"
 FOREIGN = {  # pattern of a file's first bytes: its kind, how to make JSON lines of it
     rb"PAR1": ("a parquet file", PANDAS.format("parquet(FILE)")),
     rb"ARROW1": ("an Arrow file", PANDAS.format("feather(FILE)")),

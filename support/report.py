@@ -134,11 +134,15 @@ def schedule(plan):
     out += weight_by_step(plan.dataset, first_epoch, plan.classes, plan.class_weights)
     few = 100  # so few steps train hardly anything
     if order.total <= few and order.total != config.max_steps:
-        times = 1 << (few // order.total).bit_length()  # that many make enough
-        tokens, longest = config.batch_tokens // times, plan.dataset.lengths.max()
-        whole = tokens >= (config.max_length or longest)  # no conversation would be cut
-        flag = f"--batch-tokens {tokens}" if whole else f"--epochs {times * config.epochs}"
-        out.append(f"warning: few steps ({order.total}); {flag} makes about {times * order.total}")
+        lengths, tokens, made = plan.dataset.lengths, config.batch_tokens, 0
+        while tokens > 1 and made <= few:
+            tokens //= 2
+            made = config.epochs * -(-lengths.sum() // (tokens * plan.world * config.accumulate))
+        flag = f"--batch-tokens {tokens}"
+        if tokens < (config.max_length or lengths.max()):  # it would cut conversations
+            times = 1 << (few // order.total).bit_length()
+            flag, made = f"--epochs {times * config.epochs}", times * order.total
+        out.append(f"warning: few steps ({order.total}); {flag} makes about {made}")
     if config.random_weights and config.lr == "auto":
         out.append("warning: OpenChat's learning rate is for pretrained weights; try --lr 3e-3")
     rate = f"{plan.lr:.3g}" + (" (OpenChat's rule)" if config.lr == "auto" else "")
@@ -226,6 +230,10 @@ def summary(dataset, classes, class_weights):
             f"{supervised:11,.0f} {mean:7.3g} {weight / total:6.1%}"
         )
     out.append("mean w: of a supervised token; share: of the weight of all of them")
+    own = index["own_weight"][index["own_weight"] >= 0]
+    if len(own) and class_weights is not None:
+        span = f"of w {own.min():.3g} to {own.max():.3g}"
+        out.append(f"with a reward of their own: {len(own):,} conversations, {span}")
     lengths, mean = dataset.lengths, dataset.lengths.mean()
     quantiles = ", ".join(f"{q}% {np.percentile(lengths, q):.0f}" for q in (50, 90, 99))
     out.append(f"tokens per conversation: mean {mean:.1f}, {quantiles}, longest {lengths.max()}")

@@ -72,7 +72,10 @@ def converse(chat, options):
         if text.startswith("/"):
             talk.command(*text.strip().split(maxsplit=1))
         elif text.strip():
-            talk.ask(text.strip())
+            try:
+                talk.ask(text.strip())
+            except KeyboardInterrupt:  # before its first token
+                print(" [stopped]")
 
 
 def typed():

@@ -711,6 +711,19 @@ def test_ctrl_c_keeps_what_was_said(folder, talker, run, monkeypatch):
     assert said[1] == ["Hi", "Half", "More"]
 
 
+def test_ctrl_c_before_the_first_token_stops_no_more_than_the_answer(folder, run, monkeypatch):
+    talker, asked = chat.Chat(folder, device="cpu"), []
+
+    def fitting(messages, room):
+        asked.append(messages[-1].content)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "Chat", lambda *_: talker)
+    monkeypatch.setattr(talker, "fitting", fitting)
+    code, out, _ = run(chat.main, folder, stdin="Hi\nMore\n")
+    assert code == 0 and out.count(" [stopped]\n") == 2 and asked == ["Hi", "More"]
+
+
 @pytest.mark.parametrize(
     ("typed", "asked"), [(["^C", "Hi", "^C", "Ha", "^C", "^C"], 2), (["^C", "^C", "Hi"], 0)]
 )

@@ -889,6 +889,14 @@ def test_without_reward_no_beta_changes_the_run(lines, ranks, tmp_path):
     assert checkpoint.recipe(plans[0]) == checkpoint.recipe(plans[1])
 
 
+def test_the_summary_says_how_many_have_a_reward_of_their_own(prepare, tmp_path):
+    given = [{}, {"reward": None}, {"reward": -1}, {"reward": 3}]
+    found = prepare(write(tmp_path / "a.jsonl", *(line("Hi", "Ho", **keys) for keys in given)))
+    shown = "\n".join(report.summary(found, CLASSES, WEIGHTS))
+    assert "with a reward of their own: 2 conversations, of w 0.01 to 100\n" in shown
+    assert "of their own" not in "\n".join(report.summary(found, CLASSES, None))
+
+
 @pytest.mark.parametrize("reward", [True, "1", [1], {}, float("nan"), float("inf"), 10**400])
 def test_a_reward_that_is_no_finite_number_is_refused(reward, prepare, tmp_path):
     with pytest.raises(data.BadData, match="a.jsonl:1: reward must be a finite number, not"):

@@ -118,7 +118,7 @@ REFUSED = {
     "j6_chosen_rejected.jsonl": "are preferences",
     "k15_duplicate_keys.jsonl": "'class' is given twice in one object",
     "k1_utf16.jsonl": "is UTF-16 or UTF-32, not JSON: iconv",
-    "p1.csv": "is a table, not JSON: pandas.read_csv",
+    "p1.csv": "is a table, not JSON: pip install pandas; pandas.read_csv",
     "r3_oasst_tree.jsonl": "'prompt' must be text or a list of messages, not an object: it is a "
     "message tree",
     "r3_pandas_default_orient.json": "'instruction' must be text or a list of messages, not an "
