@@ -124,7 +124,7 @@ REFUSED = {
     "r3_pandas_default_orient.json": "'instruction' must be text or a list of messages, not an "
     "object: it is a column; pandas' to_json(OUT, orient='records', lines=True) writes rows",
     "r3_magpie_reward_model.jsonl": "'instruct_reward' seems to say what is supervised",
-    "p2.parquet": "is a parquet file, not JSON: pandas.read_parquet",
+    "p2.parquet": "is a parquet file, not JSON: pip install pandas; pandas.read_parquet",
 }
 
 

@@ -788,9 +788,9 @@ def test_a_read_only_output_is_named_and_left_as_it_was(finished, few, small_dis
 
 def test_a_disk_too_small_is_found_before_training(few, small_disk):
     (small_disk / "other").write_bytes(bytes(9 << 20))
-    error = refused(flags(few, small_disk / "out"), "MB free")
-    free, needed = re.search(r"has ([\d.]+) MB free, .* need ([\d.]+):", error).groups()
-    assert 3 < float(free) < 3.2 < float(needed)
+    error = refused(flags(few, small_disk / "out"), "GB free")
+    free, needed = re.search(r"has ([\d.]+) GB free, .* need ([\d.]+):", error).groups()
+    assert 0.003 <= float(free) < 0.0032 < float(needed)
     assert not (small_disk / "out" / "metrics.jsonl").exists()
 
 
