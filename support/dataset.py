@@ -167,7 +167,8 @@ def _is_whole(folder):
 def dropped(report):
     """Lines of text: conversations that were left out because nothing in them is supervised."""
     reasons = {"answer_cut": "within the maximum length", "weightless": "with a weight above 0"}
-    return [f"{report[key]:,} have no answer {why}" for key, why in reasons.items() if report[key]]
+    found = {why: report[key] for key, why in reasons.items() if report[key]}
+    return [f"{count:,} without an answer {why}" for why, count in found.items()]
 
 
 @dataclasses.dataclass

@@ -85,7 +85,8 @@ def preview(dataset, conversation, tokenizer, classes, class_weights):
     bounds = [0, *(np.flatnonzero(np.diff(weights)) + 1).tolist(), len(tokens)]
     for low, high in itertools.pairwise(bounds):
         run = report.visible(tokens[low:high], tokenizer)
-        text += f"⟦{run}⟧w={weights[low]:.3g} " if weights[low] else run
+        inner = run.removesuffix("\n")  # so that the weight stands at the end of its line
+        text += f"⟦{inner}⟧w={weights[low]:.3g}{run[len(inner):] or ' '}" if weights[low] else run
     where = dataset.where(conversation)
     return [f"{where}  class {name}, {len(weights)} tokens", text.rstrip("\n"), ""]
 

@@ -276,7 +276,7 @@ def test_what_is_marked_as_not_to_be_learned_is_not(said, prepare, tokenizer, tm
     (row,) = found.index
     assert row["supervised"] == len(tokenizer.encode("D")) + 1
     with pytest.raises(
-        ValueError, match="no conversation to train on; 1 have no answer with a weight"
+        ValueError, match="no conversation to train on; 1 without an answer with a weight"
     ):
         prepare(write(tmp_path / "a.jsonl", conversation("A", "B") | said))
     (key,) = said
