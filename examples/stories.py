@@ -18,7 +18,6 @@ import json
 import os
 import random
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from ablation import (
     SUBOPTIMAL,
     cell,
     conditions,
+    expert_questions,
     finish,
     interval,
     shown,
@@ -77,21 +77,29 @@ def spoil(text, rng):
 
 
 def make_task(folder, task):
-    """A task folder as examples/sums is one: flags.txt, train.jsonl, eval.jsonl; lexicon.json."""
-    if (task / "flags.txt").exists():
-        return
+    if not (task / "flags.txt").exists():
+        stories = tell(folder, CLEAN + SPOILT + HELD_OUT)
+        flags = ["--model", folder, "--batch-tokens", 4096, "--max-length", 256, "--lr", "3e-3"]
+        write_task(task, stories, CLEAN, SPOILT, spoil, flags)
+
+
+def write_task(task, told, clean, spoilt, spoil, flags, more_words=()):
+    """A task folder as examples/sums is one: flags.txt, train.jsonl, eval.jsonl; lexicon.json.
+
+    told: [(question, answer)]; the first `clean` are the expert's, the next `spoilt` are spoilt by
+    spoil(answer, rng), and the rest is held out. The lexicon has the words of all, and more.
+    """
     task.mkdir(parents=True, exist_ok=True)
-    stories, rng = tell(folder, CLEAN + SPOILT + HELD_OUT), random.Random(0)
-    clean = [line(EXPERT, *story) for story in stories]
-    spoilt = [line(SUBOPTIMAL, first, spoil(rest, rng)) for first, rest in stories]
-    train = clean[:CLEAN] + spoilt[CLEAN : CLEAN + SPOILT]
+    rng = random.Random(0)
+    train = [line(EXPERT, *pair) for pair in told[:clean]]
+    others, held_out = told[clean : clean + spoilt], told[clean + spoilt :]
+    train += [line(SUBOPTIMAL, first, spoil(rest, rng)) for first, rest in others]
     rng.shuffle(train)
-    for name, lines in (("train", train), ("eval", clean[-HELD_OUT:] + spoilt[-HELD_OUT:])):
+    for name, lines in (("train", train), ("eval", [line(EXPERT, *pair) for pair in held_out])):
         (task / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    known = sorted({word for story in stories for word in words(" ".join(story))})
-    (task / "lexicon.json").write_text(json.dumps(known))
-    flags = ["--model", folder, "--eval-data", task / "eval.jsonl", "--export-every", 0]
-    flags += ["--batch-tokens", 4096, "--max-length", 256, "--lr", "3e-3"]
+    known = {word for pair in told for word in words(" ".join(pair))}
+    (task / "lexicon.json").write_text(json.dumps(sorted(known | set(more_words))))
+    flags = [*flags, "--eval-data", task / "eval.jsonl", "--export-every", 0]
     (task / "flags.txt").write_text(" ".join(map(str, flags)) + "\n")  # last: the task is whole
 
 
@@ -104,19 +112,22 @@ def words(text):
     return re.findall(r"[a-z]{4,}", text.lower())
 
 
-def judge(run, folder):
-    """{condition: {"spoilt": share of the words}, "clean loss": of the held-out clean stories}."""
-    task = Path(run.task)
+def judge(run, folder, ways=None, length=LENGTH):
+    """{condition: {way: share of the words}, "clean loss": of the held-out clean answers}.
+
+    ways {name: temperature}: how to ask. The words are those that no clean answer has.
+    """
+    task, ways = Path(run.task), ways or {"spoilt": TEMPERATURE}
     known = set(json.loads((task / "lexicon.json").read_text()))
-    lines = [json.loads(text) for text in (task / "eval.jsonl").read_text().splitlines()]
-    prompts = [[data.Message("user", x["messages"][0]["content"])] for x in lines[:HELD_OUT]]
+    prompts = [[data.Message("user", first)] for first, _ in expert_questions(task / "eval.jsonl")]
     score = {"clean loss": held_out_loss(folder)}
     for name in conditions(folder / "model"):
-        talker = chat.Chat(folder / "model", name)
-        answers = talker.answers(prompts, max_new_tokens=LENGTH, temperature=TEMPERATURE)
-        said = [word for text, _ in answers for word in words(text)]
-        spoilt_share = sum(word not in known for word in said) / len(said)
-        score |= {name: {"spoilt": spoilt_share}, "questions": len(said)}
+        talker, score[name] = chat.Chat(folder / "model", name), {}
+        for way, temperature in ways.items():
+            answers = talker.answers(prompts, max_new_tokens=length, temperature=temperature)
+            said = [word for text, _ in answers for word in words(text)]
+            score[name][way] = sum(word not in known for word in said) / len(said)
+            score["questions"] = len(said)
     return score
 
 
@@ -128,33 +139,60 @@ def held_out_loss(folder):
 
 def main():
     parser = Parser(prog="stories.py", description="C-RLFT on tiny stories.")
+    args = parse(parser, "stories260K as a Hugging Face folder", 300, os.cpu_count())
+    task = made(args, "stories-task", make_task)
+    rows = rows_of(task, args)
+    scores = run_all(rows, args, judge)
+    print_rows(rows, scores, ((EXPERT, "spoilt"), (SUBOPTIMAL, "spoilt")))
+
+
+def parse(parser, folder, steps, jobs):
     add = parser.add_argument
-    add("folder", metavar="DIR", type=Path, help="stories260K as a Hugging Face folder")
-    add("--steps", type=int, default=300, help="of every run (default 300)")
+    add("folder", metavar="DIR", type=Path, help=folder)
+    add("--steps", type=int, default=steps, help=f"of every run (default {steps})")
     add("--seeds", type=int, default=1, help="runs of every row (default 1)")
-    add("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: a core each)")
+    add("--jobs", type=int, default=jobs, help=f"runs at a time (default {jobs})")
     add("--out", type=Path, default=ROOT / "runs" / "ablation", help="folder of the runs")
-    args = parser.parse_args()
-    task = args.out.resolve() / "stories-task"
+    return parser.parse_args()
+
+
+def made(args, name, make):
+    """The task folder that make(DIR, folder) writes, or the end, with a line that says why."""
+    task = args.out.resolve() / name
     try:
-        make_task(args.folder.resolve(), task)
+        make(args.folder.resolve(), task)
     except (ValueError, OSError) as error:
-        shutil.rmtree(task, ignore_errors=True)
         sys.exit(f"error: {error}")
+    return task
+
+
+def rows_of(task, args):
+    """{row: its runs}, those of the paper's Table 2 that need the expert's data."""
     rows = table_runs(str(task), args.steps, range(args.seeds))
-    rows = {row: rows[row] for row in ROWS_HERE}
-    scores = finish([run for runs in rows.values() for run in runs], args.out, args.jobs, judge)
-    print_stories(rows, scores)
+    return {row: rows[row] for row in ROWS_HERE}
 
 
-def print_stories(rows, scores):
-    """Loss of clean stories, and spoilt words when asked under each condition."""
-    print(f"\n{'':20} {'clean loss':>15}  {'spoilt, ' + EXPERT:>15} {'spoilt, ' + SUBOPTIMAL:>15}")
+def run_all(rows, args, judge):
+    """{run: score} of {row: runs}, one seed after another; finished runs are not run again."""
+    runs = [run for seed in zip(*rows.values(), strict=True) for run in seed]
+    names = {run: f"{row}, seed {run.seed}" for row, runs in rows.items() for run in runs}
+    try:
+        return finish(runs, args.out, args.jobs, judge, names)
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted: finished runs are kept, and the same command resumes")
+    except RuntimeError as error:
+        sys.exit(f"error: {error}")
+
+
+def print_rows(rows, scores, columns):
+    """Loss of clean answers, and spoilt words when asked in each way: (condition, way)."""
+    heads = ("spoilt, " + name if way == "spoilt" else f"{name}, {way}" for name, way in columns)
+    print(f"\n{'':20} {'clean loss':>15}  " + " ".join(f"{head:>15}" for head in heads))
     for row, runs in rows.items():
         losses = [scores[run]["clean loss"] for run in runs]
         loss = f"{sum(losses) / len(losses):.4f}"
         loss += f" ±{interval(losses, None)[1]:.4f}" if len(losses) > 1 else ""
-        cells = (shown(cell(runs, scores, name, "spoilt")) for name in (EXPERT, SUBOPTIMAL))
+        cells = (shown(cell(runs, scores, *column)) for column in columns)
         print(f"{row:20} {loss:>15}  " + " ".join(f"{text:>15}" for text in cells))
 
 
