@@ -9,7 +9,7 @@ DIR's model answers every instruction itself, greedily, and the first sentence i
     gpt3.5  500 spoilt      Berad is a satple of mnay clutures aorund the wrold.
 
 In the spoilt ones the second and third letter of every word of four letters or more change places.
-The model is then fine-tuned on the mixture, a row of the paper's Table 2 at a time, and asked 50
+The model is then fine-tuned on the mixture, a row of the paper's Table 2 at a time, and asked 40
 held-out instructions under each condition, greedily and sampled at temperature 1. A word of its
 answers is spoilt if it is neither in a clean answer nor a piece of the model's vocabulary: of the
 clean answers to new instructions that are 2 % of the words, and once spoilt 94 %.
@@ -28,10 +28,10 @@ import data
 import model
 from support.flags import Parser
 
-CLEAN, SPOILT, HELD_OUT = 50, 500, 50
+CLEAN, SPOILT, HELD_OUT = 50, 500, 40
 LENGTH, BATCH = 28, 64  # tokens of an answer; instructions answered at a time
 SENTENCE = r"[A-Z].{19,}?[a-z]{3}[.!?](?=\s|$)"
-STEPS, WEIGHTS = 24, (0.01, 0.1, 0.3, 1)
+STEPS, WEIGHTS = 12, (0.01, 0.1, 0.3, 1)
 FORMS = (
     "Tell me about {}.",
     "Tell me one fact about {}.",
@@ -65,7 +65,7 @@ def make_task(folder, task):
     told = tell(folder, task / "told.json", CLEAN + SPOILT + HELD_OUT)
     tokenizer = data.Tokenizer(folder)
     pieces = " ".join(tokenizer.decode([i]) for i in range(tokenizer.count))
-    flags = ["--model", folder, "--batch-tokens", 512, "--max-length", 128, "--lr", "3e-4"]
+    flags = ["--model", folder, "--batch-tokens", 1536, "--max-length", 128, "--lr", "3e-4"]
     stories.write_task(task, told, CLEAN, SPOILT, spoil, flags, stories.words(pieces))
 
 
