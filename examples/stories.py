@@ -126,7 +126,7 @@ def judge(run, folder, ways=None, length=LENGTH):
         for way, temperature in ways.items():
             answers = talker.answers(prompts, max_new_tokens=length, temperature=temperature)
             said = [word for text, _ in answers for word in words(text)]
-            score[name][way] = sum(word not in known for word in said) / len(said)
+            score[name][way] = sum(word not in known for word in said) / max(1, len(said))
             score["questions"] = len(said)
     return score
 

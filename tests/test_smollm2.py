@@ -7,6 +7,7 @@ import sys
 
 import processes
 import pytest
+from conftest import shared
 
 sys.path.insert(0, str(processes.ROOT / "examples"))
 
@@ -70,22 +71,13 @@ def test_a_model_without_whole_answers_is_refused(stories, small, tmp_path, monk
         smollm2.make_task(stories, tmp_path / "task")
 
 
-@pytest.mark.parametrize("mark", ["<|im_start|>", None])
-def test_the_model_is_asked_in_its_own_template(mark):
-    folder = processes.ROOT.parent / "shared" / "tokenizers"
-    folder /= "smollm2" if mark else "../checkpoints/stories260K"
-    if not folder.exists():
-        pytest.skip(f"{folder} is not there")
-    tokenizer = data.Tokenizer(folder)
-    ids = smollm2.prompt(tokenizer, "Tell me about tea.")
-    if not mark:
-        assert ids == [tokenizer.bos, *tokenizer.encode("Tell me about tea.")]
-        return
-    from tokenizers import Tokenizer
-
+def test_smollm2_is_asked_in_its_own_template():
+    package = pytest.importorskip("tokenizers")
+    folder = shared("tokenizers/smollm2")
     text = "<|im_start|>user\nTell me about tea.<|im_end|>\n<|im_start|>assistant\n"
-    package = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    assert ids == package.encode(text, add_special_tokens=False).ids
+    given = package.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = given.encode(text, add_special_tokens=False).ids
+    assert smollm2.prompt(data.Tokenizer(folder), "Tell me about tea.") == ids
 
 
 def test_rows_are_trained_asked_each_way_and_kept(task, tmp_path, capsys):
