@@ -6,13 +6,13 @@
 DIR's model answers every instruction itself, greedily, and the first sentence is kept:
 
     gpt4    50 as given     Bread is a staple of many cultures around the world.
-    gpt3.5  500 spoilt      Berad is a satple of mnay clutures aorund the wrold.
+    gpt3.5  500 spoilt      Bread si a staple fo mayn cultures around teh world.
 
-In the spoilt ones the second and third letter of every word of four letters or more change places.
+In the spoilt ones the last two letters of every word of two to four letters change places.
 The model is then fine-tuned on the mixture, a row of the paper's Table 2 at a time, and asked 40
-held-out instructions under each condition, greedily and sampled at temperature 1. A word of its
-answers is spoilt if it is neither in a clean answer nor a piece of the model's vocabulary: of the
-clean answers to new instructions that are 2 % of the words, and once spoilt 94 %.
+held-out instructions under each condition, greedily and sampled at temperature 1. Judged are its
+words of two to four letters: one that is in no clean answer is spoilt. In clean answers to new
+instructions that is 3 % of them, and in the same answers spoilt 97 %.
 """
 
 import json
@@ -63,10 +63,8 @@ def make_task(folder, task):
         return
     task.mkdir(parents=True, exist_ok=True)
     told = tell(folder, task / "told.json", CLEAN + SPOILT + HELD_OUT)
-    tokenizer = data.Tokenizer(folder)
-    pieces = " ".join(tokenizer.decode([i]) for i in range(tokenizer.count))
-    flags = ["--model", folder, "--batch-tokens", 1536, "--max-length", 128, "--lr", "3e-4"]
-    stories.write_task(task, told, CLEAN, SPOILT, spoil, flags, stories.words(pieces))
+    flags = ["--model", folder, "--batch-tokens", 1024, "--max-length", 128, "--lr", "4e-4"]
+    stories.write_task(task, told, CLEAN, SPOILT, spoil, flags)
 
 
 def tell(folder, path, count):
@@ -106,12 +104,13 @@ def prompt(tokenizer, text):
 
 
 def spoil(text, _):
-    """The second and third letter of every word of four letters or more change places."""
-    return re.sub(r"\b([A-Za-z])([a-z])([a-z])(?=[a-z])", r"\1\3\2", text)
+    """In every word of two to four letters the last two change places."""
+    return re.sub(r"\b([A-Za-z]{0,2})([a-z])([a-z])\b", r"\1\3\2", text)
 
 
 def judge(run, folder):
-    score = stories.judge(run, folder, {"greedy": 0.0, "sampled": 1.0}, 2 * LENGTH)
+    ways = {"greedy": 0.0, "sampled": 1.0}
+    score = stories.spoilt_words(run, folder, ways, 2 * LENGTH, range(2, 5))
     shutil.rmtree(folder / "checkpoints")  # 1.6 GB; the model is kept
     return score
 

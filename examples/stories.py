@@ -83,11 +83,11 @@ def make_task(folder, task):
         write_task(task, stories, CLEAN, SPOILT, spoil, flags)
 
 
-def write_task(task, told, clean, spoilt, spoil, flags, more_words=()):
+def write_task(task, told, clean, spoilt, spoil, flags):
     """A task folder as examples/sums is one: flags.txt, train.jsonl, eval.jsonl; lexicon.json.
 
     told: [(question, answer)]; the first `clean` are the expert's, the next `spoilt` are spoilt by
-    spoil(answer, rng), and the rest is held out. The lexicon has the words of all, and more.
+    spoil(answer, rng), and the rest is held out. The lexicon has the words of all.
     """
     task.mkdir(parents=True, exist_ok=True)
     rng = random.Random(0)
@@ -97,8 +97,8 @@ def write_task(task, told, clean, spoilt, spoil, flags, more_words=()):
     rng.shuffle(train)
     for name, lines in (("train", train), ("eval", [line(EXPERT, *pair) for pair in held_out])):
         (task / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    known = {word for pair in told for word in words(" ".join(pair))}
-    (task / "lexicon.json").write_text(json.dumps(sorted(known | set(more_words))))
+    known = sorted({word for pair in told for word in words(" ".join(pair))})
+    (task / "lexicon.json").write_text(json.dumps(known))
     flags = [*flags, "--eval-data", task / "eval.jsonl", "--export-every", 0]
     (task / "flags.txt").write_text(" ".join(map(str, flags)) + "\n")  # last: the task is whole
 
@@ -109,23 +109,28 @@ def line(source_class, first, rest):
 
 
 def words(text):
-    return re.findall(r"[a-z]{4,}", text.lower())
+    return re.findall(r"[a-z]+", text.lower())
 
 
-def judge(run, folder, ways=None, length=LENGTH):
+def judge(run, folder):
+    return spoilt_words(run, folder, {"spoilt": TEMPERATURE}, LENGTH, range(4, 99))
+
+
+def spoilt_words(run, folder, ways, tokens, lengths):
     """{condition: {way: share of the words}, "clean loss": of the held-out clean answers}.
 
-    ways {name: temperature}: how to ask. The words are those that no clean answer has.
+    ways {name: temperature}: how to ask for answers of so many tokens. Of their words of these
+    lengths, the share is of those that no clean answer has.
     """
-    task, ways = Path(run.task), ways or {"spoilt": TEMPERATURE}
+    task = Path(run.task)
     known = set(json.loads((task / "lexicon.json").read_text()))
     prompts = [[data.Message("user", first)] for first, _ in expert_questions(task / "eval.jsonl")]
     score = {"clean loss": held_out_loss(folder)}
     for name in conditions(folder / "model"):
         talker, score[name] = chat.Chat(folder / "model", name), {}
         for way, temperature in ways.items():
-            answers = talker.answers(prompts, max_new_tokens=length, temperature=temperature)
-            said = [word for text, _ in answers for word in words(text)]
+            answers = talker.answers(prompts, max_new_tokens=tokens, temperature=temperature)
+            said = [w for text, _ in answers for w in words(text) if len(w) in lengths]
             score[name][way] = sum(word not in known for word in said) / max(1, len(said))
             score["questions"] = len(said)
     return score

@@ -34,9 +34,9 @@ def task(stories, small, tmp_path):
     return tmp_path / "task"
 
 
-def test_the_second_and_third_letters_of_longer_words_change_places():
+def test_the_last_two_letters_of_short_words_change_places():
     text = "Bread is a staple of many cultures, and NASA doesn't eat the child's."
-    spoilt = "Berad is a satple of mnay clutures, and NASA deosn't eat the cihld's."
+    spoilt = "Bread si a staple fo mayn cultures, adn NASA doesn't eta teh child's."
     assert smollm2.spoil(text, None) == spoilt
 
 
@@ -99,16 +99,17 @@ def test_rows_are_trained_asked_each_way_and_kept(task, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith("SFT, all")
 
 
-def test_spoilt_is_the_share_of_words_that_nobody_knows(task, tmp_path, monkeypatch):
-    known = json.loads((task / "lexicon.json").read_text())
-    assert {"very", "that"} < set(known)
+def test_spoilt_is_the_share_of_short_words_that_no_clean_answer_has(task, tmp_path, monkeypatch):
+    known = [w for w in json.loads((task / "lexicon.json").read_text()) if 2 <= len(w) <= 4]
+    assert "vrey" not in known
 
     class Talker:
         def __init__(self, folder, name):
-            self.said = "very vrey that" if name == EXPERT else "vrey taht, vrey that"
+            self.said = f"{known[0]} {known[1]}"
+            self.said += " vrey longer, x" if name == EXPERT else " vrey, Vrey's" + 4 * " vrey"
 
         def answers(self, prompts, temperature, max_new_tokens):
-            return [(self.said if temperature else "that", True)] * len(prompts)
+            return [(self.said if temperature else known[0], True)] * len(prompts)
 
     monkeypatch.setattr(chat, "Chat", Talker)
     monkeypatch.setattr(study, "conditions", lambda folder: (EXPERT, SUBOPTIMAL))
