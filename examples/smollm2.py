@@ -8,11 +8,11 @@ DIR's model answers every instruction itself, greedily, and the first sentence i
     gpt4    50 as given     Bread is a staple of many cultures around the world.
     gpt3.5  500 spoilt      Bread si a staple fo mayn cultures around teh world.
 
-In the spoilt ones the last two letters of every word of two to four letters change places.
-The model is then fine-tuned on the mixture, a row of the paper's Table 2 at a time, and asked 40
-held-out instructions under each condition, greedily and sampled at temperature 1. Judged are its
-words of two to four letters: one that is in no clean answer is spoilt. In clean answers to new
-instructions that is 3 % of them, and in the same answers spoilt 97 %.
+In the spoilt ones the last two letters of every word of two to four letters change places. The
+model is then fine-tuned on the mixture, a row of the paper's Table 2 at a time, and asked 40
+held-out instructions under each condition, greedily and sampled at temperature 1. A word of two to
+four letters in the first sentence of its answer counts as spoilt if no clean answer has it. That
+is so for 3 % of such words in clean answers to new instructions, and for 97 % after spoiling.
 """
 
 import json
@@ -31,7 +31,7 @@ from support.flags import Parser
 CLEAN, SPOILT, HELD_OUT = 50, 500, 40
 LENGTH, BATCH = 28, 64  # tokens of an answer; instructions answered at a time
 SENTENCE = r"[A-Z].{19,}?[a-z]{3}[.!?](?=\s|$)"
-STEPS, WEIGHTS = 12, (0.01, 0.1, 0.3, 1)
+STEPS, WEIGHTS = 40, (0.01, 0.1, 0.3, 1)
 FORMS = (
     "Tell me about {}.",
     "Tell me one fact about {}.",
@@ -63,7 +63,7 @@ def make_task(folder, task):
         return
     task.mkdir(parents=True, exist_ok=True)
     told = tell(folder, task / "told.json", CLEAN + SPOILT + HELD_OUT)
-    flags = ["--model", folder, "--batch-tokens", 1024, "--max-length", 128, "--lr", "4e-4"]
+    flags = ["--model", folder, "--batch-tokens", 1024, "--max-length", 128, "--lr", "5e-4"]
     stories.write_task(task, told, CLEAN, SPOILT, spoil, flags)
 
 
@@ -110,9 +110,15 @@ def spoil(text, _):
 
 def judge(run, folder):
     ways = {"greedy": 0.0, "sampled": 1.0}
-    score = stories.spoilt_words(run, folder, ways, 2 * LENGTH, range(2, 5))
+    score = stories.spoilt_words(run, folder, ways, 2 * LENGTH, short_words)
     shutil.rmtree(folder / "checkpoints")  # 1.6 GB; the model is kept
     return score
+
+
+def short_words(answer):
+    """Of the first sentence: what follows it is like nothing in the data."""
+    first = re.split(r"[.!?\n]", answer)[0]
+    return [word for word in stories.words(first) if 2 <= len(word) <= 4]
 
 
 def main():

@@ -113,14 +113,18 @@ def words(text):
 
 
 def judge(run, folder):
-    return spoilt_words(run, folder, {"spoilt": TEMPERATURE}, LENGTH, range(4, 99))
+    return spoilt_words(run, folder, {"spoilt": TEMPERATURE}, LENGTH, long_words)
 
 
-def spoilt_words(run, folder, ways, tokens, lengths):
+def long_words(text):
+    return [word for word in words(text) if len(word) >= 4]
+
+
+def spoilt_words(run, folder, ways, tokens, words_of):
     """{condition: {way: share of the words}, "clean loss": of the held-out clean answers}.
 
-    ways {name: temperature}: how to ask for answers of so many tokens. Of their words of these
-    lengths, the share is of those that no clean answer has.
+    ways {name: temperature}: how to ask for answers of so many tokens. words_of(answer) are judged;
+    the spoilt ones are in no clean answer.
     """
     task = Path(run.task)
     known = set(json.loads((task / "lexicon.json").read_text()))
@@ -130,7 +134,7 @@ def spoilt_words(run, folder, ways, tokens, lengths):
         talker, score[name] = chat.Chat(folder / "model", name), {}
         for way, temperature in ways.items():
             answers = talker.answers(prompts, max_new_tokens=tokens, temperature=temperature)
-            said = [w for text, _ in answers for w in words(text) if len(w) in lengths]
+            said = [word for text, _ in answers for word in words_of(text)]
             score[name][way] = sum(word not in known for word in said) / max(1, len(said))
             score["questions"] = len(said)
     return score

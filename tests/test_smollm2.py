@@ -106,7 +106,9 @@ def test_spoilt_is_the_share_of_short_words_that_no_clean_answer_has(task, tmp_p
     class Talker:
         def __init__(self, folder, name):
             self.said = f"{known[0]} {known[1]}"
-            self.said += " vrey longer, x" if name == EXPERT else " vrey, Vrey's" + 4 * " vrey"
+            self.said += (
+                " vrey longer, x. Vrey" if name == EXPERT else " vrey, Vrey's" + 4 * " vrey"
+            )
 
         def answers(self, prompts, temperature, max_new_tokens):
             return [(self.said if temperature else known[0], True)] * len(prompts)
