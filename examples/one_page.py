@@ -53,11 +53,14 @@ def train(
     if tokenizer.eot >= llama.config.vocab_size:
         raise ValueError("the model has no row for <|end_of_turn|>, which train.py would add")
     best = max(c["reward"] for c in classes.values())
-    w = {name: math.exp((c["reward"] - best) / beta) for name, c in classes.items()}  # Eq. (6)
     peak, parameters = lr, list(llama.parameters())
+
+    def weight_of(reward):
+        return math.exp((reward - best) / beta)  # Eq. (6)
+
     optimizer = torch.optim.AdamW(parameters, peak, betas, eps, weight_decay)
     for step, conversations in enumerate(steps, start=1):
-        laid_out = [lay_out(c, tokenizer, classes, w) for c in conversations]
+        laid_out = [lay_out(c, tokenizer, classes, weight_of) for c in conversations]
         total_weight = sum(sum(weights) for _, weights in laid_out)
         loss = 0.0  # L and its gradient are sums: one conversation at a time
         for tokens, weights in laid_out:
@@ -73,20 +76,19 @@ def train(
         yield {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
 
 
-def lay_out(conversation, tokenizer, classes, class_weights):
+def lay_out(conversation, tokenizer, classes, weight_of):
     """(tokens, weights), lists of T: <s>, then every turn: prefix, content, <|end_of_turn|>.
 
-    The assistant's content and its end of turn have weight: that of the class, times the "weight"
-    of the conversation and of the message, each 1 if not given.
+    The assistant's content and its end of turn have weight: that of the reward, the conversation's
+    own or its class's, times the "weight" of the conversation and of the message, 1 if not given.
     """
-    name = conversation["class"]
+    source = classes[conversation["class"]]
+    w = weight_of(conversation.get("reward", source["reward"])) * conversation.get("weight", 1)
     tokens, weights = [tokenizer.bos], [0.0]
     for message in conversation["messages"]:
         role = message["role"]
-        weight = 0.0
-        if role == "assistant":
-            weight = class_weights[name] * conversation.get("weight", 1) * message.get("weight", 1)
-        prefix = f"{classes[name]['condition']} {role.title()}:".strip()
+        weight = w * message.get("weight", 1) if role == "assistant" else 0.0
+        prefix = f"{source['condition']} {role.title()}:".strip()
         # Each text is encoded separately, so that no content can forge a turn.
         prefix = tokenizer.encode("" if role == "system" else prefix)
         content = tokenizer.encode(tokenizer.turn_text(role, message["content"]))
@@ -119,10 +121,10 @@ def learning_rate(step, total, peak, min_lr_ratio, warmup_ratio):
 @torch.no_grad()
 def evaluate(llama, tokenizer, conversations, classes=CLASSES):
     """{class: its supervised tokens, their mean CE and accuracy}; rewards play no part here."""
-    table, unweighted = {}, dict.fromkeys(classes, 1.0)
+    table = {}
     for name in dict.fromkeys(c["class"] for c in conversations):
         of_class = [c for c in conversations if c["class"] == name]
-        laid_out = [lay_out(c, tokenizer, classes, unweighted) for c in of_class]
+        laid_out = [lay_out(c, tokenizer, classes, lambda reward: 1.0) for c in of_class]
         outcomes = [cross_entropy(llama, tokens, weights) for tokens, weights in laid_out]
         losses, correct, _ = (torch.cat(parts).double() for parts in zip(*outcomes))
         means = {"loss": losses.mean().item(), "accuracy": correct.mean().item()}

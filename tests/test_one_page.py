@@ -48,6 +48,8 @@ def conversations(lines):
             messages[-1]["weight"] = 0.25
         if number % 6 == 1:
             conversation["weight"] = 0.5
+        if number % 7 == 2:
+            conversation["reward"] = 1.5 - number % 5  # of its own, at times above the best class's
     return found
 
 
@@ -241,7 +243,7 @@ def test_an_export_is_evaluated_under_its_own_classes_and_condition(folder, tmp_
         )  # fmt: skip
         succeeds(run)
         llama, tokenizer = model.load(out / "model").double(), data.Tokenizer(folder)
-        plain = {name: {"condition": ""} for name in CLASSES}
+        plain = {name: of | {"condition": ""} for name, of in CLASSES.items()}
         expected = one_page.evaluate(llama, tokenizer, lines, CLASSES if condition else plain)
         assert measured(model=out / "model", **files) == as_printed(expected)
         given_too = {"data": folder / "train.jsonl", "random_weights": True}
