@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
-from support.formats import DECODER
+from loss import without_repeats
 
 # From torch 2.12 on grouped heads need this argument, which earlier versions do not have.
 GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -698,7 +698,8 @@ def split(sizes, most):
 def read_json(path):
     """The JSON object of a file, which may begin with a byte order mark; no key occurs twice."""
     try:
-        value = DECODER.decode(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        value = json.loads(text, object_pairs_hook=without_repeats)
     except (ValueError, RecursionError, OSError) as error:
         raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):

@@ -1,6 +1,6 @@
 """Two parts of bench/first_gpu.sh: python bench/first_gpu.py device|block
 
-device: versions, memory, and what the card reaches: copies and products, beside its data sheet.
+device: versions, memory, and the card's speed: copies and products, beside its data sheet.
 block: a compiled block of Mistral-7B against the same in float64, forward and backward.
 """
 

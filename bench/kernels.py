@@ -1,4 +1,4 @@
-"""How near the kernels come to what the machine allows: python bench/kernels.py [--markdown]
+"""How near the kernels come to the machine's limits: python bench/kernels.py [--markdown]
 
 On a GPU: time, share of the limit and memory of both functions of loss.py, forward and backward,
 beside PyTorch, torch.compile and whichever of Liger and Cut Cross-Entropy is installed. The limit
@@ -9,7 +9,7 @@ OpenChat's 1 and 0.1, which only this project takes: the others are given plain 
 Given logits have padded rows. Their gradient is made in the backward, so that this project moves 6
 bytes a logit; loss and gradient in one launch, as with lm_head, is "the launch alone".
 
-Without a GPU: what the compiler made of the kernels, registers, spills and width of access; three
+Without a GPU: the compiled kernels' registers, spills and width of access; three
 values in a cell are those for sm_80, sm_90 and sm_100. With --only instructions, on any machine:
 how many instructions an H100's threads execute for each bf16 logit, ours and Liger's.
 
@@ -196,7 +196,7 @@ def backward_of(forward, *inputs):
 
 
 def measure(calls):
-    """{name: (hot ms, cold ms, peak GiB above what was there)}, or the error's name."""
+    """{name: (hot ms, cold ms, peak GiB above the level before)}, or the error's name."""
     flush = torch.empty(2**28, device="cuda", dtype=torch.int8)  # 256 MiB, five times an L2
     times = {name: {"hot": [], "cold": []} for name in calls}
     peaks, failed = {}, {}
@@ -251,7 +251,7 @@ def rows_of(shape, measured, limit):
 
 
 def compiled_table():
-    """A row a dtype and V; where sm_80, sm_90 and sm_100 differ, a cell has one value of each."""
+    """A row per dtype and V; if sm_80, sm_90 and sm_100 differ, a cell has one value of each."""
     for dtype in TRITON_NAMES:
         for V in (512, 32002, 128256):
             rows = padded_rows(1, V, "cpu", dtype)
@@ -272,7 +272,7 @@ def without_what_is_alike(rows):
 
 
 def compiled_cross_entropy(logits, capability):
-    """What Triton and ptxas make of the kernel for such rows, on a GPU that need not be here."""
+    """The kernel as Triton and ptxas compile it for such rows, for a GPU that may be absent."""
     kernel, shape = compiled(logits, logits, capability)
     asm = kernel.asm
     registers, spilled = assembled(asm["ptx"])
@@ -359,7 +359,7 @@ def assembled(ptx):
 def instructions_table():
     """A row per kernel and V: of the loops over a row, instructions per logit in each pass.
 
-    Counted from what ptxas makes, per thread and iteration; of the loops of a pass the shortest,
+    Counted in ptxas's output, per thread and iteration; of the loops of a pass the shortest,
     which is ours for whole blocks, and in the last column the longest.
     """
     makers = {"this project": our_kernel}

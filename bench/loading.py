@@ -3,8 +3,8 @@
 Writes a Hugging Face folder of about --gib GiB (random bf16 shards of --shard-gib GiB), then reads
 it: with plain reads (the disk's speed), with model.load in one process, and into sharded networks
 of several gloo ranks, each reading its own rows, as train.py does. MB/s are of the files' bytes.
-"resident" is the peak above what was there before, of the largest rank; "parameters" what a rank
-keeps of the network, all that must be. Mapped pages of the files, which the kernel can drop, do not
+"resident" is the peak above the level before, of the largest rank; "parameters" are a rank's share
+of the network, all that must be. Mapped pages of the files, which the kernel can drop, do not
 count. Before each read the files are dropped from the page cache, unless --warm.
 """
 
@@ -66,7 +66,7 @@ def main():
 
 
 def network_of(size):
-    """A Llama of about `size` bytes in bf16, in blocks of Llama 2 7B's own shape where it fits."""
+    """A Llama of about `size` bytes in bf16, in blocks of Llama 2 7B's own shape if it fits."""
     width = 4096 if size > 4 << 30 else 2048
     shape = (width, width * 11 // 4, 1, width // 128, 32000, width // 128, 128)
     one, two = (model.LlamaConfig(*shape[:2], n, *shape[3:]).parameter_count() for n in (1, 2))
@@ -149,7 +149,7 @@ def resident_bytes():
 
 
 def in_processes(ranks, function, folder, *more):
-    """What `function(rank, folder)` returns on each of `ranks` new processes, joined by gloo."""
+    """The results of `function(rank, folder)` on each of `ranks` new processes, joined by gloo."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as meeting, context.Pool(ranks) as pool:
         same = ranks, f"{meeting}/store", folder, *more

@@ -112,7 +112,7 @@ def measure(packer, lengths, capacity, bins):
 
 
 def random_step_means(lengths, steps):
-    """Mean length of each step when a random order is cut where its tokens reach k / steps."""
+    """Mean length of each step when a random order is cut at k / steps of its tokens."""
     shuffled = np.random.default_rng(1).permutation(lengths)
     tokens = np.cumsum(shuffled)
     step_of = np.minimum((tokens - shuffled) * steps // tokens[-1], steps - 1)
@@ -160,7 +160,7 @@ def pack_prefixes(fit, drop_tail, lengths, capacity, bins_per_step, seed, epoch)
 
 
 def first_fit_decreasing(lengths, members, capacity, bins):
-    """Longest first, each into the first bin with room; None where one fits nowhere."""
+    """Longest first, each into the first bin with room; None if one fits nowhere."""
     gaps, packed = [capacity] * bins, [[] for _ in range(bins)]
     sizes = lengths[members]
     longest_first = np.argsort(-sizes)
@@ -174,7 +174,7 @@ def first_fit_decreasing(lengths, members, capacity, bins):
 
 
 def longest_processing_time(lengths, members, capacity, bins):
-    """Longest first, each into the bin of fewest tokens; None where one does not fit there."""
+    """Longest first, each into the bin of fewest tokens; None if one does not fit there."""
     heap, packed = [(0, b) for b in range(bins)], [[] for _ in range(bins)]
     sizes = lengths[members]
     longest_first = np.argsort(-sizes)

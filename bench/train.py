@@ -12,8 +12,8 @@ Each provider is a process of its own; rounds take turns on a CPU, and on a GPU,
 two of them, follow each other. Tokens are the conversations' own: no padding counts.
 TFLOP/s as report.training_flops counts, without recomputation; MFU is their share of the peak that
 report.py lists. The parts are shares of one profiled step: time on the GPU there, else on the CPU.
-Beside this project's speed and peak stand what was expected of them: an estimate (`estimated`) and
-the plan's memory. Alone on a GPU, its random weights are drawn there, which takes a second.
+Beside this project's speed and peak stand their predictions: an estimate (`estimated`) and the
+plan's memory. Alone on a GPU, its random weights are drawn there, which takes a second.
 """
 
 import argparse

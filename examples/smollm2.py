@@ -116,7 +116,7 @@ def judge(run, folder):
 
 
 def short_words(answer):
-    """Of the first sentence: what follows it is like nothing in the data."""
+    """Of the first sentence: any others are unlike the data."""
     first = re.split(r"[.!?\n]", answer)[0]
     return [word for word in stories.words(first) if 2 <= len(word) <= 4]
 

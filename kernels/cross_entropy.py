@@ -79,7 +79,7 @@ def cross_entropy_kernel(
     row = tl.program_id(0).to(tl.int64)  # row · stride passes 2^31 at row 66,975 of 32,064
     x = tl.multiple_of(logits + row * stride, BYTES)
     dx = tl.multiple_of(grads + row * grads_stride, BYTES)
-    vectors = tl.arange(0, BLOCK // VECTOR) * VECTOR  # where the vectors of a block start
+    vectors = tl.arange(0, BLOCK // VECTOR) * VECTOR  # the starts of a block's vectors
     lanes = tl.arange(0, VECTOR)
     whole = V // BLOCK * BLOCK if BYTES == 16 else 0  # narrower, a copy would need more registers
 

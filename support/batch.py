@@ -17,7 +17,7 @@ ANSWER = rb'(?:[^"\\]|\\.)*"}]}\n|[^\n]*'
 
 
 def answer_file(chat, source, target, options, drop_last_answer=False):
-    """Answer the last user turn of every conversation in `source`, from where `target` ends."""
+    """Answer the last user turn of every conversation in `source`, after those in `target`."""
     asked, cut = list(read_prompts(chat, source, drop_last_answer)), 0
     if others := sum(keys.get("class") not in (None, chat.class_name) for keys, _ in asked):
         say(f"note: answered as class {chat.class_name}; {others} of the lines have another class")

@@ -138,7 +138,7 @@ class Checkpoints:
         return step, finished and step == total
 
     def load(self, llama, optimizer):
-        """Make AdamW's state, and fill it and the weights from what resume() found, if anything."""
+        """Make AdamW's state, and fill it and the weights from the checkpoint found, if any."""
         dtype = torch.bfloat16 if self.plan.config.adam_precision == "bf16" else torch.float32
         for parameter in llama.parameters():
             state = {moment: torch.zeros_like(parameter, dtype=dtype) for moment in MOMENTS}
@@ -275,7 +275,7 @@ def check_recipe(folder, saved, now):
 
 def changed_flags(saved, config):
     """Flags that differ from the saved run's: the results change, but it is the same run."""
-    # An older version may lack some flags; it used what is now the default.
+    # An older version may lack some flags; it used today's default.
     default, now = as_json([dataclasses.asdict(of) for of in (type(config)(), config)])
     return [
         f"{flag_of(name)} {before!r}, now {now[name]!r}"

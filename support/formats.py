@@ -43,7 +43,7 @@ NEEDED = {
     "thinking", "thinking_blocks", "thought", "thoughts", "images", "image", "image_url", "videos",
     "video", "audios", "audio", "input_audio", "documents", "attachments", "history", "refusal",
 }  # fmt: skip
-SUPERVISION = re.compile(  # a key that has one of these seems to say what is supervised
+SUPERVISION = re.compile(  # a key that has one of these seems to speak of supervision
     "(^|[^a-z])(weight|train|loss|mask|learn|superv|reward|advantage|importance)"
 )
 

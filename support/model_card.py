@@ -47,7 +47,7 @@ a request to vLLM, in transformers or by chat.py:
     python chat.py DIR{more[2]}
 
 In transformers, vLLM and llama.cpp an answer may begin with a space (`answer.removeprefix(" ")`),
-and a special token in what users type, such as {code(template.end)}, can forge a turn: remove both.
+and a special token that a user types, such as {code(template.end)}, can forge a turn: remove both.
 """
 
 

@@ -10,15 +10,15 @@ import termios
 
 from support.formats import Message
 
-# Control characters but newline and tab, what reverses the direction of text, lone surrogates.
+# Control characters but newline and tab, marks that reverse the direction of text, lone surrogates.
 CONTROLS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Terminal(io.TextIOWrapper):
     """Standard output or error on a terminal: CONTROLS are written as U+FFFD.
 
-    An answer, a name or an error may have what a stranger wrote, and a control sequence can clear
-    the screen, forge a line, or worse.
+    An answer, a name or an error may hold a stranger's text, and a control sequence can clear the
+    screen, forge a line, or worse.
     """
 
     refreshed = False  # does the cursor follow a refreshed line? What is written then ends it first
@@ -146,11 +146,12 @@ class Talk:
                     print()
             except KeyboardInterrupt:
                 print(" [stopped]")
-        self.messages = [*messages[len(self.system) :], Message("assistant", answers[0])]
+        answer = "".join(answers[:1])  # none if Ctrl-C came first
+        self.messages = [*messages[len(self.system) :], Message("assistant", answer)]
 
 
 def hide_keys(stack):
-    """Until `stack` ends, keep what is typed for the next prompt, and out of the answer."""
+    """Until `stack` ends, keep typed keys for the next prompt, and out of the answer."""
     with contextlib.suppress(termios.error):  # not a terminal
         before = termios.tcgetattr(0)
         stack.callback(termios.tcsetattr, 0, termios.TCSANOW, before)
