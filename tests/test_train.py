@@ -431,7 +431,8 @@ def test_a_learning_rate_for_pretrained_weights_is_said_with_random_ones(plan):
     "settings",
     [{"batch_tokens": 2048}, {"batch_tokens": 1000, "max_length": None}, {"epochs": 1},
      {"accumulate": 2, "epochs": 3, "batch_tokens": 64, "max_length": 64},
-     {"accumulate": 8, "batch_tokens": 8192}],  # as of eight ranks, whose bins are mostly empty
+     # As of eight ranks, whose bins are mostly empty.
+     {"accumulate": 8, "epochs": 20, "batch_tokens": 1024, "max_length": 64}],
 )  # fmt: skip
 def test_few_steps_are_said_with_the_flag_that_makes_some_more(plan, settings):
     of_run = plan(**settings)
