@@ -927,9 +927,11 @@ def test_the_weight_of_a_reward_ends_where_float32_does(prepare, tmp_path):
     assert found.report["too_small"] == 1
     weights = [found.total_weight([c], WEIGHTS) / found.index["supervised"][c] for c in range(2)]
     assert weights == pytest.approx([0, 1e29])
-    write(path, line("A", "B"), line("A", "B", reward=40))
-    with pytest.raises(data.BadData, match="a.jsonl:2: reward 40 is too far above the best class"):
-        prepare(path)
+    for reward in (400, 40):
+        write(path, line("A", "B"), line("A", "B", reward=reward))
+        too_far = f"a.jsonl:2: reward {reward} is too far above the best class"
+        with pytest.raises(data.BadData, match=too_far):
+            prepare(path)
     assert prepare(path, beta=4.0).total_weight([1], WEIGHTS) > 0
     assert prepare(path, beta=math.inf).index["own_weight"].tolist() == [-1, 1]
     write(path, line("A", "B", reward=1e308))
