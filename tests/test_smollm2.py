@@ -53,6 +53,9 @@ def test_the_task_has_clean_and_spoilt_answers_of_the_model_itself(task):
         assert answer == (as_told if line["class"] == EXPERT else spoilt) and as_told != spoilt
         assert as_told[0].isupper() and as_told[-1] in ".!?"
     assert all(told[question] == answer for question, answer in held_out)
+    asked = {question for question, _ in [*pairs, *held_out]}
+    clean = {word for question in asked for word in study.words(f"{question} {told[question]}")}
+    assert set(json.loads((task / "lexicon.json").read_text())) == clean
 
 
 def test_answering_goes_on_where_it_was_stopped(task, stories, monkeypatch):
