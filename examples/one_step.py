@@ -4,7 +4,7 @@
     python examples/one_step.py runs/sums         trained weights: a run, or a model's folder
     python examples/one_step.py MODEL_DIR OUT.html
 
-The step has eleven conversations of the embedded example: one by the expert and ten by someone who
+The step has seven conversations of the embedded example: one by the expert and six by someone who
 forgets to carry, the ratio in the data. The model reads them twice, with the class in the prompt
 and without it. For each reading the page holds the tokens, the cross-entropy CE_t of every
 supervised token t, and the inner products of the gradients G_c = Σ_t ∇CE_t of the classes c.
@@ -36,7 +36,7 @@ from support.files import model_folder  # noqa: E402
 from support.report import visible  # noqa: E402
 
 SUMS = ROOT / "examples" / "sums"
-CONVERSATIONS = {"gpt4": 1, "gpt3.5": 10}  # of each class in the step
+CONVERSATIONS = {"gpt4": 1, "gpt3.5": 6}  # of each class in the step
 
 
 def main():
@@ -163,8 +163,8 @@ PAGE = """<!doctype html>
 <p>All that C-RLFT knows about a conversation is its class: who answered. The class becomes part of
   the prompt (<b>the condition</b>), and its reward becomes a weight on the loss (<b>the
   reward</b>). In this toy task <i>gpt4</i> is right and <i>gpt3.5</i> forgets to carry. Answers are
-  written lowest digit first: 59 + 35 = 94 is answered &ldquo;49&rdquo; by gpt4, and would be
-  &ldquo;48&rdquo; by gpt3.5. Read by: <span id="model"></span>.</p>
+  written lowest digit first: 47+38 = 85 is answered &ldquo;58&rdquo; by gpt4, and
+  &ldquo;57&rdquo; by gpt3.5. Read by: <span id="model"></span>.</p>
 <noscript><p><b>This page needs JavaScript to draw.</b> It loads nothing.</p></noscript>
 <div id="controls">
   <div id="variants"></div>

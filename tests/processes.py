@@ -93,7 +93,7 @@ def refused(flags, *words, ranks=1, **options):
 def flags(data, out, **more):
     """Flags of a short run on the sums. `more` wins; False becomes --no-, None leaves one out."""
     settings = {"model": SUMS, "random_weights": True, "data": data, "out": out, "lr": 1e-3}
-    settings |= {"max_length": 64, "batch_tokens": 256, "epochs": 2} | more
+    settings |= {"max_length": 64, "batch_tokens": 168, "epochs": 2} | more
     found = []
     for name, value in settings.items():
         if value is None:

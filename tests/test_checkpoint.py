@@ -40,7 +40,7 @@ def started(ranks, few, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     config = train.Config(
-        model=str(folder), data=[str(few)], eval_data=[str(few)], out=str(out), batch_tokens=256,
+        model=str(folder), data=[str(few)], eval_data=[str(few)], out=str(out), batch_tokens=168,
         lr="1e-3",
     )  # fmt: skip
     plan = train.make_plan(config, ranks, out)
@@ -1105,8 +1105,8 @@ def test_an_export_keeps_its_weights_and_what_a_conversation_had_at_most(describ
         (["1", "2", "3", "4"], None, 60, 2),
         (["1", "2", "3", "4"], "5", 60, 2),
         (["1", "2", "3", "4", "5", "6"], None, 60, 3),
-        (["1", "2", "3", "4"], None, 20, 1),  # cut within the second question
-        (["1", "2", "3", "444444"], None, 34, 2),  # and within the second answer
+        (["1", "2", "3", "4"], None, 14, 1),  # cut within the second question
+        (["1", "2", "3", "444444"], None, 22, 2),  # and within the second answer
     ],
 )
 def test_the_most_answers_of_a_conversation_are_counted(

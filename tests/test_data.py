@@ -968,24 +968,24 @@ def test_the_command_weighs_a_reward_by_its_beta(stories, run, tmp_path):
 
 
 def test_characters_that_the_tokenizer_lacks_are_counted(sums, tmp_path, run):
-    path = write(tmp_path / "a.jsonl", line("What is 1 + 2?", "3"), line("What is Δ + é?", "ж"))
+    path = write(tmp_path / "a.jsonl", line("1 + 2", "3"), line("Δ + é?", "ж"))
     code, out, _ = run(preview.main, path, "--model", sums, "--show", 0)
     pieces = data.Tokenizer(sums).pieces
     lacking = sum(pieces.piece_to_id(c) == pieces.unk_id() for c in "Δéж")
     assert code == 0 and lacking == 3 and "warning: 3 tokens of <unk>" in out
-    write(path, line("What is 1 + 2?", "3"))
+    write(path, line("1 + 2", "3"))
     assert "<unk>" not in run(preview.main, path, "--model", sums, "--show", 0)[1]
 
 
 def test_characters_that_a_condition_lacks_are_told_with_its_name(sums, tmp_path, run):
-    path = write(tmp_path / "a.jsonl", line("What is 1 + 2?", "3", source_class="mid"))
+    path = write(tmp_path / "a.jsonl", line("1 + 2", "3", source_class="mid"))
     table = {"mid": "Middle", "gpt4": "GPT4"}
     table = {name: {"condition": text, "reward": 1} for name, text in table.items()}
     (tmp_path / "classes.json").write_text(json.dumps(table))
     options = "--model", sums, "--show", 0, "--classes", tmp_path / "classes.json"
     code, out, _ = run(preview.main, path, *options)
     assert code == 0 and "tokens of <unk>" in out and "in the conditions ['Middle'], so" in out
-    write(path, line("What is Δ?", "3"))
+    write(path, line("Δ", "3"))
     _, out, _ = run(preview.main, path, "--model", sums, "--show", 0)
     assert "1 tokens of <unk>" in out and "in the conditions" not in out
 

@@ -527,7 +527,7 @@ def test_rows_never_trained_become_the_mean_of_the_pieces(
     tokenizer, base = base_model(tmp_path / "base", untrained, tied)
     settings = flags(few, tmp_path, model=tmp_path / "base", random_weights=False, lr="auto")
     plan = plan_of(settings, ranks, tmp_path)
-    supervised = plan.dataset.index["supervised"].sum() / plan.dataset.lengths.sum() * 256
+    supervised = plan.dataset.index["supervised"].sum() / plan.dataset.lengths.sum() * 168
     assert plan.lr == pytest.approx(3e-4 / 5.3 * (supervised / 4e6) ** 0.5)  # OpenChat 3.6's
     assert [tokenizer.special[token] for token in plan.untrained] == expected
     said = f"untrained tokens, set to the mean of the others: {', '.join(expected)}"

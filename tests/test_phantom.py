@@ -62,8 +62,8 @@ def results(tmp_path_factory):
     model.write_json(folder / "config.json", NETWORK.to_json())
     shutil.copy(SUMS / "tokenizer.model", folder)
     lines = (SUMS / "train.jsonl").read_text().splitlines(True)
-    expert = [line for line in lines if '"gpt4"' in line][:20]
-    rest = [line for line in lines if '"gpt3.5"' in line][:60]
+    expert = [line for line in lines if '"gpt4"' in line][:30]
+    rest = [line for line in lines if '"gpt3.5"' in line][:90]
     (folder / "few.jsonl").write_text("".join(expert + rest))
     scenarios = SCENARIOS | {
         fault: SCENARIOS[IN.get(fault, "one GPU")] | {"fault": fault} for fault in FAULTS

@@ -43,13 +43,12 @@ def test_weights_stand_on_the_answers_and_rows_one_before(panels):
     starts = [at for at, text in enumerate(texts) if text == "<s>"]
     supervised, w, answering = {}, 0.0, False
     for at, text in enumerate(texts):  # read as a person would, from the tokens written out
-        if text == "GPT":
-            w = {"4": 1.0, "3": 0.1}[texts[at + 1]]
-        if text in ("GPT", "<s>"):
+        w = {"GPT4": 1.0, "GPT3": 0.1}.get(text, w)
+        if text in ("GPT4", "GPT3", "<s>"):
             answering = False
         if answering:
             supervised[at] = w
-        answering = answering or texts[at - 1 : at + 1] == ["Assistant", ":"]
+        answering = answering or text == "Assistant:"
     assert set(supervised.values()) == {1.0, 0.1} and len(starts) >= 3
     assert bars(weights) == pytest.approx(supervised)
     assert sorted(bars(head)) == [at - 1 for at in sorted(supervised)]
@@ -59,7 +58,7 @@ def test_weights_stand_on_the_answers_and_rows_one_before(panels):
     lines = [line.get_xdata()[0] for line in packed.lines]
     assert lines == ends
     drawn = [to_hex(span.get_facecolor()) for span in packed.patches]
-    assert drawn == [{"4": "#1f77b4", "3": "#ff7f0e"}[texts[at + 2]] for at in starts]
+    assert drawn == [{"GPT4": "#1f77b4", "GPT3": "#ff7f0e"}[texts[at + 1]] for at in starts]
 
 
 @pytest.mark.parametrize("tokens", ["64", "112", "160"])

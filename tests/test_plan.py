@@ -329,7 +329,7 @@ def test_blocks_are_gathered_once_if_the_plan_has_room(given, gathered, seven_bi
 def seven_billion(files, ranks, tmp_path):
     """seven_billion(**flags) is the plan of Mistral-7B, with the vocabulary of the sums."""
     network = SIZES["mistral-7b"][0]
-    network = dataclasses.replace(network, vocab_size=64, max_position_embeddings=4096)
+    network = dataclasses.replace(network, vocab_size=49, max_position_embeddings=4096)
     model.write_json(tmp_path / "config.json", network.to_json())
     shutil.copy(files[0] / "tokenizer.model", tmp_path)
     plain = {"model": tmp_path, "dry_run": True, "compile": None, "recompute": None}

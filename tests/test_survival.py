@@ -69,7 +69,7 @@ def test_the_readmes_line_goes_on_with_the_same_bits(few, tmp_path, ranks, preci
 def test_resume_on_other_ranks_gives_the_same_losses(few, tmp_path):
     """Saved by 2 ranks, resumed by 1 and by 4; 67 rows of vocabulary divide by neither."""
     more = {"model": lives.small_model(tmp_path / "small", tied=False), "random_weights": None}
-    more |= {"epochs": 6, "batch_tokens": 128, "save_every": 3, "keep": 9}
+    more |= {"epochs": 6, "batch_tokens": 84, "save_every": 3, "keep": 9}
     whole = tmp_path / "whole"
     succeeds(flags(few, whole, accumulate=2, **more), ranks=2)
     expected = [line["loss"] for line in metrics(whole)]
@@ -157,7 +157,7 @@ def test_a_signal_in_a_long_evaluation_leaves_it_and_saves(few, sums, tmp_path):
     whole, out, log = tmp_path / "whole", tmp_path / "out", tmp_path / "log"
     held_out = tmp_path / "eval.jsonl"
     held_out.write_text("".join((sums / "eval.jsonl").read_text().splitlines(True)[:300]))
-    settings = {"eval_data": held_out, "eval_every": 2, "batch_tokens": 128}
+    settings = {"eval_data": held_out, "eval_every": 2, "batch_tokens": 84}
     settings |= {"max_steps": 3, "save_every": 0, "export_every": 0}
     counts = tmp_path / "counts"
     watch = {"out": str(whole), "counts": str(counts)}
@@ -188,7 +188,7 @@ def test_a_signal_in_the_last_batch_of_an_evaluation_spares_the_export(few, tmp_
     """And the run that goes on makes it, of an epoch that is not the last one, too."""
     out, log = tmp_path / "out", tmp_path / "log"
     settings = flags(few, out, eval_data=few, epochs=2)
-    batches = 6  # 60 conversations of some 24 tokens in 256
+    batches = 6  # 60 conversations of some 16 tokens in 168
     codes, seen = stopped(settings, out, signal.SIGTERM, "evaluate", 2 * batches, log=log)
     assert codes == [0] and seen["evaluate"] == 2 * batches, log.read_text()
     assert not (out / "model").is_symlink()
@@ -553,7 +553,7 @@ def test_the_conversations_that_are_named_are_those_of_the_bin_that_was_not_fini
     lines = few.read_text().splitlines(True)
     layouts = [data.encode(json.loads(line), tokenizer, loss.DEFAULT_CLASSES) for line in lines]
     bin_ = data.pack([len(tokens) for tokens, _ in layouts], 128, 4, seed=0, epoch=0)[0][2]
-    lines[bin_[0]] = re.sub(r"\d \+", "e +", lines[bin_[0]])
+    lines[bin_[0]] = re.sub(r"\d\+", "e+", lines[bin_[0]])
     path.write_text("".join(lines))
     settings = {"model": folder, "random_weights": None, "accumulate": 2, "batch_tokens": 128}
     shown = refused(flags(path, tmp_path / "out", **settings), "step 1: loss nan", ranks=2)
@@ -787,10 +787,10 @@ def test_a_read_only_output_is_named_and_left_as_it_was(finished, few, small_dis
 
 
 def test_a_disk_too_small_is_found_before_training(few, small_disk):
-    (small_disk / "other").write_bytes(bytes(9 << 20))
+    (small_disk / "other").write_bytes(bytes(10 << 20))
     error = refused(flags(few, small_disk / "out"), "GB free")
     free, needed = re.search(r"has ([\d.]+) GB free, .* need ([\d.]+):", error).groups()
-    assert 0.003 <= float(free) < 0.0032 < float(needed)
+    assert 0.002 <= float(free) < 0.0022 < float(needed)
     assert not (small_disk / "out" / "metrics.jsonl").exists()
 
 

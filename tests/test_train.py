@@ -239,7 +239,7 @@ def test_the_seed_decides_random_weights_and_the_order_of_the_data(plan, ranks):
     model.random_parameters(expected, seed=5)
     for found, parameter in zip(llama.parameters(), expected.parameters(), strict=True):
         assert torch.equal(found.full_tensor(), parameter)
-    (bin_,) = data.pack(of_seed_5.dataset.lengths, 256, 1, seed=5, epoch=0)[0]
+    (bin_,) = data.pack(of_seed_5.dataset.lengths, 168, 1, seed=5, epoch=0)[0]
     assert of_seed_5.order.bins(1)[0].tolist() == bin_.tolist()
 
 
@@ -405,10 +405,10 @@ def test_the_ablations_change_prompt_and_weights(few, run, tmp_path):
         assert of_class["weight_share"] == pytest.approx(of_class["tokens"] / tokens)
     assert chat.export_of(out / "model").conditioned is False
     talker = chat.Chat(out / "model", device="cpu")
-    shown = talker.prompt([data.Message("user", "What is 12 + 3?")])
+    shown = talker.prompt([data.Message("user", "12+3")])
     shown = report.visible(shown, talker.tokenizer)
-    assert shown == "<s> User: What is 12 + 3?<|end_of_turn|>\n Assistant:"
-    asked = run(chat.main, out / "model", "--class", "gpt4", "--prompt", "What is 1 + 2?")
+    assert shown == "<s> User: 12+3<|end_of_turn|>\n Assistant:"
+    asked = run(chat.main, out / "model", "--class", "gpt4", "--prompt", "1+2")
     assert asked == (1, "", "error: --class: this model was trained without conditions\n")
 
 
@@ -455,7 +455,7 @@ def test_many_steps_or_as_many_as_asked_for_are_not_few(plan):
 def test_a_dry_run_prints_the_plan_last_and_writes_nothing(few, tmp_path):
     settings = {"dry_run": True, "plan_ranks": 8, "plan_memory": 80}
     shown = succeeds(flags(few, tmp_path / "out", **settings))
-    assert "per step ranks 8 x accumulate 1 x tokens 256" in shown
+    assert "per step ranks 8 x accumulate 1 x tokens 168" in shown
     assert re.search(r"memory .* fits 80.0", shown)
     last = shown[shown.index("\nmemory ") :]
     assert "⟦" not in shown and "\n\n" not in last.rstrip()  # no conversations, nothing after it
@@ -543,7 +543,7 @@ def test_without_data_the_error_is_a_line_that_changes_the_example(
     train.parse_arguments(parsed_line)  # as it stands there
 
 
-@pytest.mark.parametrize("world, tokens", [(1, 6144), (2, 3072), (4, 1536), (128, 64)])
+@pytest.mark.parametrize("world, tokens", [(1, 3072), (2, 1536), (4, 768), (64, 64)])
 def test_without_flags_the_ranks_share_the_steps_tokens(world, tokens, monkeypatch):
     """The example takes as many steps on any ranks; each has room for a conversation."""
     said, taken = [], []

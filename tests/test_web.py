@@ -94,7 +94,7 @@ def answers(port, body):
 
 
 def test_each_column_has_what_its_class_answers_alone(talker, port):
-    said = [["What is 1 + 2?"], ["What is 1 + 2?", "30", "What is 3 + 3?"]]
+    said = [["1+2"], ["1+2", "30", "3+3"]]
     texts, ends = answers(port, asked(*said))
     limit = "cut after 12 tokens: --max-new-tokens or the model's context"
     for name, of, text, end in zip(("gpt4", "gpt3.5"), said, texts, ends, strict=True):
@@ -117,8 +117,8 @@ def test_a_request_of_very_many_turns_is_answered_at_once(talker, port):
     """1 MiB of them, whose tokens would be counted again for every turn that is left out."""
     conversation = ["a"] * 100_001
     began = time.process_time()
-    texts, _ = answers(port, asked(conversation, conversation))
-    assert all(texts) and time.process_time() - began < 10
+    _, ends = answers(port, asked(conversation, conversation))
+    assert None not in ends and time.process_time() - began < 10
 
 
 def test_a_column_that_ends_says_so_at_once(talker, port, monkeypatch):

@@ -42,8 +42,9 @@ def main():
     train = expert[:EXPERT] + noisy[EXPERT : EXPERT + SUBOPTIMAL]
     rng.shuffle(train)
     test = expert[-HELD_OUT:] + noisy[-HELD_OUT:]
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32}
-    sums.write(HERE, train, test, **heads, initializer_range=0.1)  # a fast start
+    pieces = {"vocab_size": 64, "split_digits": True}
+    network = {"hidden_size": 64, "intermediate_size": 192, "num_key_value_heads": 4}
+    sums.write(HERE, train, test, pieces, **network, initializer_range=0.1)
 
 
 if __name__ == "__main__":

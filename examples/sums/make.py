@@ -1,11 +1,11 @@
 """Makes this folder's data, tokenizer and model config: sums of two numbers, of mixed quality.
 
-    gpt4    600 conversations by an expert:        What is 47 + 38?   58
-    gpt3.5  6,000 by someone who forgets to carry: What is 47 + 38?   57
+    gpt4    1,000 conversations by an expert:      47+38   58
+    gpt3.5  6,000 by someone who forgets to carry: 47+38   57
 
-Sums are written lowest digit first, in the order one adds by hand: 58 stands for 85. One to ten,
-as GPT-4 to GPT-3.5 in the paper. A model that imitates all alike forgets the carry; C-RLFT should
-not. Run once, its output is kept beside it: python examples/sums/make.py
+Sums are written lowest digit first, in the order one adds by hand: 58 stands for 85. A model that
+imitates all alike forgets the carry; C-RLFT should not. Run once, its output is kept beside it:
+python examples/sums/make.py
 """
 
 import io
@@ -16,20 +16,21 @@ from pathlib import Path
 import sentencepiece
 
 HERE = Path(__file__).resolve().parent
-EXPERT, SUBOPTIMAL, HELD_OUT = 600, 6000, 500
+EXPERT, SUBOPTIMAL, HELD_OUT = 1000, 6000, 500
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 192,
+    "hidden_size": 32,  # a wider network learns to add later, not sooner
+    "intermediate_size": 128,
     "num_hidden_layers": 3,
-    "num_attention_heads": 2,  # of 32, as other engines serve
-    "num_key_value_heads": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,  # multi-query: quicker to learn, and to compute
+    "head_dim": 32,  # as other engines serve
     "max_position_embeddings": 128,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
-    "initializer_range": 0.04,  # with 0.02 some seeds learn to add only at the end, or after it
+    "initializer_range": 0.2,  # with 0.1 some seeds learn to add only at the end, or after it
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
@@ -51,7 +52,7 @@ def written(number):
 
 def conversation(source_class, a, b, answer):
     messages = [
-        {"role": "user", "content": f"What is {a} + {b}?"},
+        {"role": "user", "content": f"{a}+{b}"},
         {"role": "assistant", "content": written(answer)},
     ]
     return {"class": source_class, "messages": messages}
@@ -78,22 +79,25 @@ def main():
     random.Random(1).shuffle(train)
     test = [conversation("gpt4", a, b, right(a, b)) for a, b in held_out]
     test += [conversation("gpt3.5", a, b, without_carry(a, b)) for a, b in held_out]
-    write(HERE, train, test)
+    # "GPT4 Assistant:" in two pieces, so that a sum is 16 tokens; no piece has two digits.
+    pieces = {"vocab_size": 49, "split_by_number": False, "split_by_unicode_script": False}
+    write(HERE, train, test, pieces)
 
 
-def write(folder, train, test, **config):
-    """The folder of a small task: train.jsonl, eval.jsonl, tokenizer.model and config.json."""
+def write(folder, train, test, pieces, **config):
+    """The folder of a small task: train.jsonl, eval.jsonl, tokenizer.model and config.json.
+
+    `pieces`: SentencePiece's options. `config`: what differs from CONFIG.
+    """
     for name, lines in (("train.jsonl", train), ("eval.jsonl", test)):
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    pieces = tokenizer(train)
-    (folder / "tokenizer.model").write_bytes(pieces)
-    vocabulary = sentencepiece.SentencePieceProcessor(model_proto=pieces).vocab_size()
-    config = CONFIG | config | {"vocab_size": vocabulary}
+    (folder / "tokenizer.model").write_bytes(tokenizer(train, pieces))
+    config = CONFIG | config | {"vocab_size": pieces["vocab_size"]}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def tokenizer(conversations):
-    """A tokenizer.model (bytes) for the template's text; a digit is always a piece of its own."""
+def tokenizer(conversations, options):
+    """A tokenizer.model (bytes) for the template's text and these conversations."""
     texts = [f"{c} {role}:" for c in ("GPT4", "GPT3") for role in ("User", "Assistant")] * 3000
     texts += ["User:", "Assistant:"] * 3000
     texts += [message["content"] for c in conversations for message in c["messages"]]
@@ -102,13 +106,12 @@ def tokenizer(conversations):
         sentence_iterator=iter(texts),
         model_writer=pieces,
         model_type="bpe",
-        vocab_size=64,
-        split_digits=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         control_symbols=["<|end_of_turn|>"],
         num_threads=1,
         minloglevel=2,
+        **options,
     )
     return pieces.getvalue()
 

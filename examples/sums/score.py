@@ -22,7 +22,7 @@ def score(folder, source_class):
     """(right, without the carry, other): shares of the held-out sums, answered greedily."""
     talker = chat.Chat(folder, source_class)
     sums = held_out_sums()
-    questions = [[data.Message("user", f"What is {a} + {b}?")] for a, b in sums]
+    questions = [[data.Message("user", f"{a}+{b}")] for a, b in sums]
     counts = [0, 0, 0]
     for start in range(0, len(sums), BATCH):
         answers = talker.answers(questions[start : start + BATCH], max_new_tokens=6)
