@@ -2,6 +2,7 @@
 advantage, it finds none."""
 
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 import processes
 import pytest
 import torch
+from sentencepiece import SentencePieceProcessor
 
 sys.path.insert(0, str(processes.ROOT / "examples"))
 
@@ -39,6 +41,32 @@ def as_held_out_by_train(run, folder):
             del line[of_machine]
     weights = (folder / "model" / "model.safetensors").read_bytes().hex()
     return last | {"lines": lines, "weights": weights}
+
+
+@pytest.mark.parametrize("task", ["sums", "noisy"])
+def test_a_tasks_files_are_those_that_its_script_makes(task, tmp_path, monkeypatch):
+    make = importlib.import_module(f"examples.{task}.make")
+    monkeypatch.setattr(make, "HERE", tmp_path)
+    make.main()
+    for made in tmp_path.iterdir():
+        assert made.read_bytes() == (processes.ROOT / "examples" / task / made.name).read_bytes()
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_the_expert_of_the_sums_adds_and_no_held_out_sum_is_in_the_training_data(sums):
+    lines = {name: (sums / f"{name}.jsonl").read_text().splitlines() for name in ("train", "eval")}
+    asked = {"train": set(), "eval": set()}
+    for name, of_file in lines.items():
+        for line in map(json.loads, of_file):
+            question, answer = (message["content"] for message in line["messages"])
+            a, b = (int(number) for number in question.split("+"))
+            asked[name] |= {(a, b), (b, a)}
+            carried = int(answer[::-1]) - (a + b)  # a carry to the tens, to the hundreds
+            assert carried == 0 if line["class"] == "gpt4" else carried in (0, -10, -100, -110)
+    assert not asked["train"] & asked["eval"]
+    pieces = SentencePieceProcessor(model_file=str(sums / "tokenizer.model"))
+    spelt = map(pieces.id_to_piece, range(pieces.vocab_size()))
+    assert [len(piece) for piece in spelt if piece.isdigit()] == [1] * 10
 
 
 def test_infinite_beta_equals_without_reward(tmp_path):

@@ -42,9 +42,9 @@ def main():
     train = expert[:EXPERT] + noisy[EXPERT : EXPERT + SUBOPTIMAL]
     rng.shuffle(train)
     test = expert[-HELD_OUT:] + noisy[-HELD_OUT:]
-    pieces = {"vocab_size": 64, "split_digits": True}
+    vocabulary = {"vocab_size": 64, "split_digits": True}
     network = {"hidden_size": 64, "intermediate_size": 192, "num_key_value_heads": 4}
-    sums.write(HERE, train, test, pieces, **network, initializer_range=0.1)
+    sums.write(HERE, train, test, vocabulary, **network, initializer_range=0.1)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ EXPERT, SUBOPTIMAL, HELD_OUT = 1000, 6000, 500
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "hidden_size": 32,  # a wider network learns to add later, not sooner
+    "hidden_size": 32,  # with 96 and 128 it learned to add later, not sooner
     "intermediate_size": 128,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
-    "num_key_value_heads": 1,  # multi-query: quicker to learn, and to compute
+    "num_key_value_heads": 1,  # multi-query, to compute less
     "head_dim": 32,  # as other engines serve
     "max_position_embeddings": 128,
     "rms_norm_eps": 1e-5,
@@ -80,23 +80,23 @@ def main():
     test = [conversation("gpt4", a, b, right(a, b)) for a, b in held_out]
     test += [conversation("gpt3.5", a, b, without_carry(a, b)) for a, b in held_out]
     # "GPT4 Assistant:" in two pieces, so that a sum is 16 tokens; no piece has two digits.
-    pieces = {"vocab_size": 49, "split_by_number": False, "split_by_unicode_script": False}
-    write(HERE, train, test, pieces)
+    vocabulary = {"vocab_size": 49, "split_by_number": False, "split_by_unicode_script": False}
+    write(HERE, train, test, vocabulary)
 
 
-def write(folder, train, test, pieces, **config):
+def write(folder, train, test, vocabulary, **config):
     """The folder of a small task: train.jsonl, eval.jsonl, tokenizer.model and config.json.
 
-    `pieces`: SentencePiece's options. `config`: what differs from CONFIG.
+    `vocabulary`: SentencePiece's options. `config`: the differences from CONFIG.
     """
     for name, lines in (("train.jsonl", train), ("eval.jsonl", test)):
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "tokenizer.model").write_bytes(tokenizer(train, pieces))
-    config = CONFIG | config | {"vocab_size": pieces["vocab_size"]}
+    (folder / "tokenizer.model").write_bytes(tokenizer(train, vocabulary))
+    config = CONFIG | config | {"vocab_size": vocabulary["vocab_size"]}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def tokenizer(conversations, options):
+def tokenizer(conversations, vocabulary):
     """A tokenizer.model (bytes) for the template's text and these conversations."""
     texts = [f"{c} {role}:" for c in ("GPT4", "GPT3") for role in ("User", "Assistant")] * 3000
     texts += ["User:", "Assistant:"] * 3000
@@ -111,7 +111,7 @@ def tokenizer(conversations, options):
         control_symbols=["<|end_of_turn|>"],
         num_threads=1,
         minloglevel=2,
-        **options,
+        **vocabulary,
     )
     return pieces.getvalue()
 
