@@ -268,10 +268,6 @@ class Order:
         """The epoch of a step; both count from 1."""
         return bisect_left(self.ends, step) + 1
 
-    def ends_epoch(self, step, every):
-        """Is `step` the last of every `every`-th epoch?"""
-        return bool(every) and step in self.ends and self.epoch_of(step) % every == 0
-
     def bins(self, step):
         assert 1 <= step <= self.ends[-1]
         epoch = self.epoch_of(step) - 1

@@ -225,7 +225,7 @@ def train(plan, ranks, out):
 
             # Once in a while: save, evaluate, export.
             done, stopped = step, signals > 0
-            if plan.saves(step) and not stopped:
+            if step in plan.saves and not stopped:
                 checkpoints.save(llama, optimizer, step)
             stopped = stopped or evaluate_and_export(plan, ranks, llama, log, out, step)
     if stopped:
@@ -244,7 +244,7 @@ def evaluate_and_export(plan, ranks, llama, log, out, step):
 
     A run that resumes at `step` does both again: their results replace the earlier ones.
     """
-    evaluate_now, export_now = plan.evaluates(step), plan.exports(step)
+    evaluate_now, export_now = step in plan.evaluations, step in plan.exports
     if evaluate_now:
         table = evaluate(plan, ranks, llama)
         if table is None:

@@ -8,7 +8,6 @@ make_plan does this from left to right; any error in the input is raised there.
 import dataclasses
 import functools
 import math
-import os
 
 import numpy as np
 import torch
@@ -36,6 +35,9 @@ class Plan:
     dataset: Dataset
     eval_dataset: Dataset | None
     order: data.Order
+    exports: set  # steps after which a model is exported: the last, and of every n-th epoch
+    saves: set  # steps after which a checkpoint is saved: at exports, and every n-th
+    evaluations: set  # steps after which the model is evaluated: 0, at exports, and every n-th
     # --- decisions on flags that were left open
     bf16: bool
     compile: bool
@@ -62,21 +64,6 @@ class Plan:
     def eval_name(self):
         return self.eval_dataset.folder.name if self.eval_dataset else None
 
-    def exports(self, step):
-        """Is a model exported after `step` steps? At the end, and after every n-th epoch."""
-        return step == self.order.total or self.order.ends_epoch(step, self.config.export_every)
-
-    def evaluates(self, step):
-        """Is the model evaluated after `step` steps? Before the first, at exports, every n-th."""
-        every = self.config.eval_every
-        now = step == 0 or self.exports(step) or (every and step % every == 0)
-        return bool(self.eval_dataset and now)
-
-    def saves(self, step):
-        """Is a checkpoint saved after `step` steps? At exports, and every n-th."""
-        every = self.config.save_every
-        return self.exports(step) or bool(every and step % every == 0)
-
 
 def make_plan(config, ranks, out):
     """The Plan of a run. Tokenizes the data; any error in the input is raised here."""
@@ -88,7 +75,7 @@ def make_plan(config, ranks, out):
         raise ValueError(f"--replicas must be a divisor of {world} ranks")
 
     classes = read_classes(config.classes) if config.classes else class_table(table)
-    weights = np.array(list(class_weights(classes, config.beta).values()))
+    weights = np.array([*class_weights(classes, config.beta).values()]) if config.reward else None
 
     tokenizer = Tokenizer(config.model)
     read = model.LlamaConfig.from_folder(config.model)
@@ -101,10 +88,14 @@ def make_plan(config, ranks, out):
     if not (pretrained or config.random_weights or config.dry_run):  # which needs none
         hint = "" if config.evaluate else "; --random-weights starts from random ones"
         raise ValueError(f"{config.model}: no *.safetensors there{hint}")
+    base, untrained = None, []
     if pretrained:
         model.check_weights(config.model, network, new_rows)
-    new = pretrained and not read_export(config.model)  # an export has all its rows
-    untrained = model.untrained(config.model, tokenizer.marks) if new else []
+        base = model.fingerprint(config.model)
+        if len(set(ranks.gather(base))) > 1:
+            raise ValueError(f"--model {config.model}: the weights differ between machines")
+        if not read_export(config.model):  # an export has all its rows
+            untrained = model.untrained(config.model, tokenizer.marks)
 
     cuda = ranks.cuda or config.plan_memory > 0  # the plan is for a GPU, even if none is here
     obstacle = obstacle_to_bf16_moments(config, cuda)
@@ -128,10 +119,13 @@ def make_plan(config, ranks, out):
         return Dataset(out / "tokens" / name, sources(getattr(config, field), classes))
 
     dataset = tokenized("data")
-    if not dataset.total_weight(slice(None), weights if config.reward else None):
+    if not dataset.total_weight(slice(None), weights):
         raise ValueError("the weight of every class in --data is 0: raise --beta, or --no-reward")
     eval_dataset = tokenized("eval_data") if config.eval_data else None
     order = data.Order(dataset.lengths, config, world * config.accumulate)
+    total, epochs = order.total, every(config.export_every, len(order.ends))
+    exports = {total, *(min(order.ends[epoch - 1], total) for epoch in epochs)}
+    evaluations = exports.union([0], every(config.eval_every, total)) if eval_dataset else set()
 
     share = dataset.total_weight(slice(None), None) / int(dataset.lengths.sum())
     supervised = config.batch_tokens * world * config.accumulate * share  # tokens per step
@@ -156,17 +150,22 @@ def make_plan(config, ranks, out):
         size = roomy  # with one all-gather per block instead of two
     recompute = min(recompute, network.num_hidden_layers)
     return Plan(
-        config=config, world=world, classes=classes, tokenizer=tokenizer, network=network,
-        class_weights=weights if config.reward else None,
-        dataset=dataset, eval_dataset=eval_dataset, order=order,
+        config=config, world=world, classes=classes, class_weights=weights, tokenizer=tokenizer,
+        network=network, dataset=dataset, eval_dataset=eval_dataset, order=order,
+        exports=exports, saves=exports.union(every(config.save_every, total)),
+        evaluations=evaluations,
         bf16=bf16, compile=compile, flash=flash, max_length=max_length,
         lr=auto_lr(network, tokenizer, supervised) if config.lr == "auto" else float(config.lr),
         shape=(config.batch_tokens, offsets, max_length) if compile else None,
-        base=identity_of_weights(config, ranks) if pretrained else None,
-        new_rows=new_rows, untrained=untrained,
+        base=base, new_rows=new_rows, untrained=untrained,
         recompute=recompute, spared=spared, size=size,
         memory=memory.estimate(network, size, recompute), available=available,
     )  # fmt: skip
+
+
+def every(n, last):
+    """The multiples of n up to `last`; none if n is 0."""
+    return range(n, last + 1, n) if n else ()
 
 
 def evaluation_config(config):
@@ -197,15 +196,6 @@ def obstacle_to_bf16_moments(config, cuda):
     if 1 - beta < 2**-8:  # half the distance between bf16's numbers just above 1
         lost = f"a step changes a moment by {1 - beta:.1g} of it, which bf16 rounds away"
         return f"needs --adam-beta1 and --adam-beta2 of at most 0.996, not {beta}: {lost}"
-
-
-def identity_of_weights(config, ranks):
-    """The weights' fingerprint; ValueError if it differs between the machines of a run."""
-    first_of_machine = int(os.environ.get("LOCAL_RANK", 0)) == 0 and not config.dry_run
-    found = set(ranks.gather(model.fingerprint(config.model) if first_of_machine else ""))
-    if len(found - {""}) > 1:
-        raise ValueError(f"--model {config.model}: the weights differ between machines")
-    return max(found) or "not read"
 
 
 def length_limit(max_length, batch_tokens, context):

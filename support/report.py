@@ -164,7 +164,7 @@ def resources(plan):
     unit = 2**30 if "GiB" in needed else 2**20
     parts = [f"{name} {size / unit:.2f}" for name, size in plan.memory.items()]
     fits = f", {'fits' if plan.fits else 'DOES NOT FIT'} {binary(plan.available)}"
-    exports, saved = sum(map(plan.exports, range(1, order.total + 1))), 4 + 2 * plan.size.moment
+    exports, saved = len(plan.exports), 4 + 2 * plan.size.moment
     out = Path(config.out).absolute()
     disk = next(path for path in (out, *out.parents) if path.exists())
     lines = [
@@ -331,7 +331,7 @@ class Log:
         keep = []
         for line in read_metrics(self.path) if self.start else ():
             ours = "eval" in line and line.get("eval_data") == self.plan.eval_name
-            again = ours and line["step"] == self.start and self.plan.evaluates(self.start)
+            again = ours and line["step"] == self.start and self.start in self.plan.evaluations
             if line["step"] <= self.start and not again:
                 keep.append(line)
                 if ours:
