@@ -288,14 +288,17 @@ def run(scenario, folder):
     model.write_json(here / "config.json", network)
     shutil.copy(folder / "tokenizer.model", here)
     ranks = phantom_ranks(settings["world"], settings["rank"])
-    few, out = folder / "few.jsonl", here / "out"
+    few, held_out, out = folder / "few.jsonl", folder / "held_out.jsonl", here / "out"
     out.mkdir()
+    # Evaluated before, between and after two steps; a resumed run after steps 4 and 5 of 5.
+    resumed = settings.get("resumed", False)
+    steps, eval_every = (3, 2) if resumed else (2, 1)
 
     def plan_until(step):
         return plan_of(
             flags(
-                few, out, model=here, eval_data=few, epochs=2, max_steps=step, accumulate=2,
-                batch_tokens=TOKENS, eval_every=2, save_every=1, replicas=settings["replicas"],
+                few, out, model=here, eval_data=held_out, epochs=2, max_steps=step, accumulate=2,
+                batch_tokens=TOKENS, eval_every=eval_every, save_every=1, replicas=settings["replicas"],
                 compile=settings["compile"], recompute=settings["recompute"],
                 adam_precision=settings["adam_precision"],
             ),
@@ -303,10 +306,10 @@ def run(scenario, folder):
         )  # fmt: skip
 
     CARD.total_memory = 80 << 30
-    plan = plan_until(3)
+    plan = plan_until(steps)
     if settings["tight"]:  # the run fits, without room to spare
         CARD.total_memory = int(sum(plan.memory.values()) / 0.95)
-        plan = plan_until(3)
+        plan = plan_until(steps)
     found = {"planned": plan.memory["activations"], "groups": [], "dtypes": {}}
     per_step = "frames", "waits", "all_reduces", "saved", "moments", "gathers"
     found |= {name: [] for name in per_step}
@@ -416,7 +419,7 @@ def run(scenario, folder):
             patch.setattr(*globals()[settings["fault"]](train))
         with Device(allow_non_fake_inputs=True):
             assert train.train(plan, ranks, out)
-            if settings.get("resumed"):
+            if resumed:
                 found |= {name: [] for name in per_step}
                 frames.clear()
                 torch._dynamo.reset()
