@@ -78,6 +78,14 @@ def test_infinite_beta_equals_without_reward(tmp_path):
     assert rewarded["weights"] != without["weights"]
 
 
+def sampled_answers(run, folder):
+    """A judge that samples an answer to 150 of the questions under each condition."""
+    questions = ablation.expert_questions(processes.ROOT / run.task / "eval.jsonl")[:150]
+    talkers = {name: ablation.chat.Chat(folder / "model", name) for name in (EXPERT, SUBOPTIMAL)}
+    share = {name: ablation.right_share(of, questions, 1.0) for name, of in talkers.items()}
+    return {name: {"sampled": value} for name, value in share.items()}
+
+
 def test_shuffled_labels_leave_no_advantage(tmp_path, capsys, monkeypatch):
     """The expert's condition is worth nothing once the labels say nothing, and much before.
 
@@ -85,7 +93,7 @@ def test_shuffled_labels_leave_no_advantage(tmp_path, capsys, monkeypatch):
     """
     monkeypatch.setattr(ablation, "StatusLine", lambda stream, seconds: StatusLine(stream, 0))
     runs = [Run(NOISY, 80), Run(NOISY, 80, shuffled=True)]
-    scores = ablation.finish(runs, tmp_path, 2)
+    scores = ablation.finish(runs, tmp_path, 2, sampled_answers)
     live = re.findall(r"([012])/2 runs done, step (\d+) of 160(.*)\n", capsys.readouterr().out)
     steps = [int(step) for _, step, _ in live]
     assert sorted(steps) == steps and steps[-1] == 160 and len(set(steps)) > 3
