@@ -298,9 +298,9 @@ def run(scenario, folder):
         return plan_of(
             flags(
                 few, out, model=here, eval_data=held_out, epochs=2, max_steps=step, accumulate=2,
-                batch_tokens=TOKENS, eval_every=eval_every, save_every=1, replicas=settings["replicas"],
-                compile=settings["compile"], recompute=settings["recompute"],
-                adam_precision=settings["adam_precision"],
+                batch_tokens=TOKENS, eval_every=eval_every, save_every=1,
+                replicas=settings["replicas"], compile=settings["compile"],
+                recompute=settings["recompute"], adam_precision=settings["adam_precision"],
             ),
             ranks, out,
         )  # fmt: skip

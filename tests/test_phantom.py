@@ -1,7 +1,7 @@
 """A whole run of train.py on a GPU without numbers (phantom.py): devices, dtypes, graphs, waits.
 
-Each scenario is a run of two steps, or of three and two more, with evaluation, checkpoints and exports; each planted fault
-is one that such a run must find.
+Each scenario is a run of two steps, or of three and two more, with evaluation, checkpoints and
+exports; each planted fault is one that such a run must find.
 """
 
 import json
