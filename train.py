@@ -12,7 +12,8 @@ The whole method, and where each part is:
 
     other classes: --classes; a reward per conversation: "reward" in the data, per turn: "weight"
     longer than --max-length: cut at its end, data.py
-    lm_head fused with the loss, never all logits at once; V = 32002 padded: kernels/
+    FSDP: build, below; why the loss is computed inside the root's forward: objective, below
+    lm_head fused with the loss, never all logits at once; V = 32002 padded to 32064: kernels/
     resume, bit for bit: support/checkpoint.py; how a signal ends a run: support/ranks.py
 
 In order: flags, main, the loop, the sharded network, one step, evaluation, the schedule. support/

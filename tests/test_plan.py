@@ -474,6 +474,44 @@ def test_blocks_gathered_once_learn_as_those_gathered_twice(files, ranks, tmp_pa
     assert losses_of(once, ranks) == losses_of(plan, ranks)
 
 
+@pytest.mark.parametrize(
+    "export_every, save_every, eval_every, max_steps",
+    [(1, 1000, 0, 0), (2, 3, 4, 0), (0, 0, 5, 0), (2, 1, 0, 7), (1, 2, 3, 1)],
+)
+def test_the_plan_names_the_steps_that_save_export_and_evaluate(
+    files, ranks, tmp_path, export_every, save_every, eval_every, max_steps
+):
+    every = {"export_every": export_every, "save_every": save_every, "eval_every": eval_every}
+    more = {"epochs": 5, "batch_tokens": 4096, "max_steps": max_steps, "eval_data": files[1]}
+    plan = plan_of(files, ranks, tmp_path, **every, **more)
+    ends, total = plan.order.ends, plan.order.total
+    assert total == (max_steps or ends[4])
+    for step in range(total + 1):
+        epoch = ends.index(step) + 1 if step in ends else 0  # that it ends
+        export = step == total or bool(epoch and export_every and epoch % export_every == 0)
+        assert (step in plan.exports) is export
+        if step:
+            save = export or bool(save_every and step % save_every == 0)
+            assert (step in plan.saves) is save
+        evaluate = export or step == 0 or bool(eval_every and step % eval_every == 0)
+        assert (step in plan.evaluations) is evaluate
+    assert max(plan.exports) == total
+    assert not plan_of(files, ranks, tmp_path, **every, **more | {"eval_data": None}).evaluations
+
+
+def test_weights_that_differ_between_machines_are_refused(stories, few, tmp_path, ranks):
+    class Two(type(ranks)):
+        def __init__(self):
+            self.__dict__ |= vars(ranks)
+
+        def gather(self, value):
+            found = super().gather(value)
+            return found if value != model.fingerprint(stories) else [*found, "12345678"]
+
+    with pytest.raises(ValueError, match="stories260K: the weights differ between machines"):
+        processes.plan_of(flags(few, tmp_path, model=stories, random_weights=None), Two(), tmp_path)
+
+
 def test_every_bin_of_a_compiled_run_has_the_planned_shape(files, ranks, tmp_path):
     """Of all epochs and of the evaluation; FlashAttention's conditions on the offsets."""
     plan = plan_of(
