@@ -48,8 +48,7 @@ ONLY_VALUE = {
     "partial_rotary_factor": 1.0,
     "rope_interleaved": False,
 }
-# Keys that do not change the logits: about files and tools, training, generation, and the other
-# kinds of models that transformers describes in this file.
+# Keys that do not change the logits: of files, tools, training, generation, other kinds of models.
 IGNORED = set(
     """
     add_cross_attention architectures attn_implementation auto_map bad_words_ids
@@ -108,7 +107,8 @@ class LlamaConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
-            if field.type is int and (type(value) is not int or value < 1):
+            whole = field.type is int or (name == "sliding_window" and value is not None)
+            if whole and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
             if field.type is float and not _is_positive(value):
                 raise ValueError(f"{name} must be a positive number, not {value!r}")
@@ -118,9 +118,6 @@ class LlamaConfig:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, not {self.head_dim}")
-        window = self.sliding_window
-        if window is not None and (type(window) is not int or window < 1):
-            raise ValueError(f"sliding_window must be null or at least 1, not {window!r}")
         if self.parameter_count() > 10**12:
             raise ValueError(f"too large: its sizes make {self.parameter_count():,} parameters")
         rotary_frequencies(self, "cpu")  # raises on a scaling that is not implemented
@@ -170,12 +167,9 @@ def _implemented(raw):
         if size % heads:
             raise ValueError("hidden_size must be a multiple of num_attention_heads")
         raw["head_dim"] = size // heads
-    fields = {field.name: field.default for field in dataclasses.fields(LlamaConfig)}
-    lacking = {name for name, default in fields.items() if default is dataclasses.MISSING}
-    if lacking := sorted(lacking - raw.keys()):
-        raise ValueError(f"lacks {', '.join(lacking)}")
+    fields = {field.name for field in dataclasses.fields(LlamaConfig)}
     asked = {key for key, value in raw.items() if value and not key.startswith("_")}
-    if unknown := sorted(asked - fields.keys() - IGNORED):
+    if unknown := sorted(asked - fields - IGNORED):
         raise ValueError(
             f"asks for {', '.join(unknown)}, which is not implemented; "
             "if it does not change the network, remove it"
@@ -286,7 +280,6 @@ class PackedAttention:
     def __init__(self, cu_seqlens, max_seqlen, sliding_window):
         self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
         self.sliding_window = sliding_window
-        self.rectangles = None
 
     def __call__(self, q, k, v):  # (T, H, E), (T, K, E), (T, K, E) -> (T, H, E)
         half = q.dtype in (torch.bfloat16, torch.float16)
@@ -307,8 +300,6 @@ class PackedAttention:
 
     @torch.compiler.disable  # its shapes depend on the conversations' lengths
     def attend_rectangles(self, q, k, v):
-        if self.rectangles is None:  # made once for all layers
-            self.rectangles = rectangles(self.cu_seqlens)
         out, gqa = torch.empty_like(q), q.shape[1] != k.shape[1]
         for index, valid in self.rectangles:  # (B, L)
             padded = (x[index].transpose(1, 2) for x in (q, k, v))  # (B, heads, L, E)
@@ -319,29 +310,27 @@ class PackedAttention:
             out[index[valid]] = attended.transpose(1, 2)[valid]
         return out
 
+    @functools.cached_property  # made once for all layers
+    def rectangles(self):
+        """Conversations grouped by length, within a factor of two: [(index, valid), ...].
 
-def rectangles(cu_seqlens):
-    """Conversations grouped by length, within a factor of two: [(index, valid), ...].
-
-    index (B, L): the token in each cell, padded with the last one; valid (B, L): not padding.
-    """
-    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    groups = []
-    for bits in sorted({length.bit_length() for length in lengths.tolist() if length}):
-        chosen = ((lengths >> (bits - 1)) == 1).nonzero()[:, 0]
-        columns = torch.arange(lengths[chosen].max(), device=lengths.device)
-        last = lengths[chosen, None] - 1
-        index = starts[chosen, None] + columns.minimum(last)
-        groups.append((index, columns <= last))
-    return groups
+        index (B, L): the token in each cell, padded with the last one; valid (B, L): not padding.
+        """
+        starts, lengths = self.cu_seqlens[:-1].long(), self.cu_seqlens.diff().long()
+        groups = []
+        for bits in sorted({length.bit_length() for length in lengths.tolist() if length}):
+            chosen = ((lengths >> (bits - 1)) == 1).nonzero()[:, 0]
+            columns = torch.arange(lengths[chosen].max(), device=lengths.device)
+            last = lengths[chosen, None] - 1
+            groups.append((starts[chosen, None] + columns.minimum(last), columns <= last))
+        return groups
 
 
 def sliding_mask(length, window, device):
     """(L, L) boolean: token i sees j with i - window < j <= i; None if causality is enough."""
     if window is None or length <= window:
         return None
-    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
-    return (distance >= 0) & (distance < window)
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
 
 
 def rotary_embedding(config, positions):
@@ -362,9 +351,8 @@ def rotary_frequencies(config, device):
     needed = [] if kind == "default" else ["factor"]
     if kind == "llama3":
         needed += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-    for key in needed:
-        if not _is_positive(scaling.get(key)):
-            raise ValueError(f"rope_scaling {kind!r} needs {key} as a positive number")
+    if not all(_is_positive(scaling.get(key)) for key in needed):
+        raise ValueError(f"rope_scaling {kind!r} needs positive numbers for {', '.join(needed)}")
     asked = {key for key, value in scaling.items() if value and value != ONLY_VALUE.get(key)}
     if unknown := sorted(asked - {"rope_type", "type", *needed}):
         raise ValueError(f"rope_scaling {kind!r} with {', '.join(unknown)} is not implemented")
@@ -406,10 +394,9 @@ def check_folder(folder):
     """ValueError unless `folder` exists; for a name on the Hugging Face hub, how to fetch it."""
     if Path(folder).is_dir():
         return
-    hint, on_hub = "", re.fullmatch(r"[\w.-]+/([\w.-]+)", str(folder))
-    if on_hub and not Path(folder).parent.is_dir():
-        local = on_hub[1]
-        hint = f"; fetch it with: hf download {folder} --local-dir {local}, and give {local}"
+    hint, hub = "", re.fullmatch(r"[\w.-]+/([\w.-]+)", str(folder))
+    if hub and not Path(folder).parent.is_dir():
+        hint = f"; fetch it with: hf download {folder} --local-dir {hub[1]}, and give {hub[1]}"
     raise ValueError(f"{folder}: no such folder{hint}")
 
 
@@ -423,8 +410,8 @@ def has_weights(folder):
     return False
 
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # (V, D) each
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
@@ -483,14 +470,11 @@ def check_weights(folder, config, new_rows=0):
     if problems:
         shown = "\n  ".join(problems[:50])
         raise ValueError(f"{folder}: {len(problems)} tensors do not fit config.json:\n  {shown}")
-    if HEAD in stored.keys() - wanted.keys() and not _same_rows(stored[EMBEDDING], stored[HEAD]):
+    if HEAD in stored and HEAD not in wanted and not _same_rows(stored[EMBEDDING], stored[HEAD]):
         raise ValueError(
             f"{folder}: config.json ties the embeddings (tie_word_embeddings), but {HEAD} differs "
             f"from {EMBEDDING}; remove the tensor, or set tie_word_embeddings to false to train it"
         )
-
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # (V, D) each
 
 
 def _same_rows(a, b):
@@ -510,13 +494,11 @@ def untrained(folder, tokens):
     """
     stored = stored_tensors(folder)[EMBEDDING]
     usual = stored[:1024].float().norm(dim=1).median()
-    rows = {t: stored[t : t + 1].float() for t in tokens if t < stored.get_shape()[0]}
-
-    def distance(token):  # to the nearest of the other rows, and to zero
-        others = [rows[t] for t in rows if t != token]
-        return min((rows[token] - other).norm() for other in [0, *others])
-
-    return sorted(token for token in rows if distance(token) < 0.01 * usual)
+    tokens = sorted({token for token in tokens if token < stored.get_shape()[0]})
+    rows = torch.cat([torch.zeros_like(stored[:1]), *(stored[t : t + 1] for t in tokens)]).float()
+    distances = (rows[:, None] - rows).norm(dim=-1).fill_diagonal_(math.inf)
+    nearest = distances.amin(dim=1)[1:]  # of the other rows and zero
+    return [token for token, d in zip(tokens, nearest, strict=True) if d < 0.01 * usual]
 
 
 def fingerprint(folder):
@@ -539,8 +521,7 @@ def fill_parameters(llama, folder, new_rows=0, new_tokens=(), ordinary_rows=None
     """Copy a checked folder into `llama`; each rank reads only its own rows.
 
     Two kinds of rows become the mean of the first `ordinary_rows` (default: all before them): the
-    last `new_rows`, which the files lack, and `new_tokens`, which may be padding or untrained. The
-    sum is float64, so that the float32 mean is the same for any number of ranks.
+    last `new_rows`, which the files lack, and `new_tokens`, which may be padding or untrained.
     """
     parameters, count = dict(llama.named_parameters()), llama.config.vocab_size
     read_rows(stored_tensors(folder), parameters)
@@ -569,8 +550,7 @@ def read_rows(stored, tensors, first_rows=None):
         first = first_rows[name] if first_rows else 0
         begin, end = max(low, first), min(high, first + view.get_shape()[0])
         if begin < end:
-            rows = view[begin - first : end - first]
-            local_tensor(tensor)[begin - low : end - low].copy_(rows)
+            local_tensor(tensor)[begin - low : end - low].copy_(view[begin - first : end - first])
 
     with ThreadPoolExecutor(4) as pool:  # keeps the disk busy
         list(pool.map(read, tensors))
@@ -582,18 +562,15 @@ def random_parameters(llama, seed):
 
     Projections that write into the residual stream are scaled by 1/sqrt(2 · layers), as in GPT-2.
     """
-    config = llama.config
     for index, (name, parameter) in enumerate(llama.named_parameters()):
-        low, high = local_rows(parameter)
-        if name.endswith("norm.weight"):
-            local_tensor(parameter).fill_(1.0)
-            continue
-        std = config.initializer_range
+        std = llama.config.initializer_range
         if name.endswith(("o_proj.weight", "down_proj.weight")):
-            std /= math.sqrt(2 * config.num_hidden_layers)
+            std /= math.sqrt(2 * llama.config.num_hidden_layers)
         generator = torch.Generator().manual_seed(seed * 100_003 + index)
         full = torch.randn(parameter.shape, generator=generator).mul_(std)
-        local_tensor(parameter).copy_(full[low:high])
+        if name.endswith("norm.weight"):
+            full.fill_(1.0)
+        local_tensor(parameter).copy_(full[slice(*local_rows(parameter))])
 
 
 def local_tensor(parameter):
@@ -630,11 +607,8 @@ def save(llama, folder, dtype=None, shard_bytes=5 << 30):
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE
         weight_map |= dict.fromkeys(names, file)
-        tensors = {}
-        for name in names:
-            whole = whole_tensor(parameters[name])
-            if first:
-                tensors[name] = whole.detach().to("cpu", dtype).contiguous()
+        gathered = ((name, whole_tensor(parameters[name])) for name in names)  # by every rank
+        tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in gathered if first}
         if first and failure is None:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
