@@ -300,10 +300,13 @@ class PackedAttention:
 
     @torch.compiler.disable  # its shapes depend on the conversations' lengths
     def attend_rectangles(self, q, k, v):
-        out, gqa = torch.empty_like(q), q.shape[1] != k.shape[1]
+        out, gqa, window = torch.empty_like(q), q.shape[1] != k.shape[1], self.sliding_window
         for index, valid in self.rectangles:  # (B, L)
             padded = (x[index].transpose(1, 2) for x in (q, k, v))  # (B, heads, L, E)
-            mask = sliding_mask(index.shape[1], self.sliding_window, q.device)
+            length, mask = index.shape[1], None  # causality is enough
+            if window and length > window:  # token i sees j with i - window < j <= i
+                mask = torch.ones(length, length, dtype=torch.bool, device=q.device)
+                mask = mask.tril().triu(1 - window)
             attended = F.scaled_dot_product_attention(
                 *padded, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa
             )
@@ -324,13 +327,6 @@ class PackedAttention:
             last = lengths[chosen, None] - 1
             groups.append((starts[chosen, None] + columns.minimum(last), columns <= last))
         return groups
-
-
-def sliding_mask(length, window, device):
-    """(L, L) boolean: token i sees j with i - window < j <= i; None if causality is enough."""
-    if window is None or length <= window:
-        return None
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
 
 
 def rotary_embedding(config, positions):
