@@ -581,9 +581,9 @@ def local_rows(parameter):
     """(low, high): this rank's rows of dimension 0; all of them if it is not sharded."""
     low = 0
     if isinstance(parameter, DTensor):
-        mesh, rows = parameter.device_mesh, len(parameter)
+        mesh = parameter.device_mesh
         last = mesh.ndim - 1  # shards; a dimension before it replicates
-        low = min(rows, math.ceil(rows / mesh.size(last)) * mesh.get_local_rank(last))
+        low = math.ceil(len(parameter) / mesh.size(last)) * mesh.get_local_rank(last)
     return low, low + len(local_tensor(parameter))
 
 
