@@ -533,7 +533,7 @@ def fill_parameters(llama, folder, new_rows=0, new_tokens=(), ordinary_rows=None
 
 
 def read_rows(stored, tensors, first_rows=None):
-    """Copy `stored` {name: slice of a file} into `tensors` {name: tensor}.
+    """Copy those of `stored` {name: slice of a file} that are in `tensors` {name: tensor}.
 
     A sharded tensor takes only this rank's rows. `first_rows` {name: row} is the first row of each
     tensor in the file, as in a checkpoint; without it the file holds whole tensors.
@@ -549,7 +549,7 @@ def read_rows(stored, tensors, first_rows=None):
             local_tensor(tensor)[begin - low : end - low].copy_(view[begin - first : end - first])
 
     with ThreadPoolExecutor(4) as pool:  # keeps the disk busy
-        list(pool.map(read, tensors))
+        list(pool.map(read, [name for name in stored if name in tensors]))
 
 
 @torch.no_grad()

@@ -157,8 +157,7 @@ class Checkpoints:
         ranks.all_do(check, f"reading {folder} ({REMOVE})")
         for name, rows in files.items():
             first_rows = {tensor: first for tensor, (first, _, _) in rows.items()}
-            stored = model.open_safetensors(folder / name)
-            model.read_rows(stored, {n: tensors[n] for n in rows}, first_rows)
+            model.read_rows(model.open_safetensors(folder / name), tensors, first_rows)
         if ranks.cuda:
             torch.cuda.empty_cache()  # FSDP's streams cannot reuse the blocks that loading took
         ranks.say(f"resuming from {folder}")
