@@ -48,8 +48,7 @@ ONLY_VALUE = {
     "partial_rotary_factor": 1.0,
     "rope_interleaved": False,
 }
-# Keys that do not change the logits: about files and tools, training, generation, and the other
-# kinds of models that transformers describes in this file.
+# Keys that do not change the logits: of files, tools, training, generation, other kinds of models.
 IGNORED = set(
     """
     add_cross_attention architectures attn_implementation auto_map bad_words_ids
@@ -108,7 +107,8 @@ class LlamaConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
-            if field.type is int and (type(value) is not int or value < 1):
+            whole = field.type is int or (name == "sliding_window" and value is not None)
+            if whole and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
             if field.type is float and not _is_positive(value):
                 raise ValueError(f"{name} must be a positive number, not {value!r}")
@@ -118,9 +118,6 @@ class LlamaConfig:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, not {self.head_dim}")
-        window = self.sliding_window
-        if window is not None and (type(window) is not int or window < 1):
-            raise ValueError(f"sliding_window must be null or at least 1, not {window!r}")
         if self.parameter_count() > 10**12:
             raise ValueError(f"too large: its sizes make {self.parameter_count():,} parameters")
         rotary_frequencies(self, "cpu")  # raises on a scaling that is not implemented
@@ -170,12 +167,9 @@ def _implemented(raw):
         if size % heads:
             raise ValueError("hidden_size must be a multiple of num_attention_heads")
         raw["head_dim"] = size // heads
-    fields = {field.name: field.default for field in dataclasses.fields(LlamaConfig)}
-    lacking = {name for name, default in fields.items() if default is dataclasses.MISSING}
-    if lacking := sorted(lacking - raw.keys()):
-        raise ValueError(f"lacks {', '.join(lacking)}")
+    fields = {field.name for field in dataclasses.fields(LlamaConfig)}
     asked = {key for key, value in raw.items() if value and not key.startswith("_")}
-    if unknown := sorted(asked - fields.keys() - IGNORED):
+    if unknown := sorted(asked - fields - IGNORED):
         raise ValueError(
             f"asks for {', '.join(unknown)}, which is not implemented; "
             "if it does not change the network, remove it"
@@ -286,7 +280,6 @@ class PackedAttention:
     def __init__(self, cu_seqlens, max_seqlen, sliding_window):
         self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
         self.sliding_window = sliding_window
-        self.rectangles = None
 
     def __call__(self, q, k, v):  # (T, H, E), (T, K, E), (T, K, E) -> (T, H, E)
         half = q.dtype in (torch.bfloat16, torch.float16)
@@ -307,41 +300,33 @@ class PackedAttention:
 
     @torch.compiler.disable  # its shapes depend on the conversations' lengths
     def attend_rectangles(self, q, k, v):
-        if self.rectangles is None:  # made once for all layers
-            self.rectangles = rectangles(self.cu_seqlens)
-        out, gqa = torch.empty_like(q), q.shape[1] != k.shape[1]
+        out, gqa, window = torch.empty_like(q), q.shape[1] != k.shape[1], self.sliding_window
         for index, valid in self.rectangles:  # (B, L)
             padded = (x[index].transpose(1, 2) for x in (q, k, v))  # (B, heads, L, E)
-            mask = sliding_mask(index.shape[1], self.sliding_window, q.device)
+            length, mask = index.shape[1], None  # causality is enough
+            if window and length > window:  # token i sees j with i - window < j <= i
+                mask = torch.ones(length, length, dtype=torch.bool, device=q.device)
+                mask = mask.tril().triu(1 - window)
             attended = F.scaled_dot_product_attention(
                 *padded, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa
             )
             out[index[valid]] = attended.transpose(1, 2)[valid]
         return out
 
+    @functools.cached_property  # made once for all layers
+    def rectangles(self):
+        """Conversations grouped by length, within a factor of two: [(index, valid), ...].
 
-def rectangles(cu_seqlens):
-    """Conversations grouped by length, within a factor of two: [(index, valid), ...].
-
-    index (B, L): the token in each cell, padded with the last one; valid (B, L): not padding.
-    """
-    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    groups = []
-    for bits in sorted({length.bit_length() for length in lengths.tolist() if length}):
-        chosen = ((lengths >> (bits - 1)) == 1).nonzero()[:, 0]
-        columns = torch.arange(lengths[chosen].max(), device=lengths.device)
-        last = lengths[chosen, None] - 1
-        index = starts[chosen, None] + columns.minimum(last)
-        groups.append((index, columns <= last))
-    return groups
-
-
-def sliding_mask(length, window, device):
-    """(L, L) boolean: token i sees j with i - window < j <= i; None if causality is enough."""
-    if window is None or length <= window:
-        return None
-    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
-    return (distance >= 0) & (distance < window)
+        index (B, L): the token in each cell, padded with the last one; valid (B, L): not padding.
+        """
+        starts, lengths = self.cu_seqlens[:-1].long(), self.cu_seqlens.diff().long()
+        groups = []
+        for bits in sorted({length.bit_length() for length in lengths.tolist() if length}):
+            chosen = ((lengths >> (bits - 1)) == 1).nonzero()[:, 0]
+            columns = torch.arange(lengths[chosen].max(), device=lengths.device)
+            last = lengths[chosen, None] - 1
+            groups.append((starts[chosen, None] + columns.minimum(last), columns <= last))
+        return groups
 
 
 def rotary_embedding(config, positions):
@@ -362,9 +347,8 @@ def rotary_frequencies(config, device):
     needed = [] if kind == "default" else ["factor"]
     if kind == "llama3":
         needed += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-    for key in needed:
-        if not _is_positive(scaling.get(key)):
-            raise ValueError(f"rope_scaling {kind!r} needs {key} as a positive number")
+    if not all(_is_positive(scaling.get(key)) for key in needed):
+        raise ValueError(f"rope_scaling {kind!r} needs positive numbers for {', '.join(needed)}")
     asked = {key for key, value in scaling.items() if value and value != ONLY_VALUE.get(key)}
     if unknown := sorted(asked - {"rope_type", "type", *needed}):
         raise ValueError(f"rope_scaling {kind!r} with {', '.join(unknown)} is not implemented")
@@ -406,10 +390,9 @@ def check_folder(folder):
     """ValueError unless `folder` exists; for a name on the Hugging Face hub, how to fetch it."""
     if Path(folder).is_dir():
         return
-    hint, on_hub = "", re.fullmatch(r"[\w.-]+/([\w.-]+)", str(folder))
-    if on_hub and not Path(folder).parent.is_dir():
-        local = on_hub[1]
-        hint = f"; fetch it with: hf download {folder} --local-dir {local}, and give {local}"
+    hint, hub = "", re.fullmatch(r"[\w.-]+/([\w.-]+)", str(folder))
+    if hub and not Path(folder).parent.is_dir():
+        hint = f"; fetch it with: hf download {folder} --local-dir {hub[1]}, and give {hub[1]}"
     raise ValueError(f"{folder}: no such folder{hint}")
 
 
@@ -423,41 +406,38 @@ def has_weights(folder):
     return False
 
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # (V, D) each
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
-def weight_files(folder):
-    """{tensor name: path}. An index may only name files in its own folder."""
+def stored_tensors(folder):
+    """{tensor name: slice of its file}. An index may only name files in its own folder."""
     folder, index = Path(folder), Path(folder) / INDEX
     if not index.exists():
-        with open_safetensors(folder / SINGLE) as tensors:
-            return dict.fromkeys(tensors.keys(), folder / SINGLE)
+        return open_safetensors(folder / SINGLE)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index}: has no weight_map {{tensor: file}}")
-    entries = [(name, str(file)) for name, file in weight_map.items()]
-    for name, file in entries:
+    listed = {(str(file), name) for name, file in weight_map.items()}
+    for file, name in sorted(listed):
         if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
             raise ValueError(f"{index}: {name} names {file!r}, which is not a file of this folder")
-    files = sorted({file for _, file in entries})
+    files = {file: open_safetensors(folder / file) for file in sorted({file for file, _ in listed})}
     if SINGLE not in files and (folder / SINGLE).exists():  # programs differ in which they read
-        raise ValueError(
-            f"{folder}: holds two sets of weights, {SINGLE} and the {len(files)} files of {INDEX}; "
-            f"remove {SINGLE}, or the index with its files"
-        )
-    for file in files:
-        with open_safetensors(folder / file) as tensors:
-            listed = {name for name, of in entries if of == file}
-            if odd := sorted(listed.symmetric_difference(tensors.keys()))[:5]:
-                raise ValueError(f"{index}: disagrees with {file} about {', '.join(odd)}")
-    return {name: folder / file for name, file in entries}
+        raise ValueError(f"{folder}: holds two sets of weights, {SINGLE} and {INDEX}; remove one")
+    found = {(file, name) for file, tensors in files.items() for name in tensors}
+    if odd := sorted(listed ^ found):
+        file, name = odd[0]
+        raise ValueError(f"{index}: disagrees with {file} about {name}")
+    return {name: view for tensors in files.values() for name, view in tensors.items()}
 
 
 def open_safetensors(path):
+    """{tensor name: slice}: get_shape(), get_dtype(), and [i:j], which reads these rows."""
     try:
-        return safe_open(path, framework="pt")
+        file = safe_open(path, framework="pt")
+        return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, UnicodeError) as error:
         raise ValueError(f"{path}: cannot be read as safetensors: {error}") from None
 
@@ -469,46 +449,36 @@ def check_weights(folder, config, new_rows=0):
     """
     with torch.device("meta"):
         wanted = {name: list(p.shape) for name, p in Llama(config).named_parameters()}
-    files, found, problems = weight_files(folder), {}, []
-    for name, path in files.items():
-        with open_safetensors(path) as file:
-            view = file.get_slice(name)
-            found[name] = view.get_shape(), view.get_dtype()
+    stored, problems = stored_tensors(folder), []
     for name, expected in wanted.items():
-        shape, dtype = found.pop(name, (None, None))
         if name in (EMBEDDING, HEAD):
             expected[0] -= new_rows
-        if shape is None:
+        if name not in stored:
             problems.append(f"missing {name} {expected}")
-        elif shape != expected:
+        elif (shape := stored[name].get_shape()) != expected:
             problems.append(f"{name} is {shape}, config.json makes it {expected}")
-        elif dtype not in FLOATS:
+        elif (dtype := stored[name].get_dtype()) not in FLOATS:
             problems.append(f"{name} has dtype {dtype}, not one of {sorted(FLOATS)}")
-    for name, (shape, _) in found.items():
+    for name in sorted(stored.keys() - wanted.keys()):
         # Old checkpoints store the rotary table, and some tied ones store the head again.
         if not name.endswith("rotary_emb.inv_freq") and name != HEAD:
-            problems.append(f"unexpected {name} {shape}")
+            problems.append(f"unexpected {name} {stored[name].get_shape()}")
     if problems:
         shown = "\n  ".join(problems[:50])
         raise ValueError(f"{folder}: {len(problems)} tensors do not fit config.json:\n  {shown}")
-    if HEAD in found and not _same_rows(files, EMBEDDING, HEAD):
+    if HEAD in stored and HEAD not in wanted and not _same_rows(stored[EMBEDDING], stored[HEAD]):
         raise ValueError(
             f"{folder}: config.json ties the embeddings (tie_word_embeddings), but {HEAD} differs "
             f"from {EMBEDDING}; remove the tensor, or set tie_word_embeddings to false to train it"
         )
 
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # (V, D) each
-
-
-def _same_rows(files, *names):
-    """Do two tensors hold the same numbers? Read a part at a time."""
-    with open_safetensors(files[names[0]]) as one, open_safetensors(files[names[1]]) as other:
-        a, b = one.get_slice(names[0]), other.get_slice(names[1])
-        return a.get_shape() == b.get_shape() and all(
-            torch.allclose(a[i : i + 4096].float(), b[i : i + 4096].float(), 0, 0, equal_nan=True)
-            for i in range(0, a.get_shape()[0], 4096)
-        )
+def _same_rows(a, b):
+    """Do two stored tensors hold the same numbers? Read a part at a time."""
+    return a.get_shape() == b.get_shape() and all(
+        torch.allclose(a[i : i + 4096].float(), b[i : i + 4096].float(), 0, 0, equal_nan=True)
+        for i in range(0, a.get_shape()[0], 4096)
+    )
 
 
 def untrained(folder, tokens):
@@ -518,26 +488,21 @@ def untrained(folder, tokens):
     tokens in Llama 3's base models. A row still at its random start is not detected. The head's
     rows would not tell: a token that only begins a turn is never a target, even in a trained model.
     """
-    with open_safetensors(weight_files(folder)[EMBEDDING]) as file:
-        view = file.get_slice(EMBEDDING)
-        usual = view[:1024].float().norm(dim=1).median()
-        rows = {t: view[t : t + 1].float() for t in tokens if t < view.get_shape()[0]}
-
-    def distance(token):  # to the nearest of the other rows, and to zero
-        others = [rows[t] for t in rows if t != token]
-        return min((rows[token] - other).norm() for other in [0, *others])
-
-    return sorted(token for token in rows if distance(token) < 0.01 * usual)
+    stored = stored_tensors(folder)[EMBEDDING]
+    usual = stored[:1024].float().norm(dim=1).median()
+    tokens = sorted({token for token in tokens if token < stored.get_shape()[0]})
+    rows = torch.cat([torch.zeros_like(stored[:1]), *(stored[t : t + 1] for t in tokens)]).float()
+    distances = (rows[:, None] - rows).norm(dim=-1).fill_diagonal_(math.inf)
+    nearest = distances.amin(dim=1)[1:]  # of the other rows and zero
+    return [token for token, d in zip(tokens, nearest, strict=True) if d < 0.01 * usual]
 
 
 def fingerprint(folder):
     """8 hex digits from each tensor's name, dtype, shape and three rows, in any files."""
     lines = []
-    for name, path in sorted(weight_files(folder).items()):
-        with open_safetensors(path) as file:
-            view = file.get_slice(name)
-            shape = view.get_shape()
-            rows = torch.cat([view[i : i + 1] for i in (0, shape[0] // 2, shape[0] - 1)])
+    for name, view in sorted(stored_tensors(folder).items()):
+        shape = view.get_shape()
+        rows = torch.cat([view[i : i + 1] for i in (0, shape[0] // 2, shape[0] - 1)])
         lines.append(f"{name} {view.get_dtype()} {shape} {checksum(rows)}")
     return f"{zlib.crc32(chr(10).join(lines).encode()):08x}"
 
@@ -552,19 +517,23 @@ def fill_parameters(llama, folder, new_rows=0, new_tokens=(), ordinary_rows=None
     """Copy a checked folder into `llama`; each rank reads only its own rows.
 
     Two kinds of rows become the mean of the first `ordinary_rows` (default: all before them): the
-    last `new_rows`, which the files lack, and `new_tokens`, which may be padding or untrained. The
-    sum is float64, so that the float32 mean is the same for any number of ranks.
+    last `new_rows`, which the files lack, and `new_tokens`, which may be padding or untrained.
     """
-    files, parameters = weight_files(folder), dict(llama.named_parameters())
-    for path in sorted(set(files.values())):
-        read_rows(path, {name: p for name, p in parameters.items() if files[name] == path})
-    for name in (EMBEDDING, HEAD):
-        if name in parameters and (new_rows or new_tokens):
-            _fill_new_rows(parameters[name], new_rows, new_tokens, ordinary_rows)
+    parameters, count = dict(llama.named_parameters()), llama.config.vocab_size
+    read_rows(stored_tensors(folder), parameters)
+    filled = {*new_tokens, *range(count - new_rows, count)}
+    if not filled:
+        return
+    known = min(filled) if ordinary_rows is None else min(ordinary_rows, count - new_rows)
+    for parameter in [parameters[name] for name in (EMBEDDING, HEAD) if name in parameters]:
+        low, high = local_rows(parameter)
+        mean = whole_tensor(parameter)[:known].sum(0, dtype=torch.float64) / known
+        rows = [row - low for row in filled if low <= row < high]
+        local_tensor(parameter)[rows] = mean.to(parameter.dtype)
 
 
-def read_rows(path, tensors, first_rows=None):
-    """Copy the rows that a safetensors file holds into `tensors` {name: tensor}.
+def read_rows(stored, tensors, first_rows=None):
+    """Copy those of `stored` {name: slice of a file} that are in `tensors` {name: tensor}.
 
     A sharded tensor takes only this rank's rows. `first_rows` {name: row} is the first row of each
     tensor in the file, as in a checkpoint; without it the file holds whole tensors.
@@ -572,27 +541,15 @@ def read_rows(path, tensors, first_rows=None):
 
     @torch.no_grad()  # grad mode is per thread, and these are new
     def read(name):
-        view, tensor = file.get_slice(name), tensors[name]
+        view, tensor = stored[name], tensors[name]
         low, high = local_rows(tensor)
         first = first_rows[name] if first_rows else 0
         begin, end = max(low, first), min(high, first + view.get_shape()[0])
         if begin < end:
-            rows = view[begin - first : end - first]
-            local_tensor(tensor)[begin - low : end - low].copy_(rows)
+            local_tensor(tensor)[begin - low : end - low].copy_(view[begin - first : end - first])
 
-    with open_safetensors(path) as file, ThreadPoolExecutor(4) as pool:  # keeps the disk busy
-        list(pool.map(read, tensors))
-
-
-def _fill_new_rows(parameter, new_rows, new_tokens, ordinary_rows):
-    count = parameter.shape[0]
-    filled = {*new_tokens, *range(count - new_rows, count)}
-    known = min(filled) if ordinary_rows is None else min(ordinary_rows, count - new_rows)
-    (low, high), local = local_rows(parameter), local_tensor(parameter)
-    total = local[: max(0, known - low)].sum(0, dtype=torch.float64)
-    if isinstance(parameter, DTensor):
-        dist.all_reduce(total, group=_shard_group(parameter))
-    local[[row - low for row in filled if low <= row < high]] = (total / known).to(local.dtype)
+    with ThreadPoolExecutor(4) as pool:  # keeps the disk busy
+        list(pool.map(read, [name for name in stored if name in tensors]))
 
 
 @torch.no_grad()
@@ -601,38 +558,33 @@ def random_parameters(llama, seed):
 
     Projections that write into the residual stream are scaled by 1/sqrt(2 · layers), as in GPT-2.
     """
-    config = llama.config
     for index, (name, parameter) in enumerate(llama.named_parameters()):
-        low, high = local_rows(parameter)
-        if name.endswith("norm.weight"):
-            local_tensor(parameter).fill_(1.0)
-            continue
-        std = config.initializer_range
+        std = llama.config.initializer_range
         if name.endswith(("o_proj.weight", "down_proj.weight")):
-            std /= math.sqrt(2 * config.num_hidden_layers)
+            std /= math.sqrt(2 * llama.config.num_hidden_layers)
         generator = torch.Generator().manual_seed(seed * 100_003 + index)
         full = torch.randn(parameter.shape, generator=generator).mul_(std)
-        local_tensor(parameter).copy_(full[low:high])
+        if name.endswith("norm.weight"):
+            full.fill_(1.0)
+        local_tensor(parameter).copy_(full[slice(*local_rows(parameter))])
 
 
 def local_tensor(parameter):
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def _shard_group(parameter):
-    mesh = parameter.device_mesh  # its last dimension shards, any before it replicates
-    return mesh.get_group(mesh.ndim - 1)
+def whole_tensor(parameter):
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def local_rows(parameter):
     """(low, high): this rank's rows of dimension 0; all of them if it is not sharded."""
-    rows = parameter.shape[0]
-    if not isinstance(parameter, DTensor):
-        return 0, rows
-    group = _shard_group(parameter)
-    chunk = -(-rows // group.size())
-    low = min(rows, chunk * group.rank())
-    return low, min(rows, low + chunk)
+    low = 0
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        last = mesh.ndim - 1  # shards; a dimension before it replicates
+        low = math.ceil(len(parameter) / mesh.size(last)) * mesh.get_local_rank(last)
+    return low, low + len(local_tensor(parameter))
 
 
 @torch.no_grad()
@@ -647,16 +599,12 @@ def save(llama, folder, dtype=None, shard_bytes=5 << 30):
     first = not dist.is_initialized() or dist.get_rank() == 0
     dtype = dtype or next(iter(parameters.values())).dtype
     sizes = {name: p.numel() * dtype.itemsize for name, p in parameters.items()}
-    shards, failure = split(sizes, shard_bytes), None
-    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    files = files if len(shards) > 1 else [SINGLE]
-    for file, names in zip(files, shards, strict=True):
-        tensors = {}
-        for name in names:
-            parameter = parameters[name]
-            full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            if first:
-                tensors[name] = full.detach().to("cpu", dtype).contiguous()
+    shards, weight_map, failure = split(sizes, shard_bytes), {}, None
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE
+        weight_map |= dict.fromkeys(names, file)
+        gathered = ((name, whole_tensor(parameters[name])) for name in names)  # by every rank
+        tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in gathered if first}
         if first and failure is None:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -668,9 +616,8 @@ def save(llama, folder, dtype=None, shard_bytes=5 << 30):
     if first:
         described = llama.config.to_json() | {"torch_dtype": str(dtype).removeprefix("torch.")}
         write_json(folder / "config.json", described)
-    if first and len(files) > 1:
+    if first and len(shards) > 1:
         total = {"total_size": sum(sizes.values())}
-        weight_map = {n: file for file, names in zip(files, shards, strict=True) for n in names}
         write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
 
 

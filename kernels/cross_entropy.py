@@ -27,8 +27,6 @@ def cross_entropy_rows(logits, targets, weights, losses, correct, grad):
     not 0; weights (N,) and losses float32; correct bool: the target is the first maximum of its
     row, and the weight is not 0. grad has logits' dtype, or is logits itself; its elements from
     column V to the end of that vector are overwritten.
-
-    Fastest if rows start at multiples of 16 bytes, like those of linear_cross_entropy.padded.
     """
     N, V = logits.shape
     out = logits if grad is None else grad
@@ -45,9 +43,10 @@ def cross_entropy_rows(logits, targets, weights, losses, correct, grad):
 def launch_shape(logits, grad):
     """BLOCK elements of a row at a time, VECTOR elements per memory access, num_warps.
 
-    An access is 16 bytes; if rows are not so aligned, it is the largest power of two that divides
-    all their starts, which is slower. A row of more than 96 KB gets an SM to itself (32 warps with
-    over 32 registers each leave no room for another), so that all rows in flight fit in L2.
+    An access is 16 bytes if rows are so aligned, as linear_cross_entropy.padded makes them; if not,
+    it is the largest power of two that divides all their starts, which is slower. A row of more
+    than 96 KB gets an SM to itself (32 warps with over 32 registers each leave no room for
+    another), so that all rows in flight fit in L2.
     """
     V, size = logits.shape[1], logits.element_size()
     starts = [n for rows in (logits, grad) for n in (rows.data_ptr() // size, rows.stride(0))]

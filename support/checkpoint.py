@@ -157,7 +157,7 @@ class Checkpoints:
         ranks.all_do(check, f"reading {folder} ({REMOVE})")
         for name, rows in files.items():
             first_rows = {tensor: first for tensor, (first, _, _) in rows.items()}
-            model.read_rows(folder / name, {n: tensors[n] for n in rows}, first_rows)
+            model.read_rows(model.open_safetensors(folder / name), tensors, first_rows)
         if ranks.cuda:
             torch.cuda.empty_cache()  # FSDP's streams cannot reuse the blocks that loading took
         ranks.say(f"resuming from {folder}")
@@ -229,10 +229,11 @@ def check_rows(files, tensors):
 
 def check_sums(path, rows):
     """ValueError unless a file holds exactly these rows, bit for bit."""
-    with model.open_safetensors(path) as file, ThreadPoolExecutor(4) as pool:
-        if set(file.keys()) != set(rows):
-            raise ValueError(f"{path.name} holds different tensors than state.json lists")
-        tensors = list(pool.map(file.get_tensor, rows))
+    stored = model.open_safetensors(path)
+    if set(stored) != set(rows):
+        raise ValueError(f"{path.name} holds different tensors than state.json lists")
+    with ThreadPoolExecutor(4) as pool:
+        tensors = list(pool.map(lambda name: stored[name][:], rows))
         sums = list(pool.map(model.checksum, tensors))
     for name, tensor, value in zip(rows, tensors, sums, strict=True):
         if rows[name][1:] != [len(tensor), value]:

@@ -22,15 +22,13 @@ class Size(NamedTuple):
 
 def estimate(network, size, recompute):
     """{part: bytes per rank}, with the activations of `recompute` blocks recomputed in backward."""
-    recompute = min(recompute, network.num_hidden_layers)
     parameters, shards, t = network.parameter_count(), size.shards, size.tokens
     width = 2 if size.bf16 else 4
     d, f = network.hidden_size, network.intermediate_size
     # FlashAttention's heads are padded to a multiple of 8, and its output is cut to their width.
-    lacking = -network.head_dim % 8 if size.sequences else 0
-    q = network.num_attention_heads * (network.head_dim + lacking)
-    kv = network.num_key_value_heads * (network.head_dim + lacking)
-    cut = network.num_attention_heads * network.head_dim if lacking else 0
+    head = network.head_dim + (-network.head_dim % 8 if size.sequences else 0)
+    q, kv = network.num_attention_heads * head, network.num_key_value_heads * head
+    cut = network.num_attention_heads * network.head_dim if head > network.head_dim else 0
     # Saved for backward, per token: the inputs of block and attention, q, k, v, the attention's
     # output, and the MLP's two products; if not compiled, also those that a compiled block remakes
     # from these: the outputs of both norms, the MLP's SiLU and product, their intermediates.
@@ -67,10 +65,6 @@ def of_a_rank(planned_gib):
 def blocks_to_recompute(network, size, available):
     """The fewest blocks that bring the estimate within 90 % of the available bytes, or all."""
     for recompute in range(network.num_hidden_layers):
-        if not available or total(network, size, recompute) <= 0.9 * available:
+        if not available or sum(estimate(network, size, recompute).values()) <= 0.9 * available:
             return recompute
     return network.num_hidden_layers
-
-
-def total(network, size, recompute):
-    return sum(estimate(network, size, recompute).values())

@@ -202,7 +202,7 @@ def what_would_fit(plan):
         tokens, shards = size.tokens >> halvings, size.shards << doublings
         way = f"{shards * config.replicas} ranks and --batch-tokens {tokens}"
         other = size._replace(tokens=tokens, shards=shards)
-        least = memory.total(plan.network, other, recompute=plan.network.num_hidden_layers)
+        least = sum(memory.estimate(plan.network, other, plan.network.num_hidden_layers).values())
         if least <= plan.available and shards < fewest:
             fewest = shards
             way += f" --accumulate {config.accumulate << halvings}"
