@@ -42,8 +42,8 @@ class LinearWeightedCrossEntropy(torch.autograd.Function):
             x = hidden[chunk].masked_fill((weights[chunk] == 0)[:, None], 0)
             logits = torch.mm(x, lm_head.t(), out=workspace[: len(x)])
             grad = logits if with_d_hidden or with_d_lm_head else None
-            of_rows = (x[chunk] for x in (targets, weights, losses, correct))
-            cross_entropy_rows(logits, *of_rows, grad)
+            of_chunk = (rows[chunk] for rows in (targets, weights, losses, correct))
+            cross_entropy_rows(logits, *of_chunk, grad)
             if with_d_hidden:
                 torch.mm(grad, lm_head, out=d_hidden[chunk])
             if with_d_lm_head:
