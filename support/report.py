@@ -5,11 +5,10 @@ import contextlib
 import itertools
 import json
 import os
-import re
+import math
 import resource
 import shutil
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -39,13 +38,13 @@ class StatusLine:
             return
         self.shown = now
         if not self.on_terminal:
-            return self._print(self.stream.write, text + "\n")
+            return self.say(text)
         room = shutil.get_terminal_size().columns - 4  # the terminal shows a Ctrl-C as "^C"
         text = text if len(text) <= room else text[: room - 3] + "..."
         self._print(self.stream.refresh, text, final)
 
     def say(self, text):
-        self._print(self.stream.write, (wrapped(text) if self.on_terminal else text) + "\n")
+        self._print(self.stream.write, text + "\n")
 
     def _print(self, write, *arguments):
         try:
@@ -60,18 +59,6 @@ class StatusLine:
         Terminal.refreshed = False
         with contextlib.suppress(OSError):
             os.write(self.stream.fileno(), text.encode())
-
-
-def wrapped(text):
-    """Text with lines broken at spaces; those indented by two, commands and places, are not."""
-    out, width = [], shutil.get_terminal_size().columns
-    whole_words = {"break_long_words": False, "break_on_hyphens": False}
-    for line in text.split("\n"):
-        indent = " " * len(re.match(r"\S* {2,}|", line)[0])
-        if len(line) > width and indent != "  ":
-            line = textwrap.fill(line, width, subsequent_indent=indent, **whole_words)
-        out.append(line)
-    return "\n".join(out)
 
 
 class Progress:
@@ -132,17 +119,10 @@ def schedule(plan):
         out.append(f"warning: no conversation of the expert class {expert}, chat.py's default")
     first_epoch = order.pack(0)[: order.total]
     out += weight_by_step(plan.dataset, first_epoch, plan.classes, plan.class_weights)
-    few = 100  # so few steps train hardly anything
-    if order.total <= few and order.total != config.max_steps:
-        lengths, tokens, made = plan.dataset.lengths, config.batch_tokens, 0
-        while tokens > 1 and made <= few:
-            tokens //= 2
-            made = config.epochs * -(-lengths.sum() // (tokens * plan.world * config.accumulate))
-        flag = f"--batch-tokens {tokens}"
-        if tokens < (config.max_length or lengths.max()):  # it would cut conversations
-            times = 1 << (few // order.total).bit_length()
-            flag, made = f"--epochs {times * config.epochs}", times * order.total
-        out.append(f"warning: few steps ({order.total}); {flag} makes about {made}")
+    if order.total <= 100 and order.total != config.max_steps:  # so few train hardly anything
+        times = math.ceil(101 / order.total)
+        more = f"--epochs {times * config.epochs} makes about {times * order.total}"
+        out.append(f"warning: few steps ({order.total}); {more}; or lower --batch-tokens")
     if config.random_weights and config.lr == "auto":
         out.append("warning: OpenChat's learning rate is for pretrained weights; try --lr 3e-3")
     rate = f"{plan.lr:.3g}" + (" (OpenChat's rule)" if config.lr == "auto" else "")
@@ -196,23 +176,21 @@ def binary(size):
 
 
 def what_would_fit(plan):
-    """The error of a plan that does not fit; it says with how many ranks or tokens it would."""
-    config, size, ways, fewest = plan.config, plan.size, [], sys.maxsize
-    for halvings, doublings in itertools.product(range(5), range(11)):  # the most tokens first
-        tokens, shards = size.tokens >> halvings, size.shards << doublings
-        way = f"{shards * config.replicas} ranks and --batch-tokens {tokens}"
-        other = size._replace(tokens=tokens, shards=shards)
-        least = sum(memory.estimate(plan.network, other, plan.network.num_hidden_layers).values())
-        if least <= plan.available and shards < fewest:
-            fewest = shards
-            way += f" --accumulate {config.accumulate << halvings}"
-            if tokens < (config.max_length or plan.dataset.lengths.max()):
-                way += f" --max-length {tokens}"
-            ways.append(way + ", without --recompute" * (config.recompute is not None))
-    advice = f"it would with {ways[0]}" if ways else f"not even with {way}"
-    advice += f", or with {ways[-1]}" if len(ways) > 1 else ""
+    """The error of a plan that does not fit: the fewest ranks, with the most tokens, that would."""
+    config, size, blocks = plan.config, plan.size, plan.network.num_hidden_layers
+    for doublings, halvings in itertools.product(range(11), range(5)):
+        other = size._replace(tokens=size.tokens >> halvings, shards=size.shards << doublings)
+        way = f"with {other.shards * config.replicas} ranks and --batch-tokens {other.tokens}"
+        if sum(memory.estimate(plan.network, other, recompute=blocks).values()) <= plan.available:
+            way = f"it would {way} --accumulate {config.accumulate << halvings}"
+            if other.tokens < (config.max_length or plan.dataset.lengths.max()):
+                way += f" --max-length {other.tokens}"
+            way += ", without --recompute" * (config.recompute is not None)
+            break
+    else:
+        way = f"not even {way}"
     needed = binary(sum(plan.memory.values()))
-    return f"{needed} per rank do not fit {binary(plan.available)}; {advice}"
+    return f"{needed} per rank do not fit {binary(plan.available)}; {way}"
 
 
 def summary(dataset, classes, class_weights):

@@ -334,7 +334,7 @@ def seven_billion(files, ranks, tmp_path):
     return lambda **more: plan_of(files, ranks, tmp_path, **plain | more)
 
 
-# What does not fit, and each way that is proposed, with smaller changes that must not be enough.
+# What does not fit, and the way that is proposed, with smaller changes that must not be enough.
 DO_NOT_FIT = {
     "ranks": (
         {"plan_ranks": 2, "plan_memory": 40},
@@ -342,14 +342,11 @@ DO_NOT_FIT = {
     ),
     "tokens or ranks": (
         {"plan_ranks": 8, "plan_memory": 20, "batch_tokens": 32768},
-        {"128 ranks and --batch-tokens 32768 --accumulate 1": ["64 ranks"],
-         "8 ranks and --batch-tokens 8192 --accumulate 4": ["--batch-tokens 16384 --accumulate 2"]},
+        {"8 ranks and --batch-tokens 8192 --accumulate 4": ["--batch-tokens 16384 --accumulate 2"]},
     ),
     "tokens and ranks": (
         {"plan_ranks": 4, "plan_memory": 20, "batch_tokens": 65536, "accumulate": 2},
-        {"128 ranks and --batch-tokens 32768 --accumulate 4":
-         ["128 ranks", "4096 ranks", "--batch-tokens 32768 and 64 ranks"],
-         "8 ranks and --batch-tokens 8192 --accumulate 16":
+        {"8 ranks and --batch-tokens 8192 --accumulate 16":
          ["--batch-tokens 8192", "--batch-tokens 16384 and 8 ranks"]},
     ),
     "replicas": (
@@ -368,8 +365,7 @@ DO_NOT_FIT = {
     ),
     "a 16th of the tokens": (
         {"plan_ranks": 8, "plan_memory": 20, "batch_tokens": 131072},
-        {"128 ranks and --batch-tokens 32768 --accumulate 4": ["--batch-tokens 32768"],
-         "8 ranks and --batch-tokens 8192 --accumulate 16":
+        {"8 ranks and --batch-tokens 8192 --accumulate 16":
          ["--batch-tokens 16384 --accumulate 8"]},
     ),
     "nothing": (
@@ -394,7 +390,7 @@ def test_what_is_said_to_fit_fits_and_less_of_it_does_not(name, seven_billion):
     assert not plan.fits
     needed, ways = report.what_would_fit(plan).split("; ")
     assert needed.endswith(f" GiB per rank do not fit {given['plan_memory']}.00 GiB")
-    assert ways.removeprefix("it would with ").split(", or with ") == [*expected]
+    assert [ways.removeprefix("it would with ")] == [*expected]
     for enough, smaller in expected.items():
         fits = seven_billion(**given | as_settings(enough)).fits
         assert fits == (not enough.startswith("not even"))
