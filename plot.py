@@ -45,7 +45,7 @@ BY_CLASS, BY_RUN = list(PANELS)[:3], list(PANELS)[3:]
 def draw(runs, path):
     """All curves of `runs`, [(name, (steps, evaluations))], into a PNG."""
     from matplotlib.figure import Figure  # not pyplot, which looks for a window system
-    from matplotlib.ticker import LogLocator, PercentFormatter
+    from matplotlib.ticker import PercentFormatter
 
     figure = Figure((12, 6.5), layout="constrained")
     panels = dict(zip(PANELS, figure.subplots(2, 3).flat, strict=True))
@@ -68,13 +68,8 @@ def draw(runs, path):
     for panel, (title, unit) in zip(panels.values(), PANELS.values(), strict=True):
         panel.set(title=title, xlabel="step", ylabel=unit)
         panel.grid(alpha=0.3)
-    loss = panels["loss"]
-    if 0 < 4 * loss.dataLim.minposy < loss.dataLim.y1:
-        loss.set_yscale("log")
-        loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        loss.yaxis.set_major_formatter("{x:g}")
-        loss.minorticks_off()
-    figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    handles, labels = panels["loss"].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
     panels["weight_share"].set_ylim(0, 1)
     for key in ("accuracy", "weight_share"):
         panels[key].yaxis.set_major_formatter(PercentFormatter(1))

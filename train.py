@@ -468,7 +468,7 @@ def evaluate_alone(plan, ranks):
     """With --evaluate: loss and accuracy by class of --model's own weights, on --eval-data."""
     llama, _ = build(plan, ranks)
     table = evaluate(plan, ranks, llama)
-    ranks.say(report.evaluation(plan, table))
+    ranks.say(report.evaluation(report.by_class(plan, table)))
     refuse_broken_base(table)
     return True
 

@@ -4,8 +4,8 @@ import collections
 import contextlib
 import itertools
 import json
-import os
 import math
+import os
 import resource
 import shutil
 import sys
@@ -369,9 +369,7 @@ class Log:
             return
         classes = self.evaluations[step] = by_class(self.plan, table)
         self.write({"step": step, "eval": classes, "eval_data": self.plan.eval_name})
-        found = {name: c for name, c in classes.items() if c["tokens"]}
-        each = "  ".join(f"{n} {c['loss']:.4f}, {c['accuracy']:.1%}" for n, c in found.items())
-        self.ranks.say(f"evaluation at step {step}, loss and token accuracy:\n    {each}")
+        self.ranks.say(f"evaluation at step {step}\n{evaluation(classes)}")
 
     def expert_losses(self):
         """{step: held-out loss of the class with the highest reward}, on this evaluation data."""
@@ -396,14 +394,13 @@ def by_class(plan, table):
     return found
 
 
-def evaluation(plan, table):
-    """The table of an evaluation by class, as text."""
-    out = [f"{'class':14} {'condition':14} {'tokens':>12} {'loss':>9} {'accuracy':>9}"]
-    for name, of in by_class(plan, table).items():
-        condition = plan.classes[name].condition if plan.config.condition else ""
-        numbers = f"{of['loss']:9.4f} {of['accuracy']:9.2%}" if of["tokens"] else ""
-        out.append(f"{name:14} {condition:14} {of['tokens']:12,} {numbers}".rstrip())
-    return "\n".join([*out, "loss: nats per token; accuracy: tokens predicted right"])
+def evaluation(classes):
+    """A line of text per class of {name: by_class's numbers} that has tokens."""
+    return "\n".join(
+        f"    {name:11} loss {of['loss']:.4f}, token accuracy {of['accuracy']:.2%}, "
+        f"{of['tokens']:,} tokens"
+        for name, of in classes.items() if of["tokens"]
+    )  # fmt: skip
 
 
 PEAK_FLOPS = {  # dense bf16, by a part of torch.cuda.get_device_name(); NVIDIA's data sheets

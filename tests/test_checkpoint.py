@@ -1187,16 +1187,13 @@ def test_the_model_card_of_a_model_without_conditions_names_none(started):
     ("folder", "config", "readme", "head"),
     [
         ("a", {}, None, ""),
-        ("Llama-2-7b-hf", {"_name_or_path": "meta-llama/Llama-2-7b-hf"}, None,
-         "base_model: meta-llama/Llama-2-7b-hf\n"),
         ("Zephyr", {"_name_or_path": "mistralai/Mistral-7B-v0.1"}, "# Zephyr\n\nMIT licence\n", ""),
-        ("a", {"_name_or_path": "/home/me/a"}, "---\ntags: [x]\nlicense: mit\n---\nlicense: 1",
-         "license: mit\n"),
+        ("a", {}, "---\ntags: [x]\nlicense: mit\n---\nlicense: 1", "license: mit\n"),
         ("a", {}, "---\nlicense: other\nlicense_name: llama3\n---\n",
          "license: other\nlicense_name: llama3\n"),
     ],
 )  # fmt: skip
-def test_the_model_card_names_a_base_that_is_certain_and_carries_its_licence(
+def test_the_model_card_carries_the_licence_of_its_base(
     folder, config, readme, head, started, tmp_path
 ):
     base = tmp_path / folder

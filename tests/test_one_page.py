@@ -207,11 +207,11 @@ def measured(ranks=1, data=None, random_weights=None, **more):
     """{class: its tokens, loss and accuracy} as `train.py --evaluate` prints them."""
     own = {"evaluate": True, "random_weights": random_weights, "max_length": None, "lr": None}
     shown = succeeds(flags(data, None, **own | more), ranks)
-    row = re.compile(r"^(\w+) +\w* +([\d,]+) +([\d.]+) +([\d.]+)%$", re.MULTILINE)
+    row = r"^    (\w+) +loss ([\d.]+), token accuracy ([\d.]+)%, ([\d,]+) tokens$"
     return {
         name: {"tokens": int(tokens.replace(",", "")), "loss": float(loss),
                "accuracy": float(percent) / 100}
-        for name, tokens, loss, percent in row.findall(shown)
+        for name, loss, percent, tokens in re.findall(row, shown, re.MULTILINE)
     }  # fmt: skip
 
 
