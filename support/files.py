@@ -53,20 +53,16 @@ CURVES = "lr", "grad_norm", "tokens_per_second", "loss", "accuracy", "weight_sha
 
 
 def read_metrics(path):
-    """The lines of a metrics.jsonl, each a dict, except a last line that is incomplete."""
-    lines, texts = [], path.read_bytes().split(b"\n") if path.exists() else []
+    """The lines of a metrics.jsonl, each a dict, except what follows the last newline."""
+    *texts, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    lines = []
     for number, text in enumerate(texts, start=1):
         with reading(f"{path}:{number}"):
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                if number < len(texts):
-                    raise
-                break
-            line = lines[-1]
+            line = json.loads(text)
             parts = [line, *line["eval" if "eval" in line else "classes"].values()]
             numbers = [of_type(line["step"], int), *(of.get(k) for of in parts for k in CURVES)]
             sum((of_type(number, float, int, NoneType) or 0 for number in numbers), 0.0)
+        lines.append(line)
     return lines
 
 
