@@ -27,19 +27,17 @@ def sync(path):
 @contextlib.contextmanager
 def reading(path, hint=""):
     """Anything wrong in a JSON file becomes a ValueError that names the file."""
-    odd = OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError
     try:
         yield
-    except odd as error:
+    except Exception as error:  # of any type: what the file holds may be odd in any way
         raise ValueError(f"{path}: cannot be read: {error!r:.300}{hint}") from None
 
 
 def told_torchrun(error):
     """The error; if torchrun started this process, it prints it last. (The form is elastic's.)"""
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        message = {"message": error, "extraInfo": {"timestamp": int(time.time())}}
-        with contextlib.suppress(OSError):
-            Path(path).write_text(json.dumps({"message": message}))
+    message = {"message": error, "extraInfo": {"timestamp": int(time.time())}}
+    with contextlib.suppress(KeyError, OSError):  # KeyError: not started by torchrun
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": message}))
     return error
 
 
