@@ -750,22 +750,6 @@ def test_an_output_that_cannot_be_written_is_named(few, tmp_path):
     refused(flags(few, tmp_path / "file" / "out"), str(tmp_path / "file"))
 
 
-def test_an_output_that_the_machines_do_not_share_is_named(few, tmp_path):
-    """Two ranks that see two folders, as two machines do under one name."""
-    log, pair = tmp_path / "log", []
-    for rank in ("0", "1"):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        own["MASTER_PORT"] = pair[0][1]["MASTER_PORT"] if pair else str(processes.free_port())
-        pair.append(([*map(str, flags(few, tmp_path / rank))], own, str(log), None))
-    started = [processes.fork_server.Process(target=processes._main, args=of) for of in pair]
-    for process in started:
-        process.start()
-    assert finish(started)[0] == 1
-    shown = log.read_text()
-    assert "does not see the files of rank 0" in shown and "all machines share" in shown
-    assert "Traceback" not in shown
-
-
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 12 MB; skipped where this user may not mount one."""
