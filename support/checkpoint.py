@@ -62,7 +62,7 @@ class Checkpoints:
         folder = self.folder / f"step-{step}"
         aside = folder.with_name(folder.name + ".tmp")
         tensors, task = state_tensors(llama, optimizer), f"saving {folder}"
-        self.ranks.all_do(lambda: self.ranks.check_lock(self.out), task)
+        self.ranks.first_does(lambda: self.ranks.check_lock(self.out), task)
         files = self.ranks.all_do(lambda: self._write(aside, tensors), task)
         files = {name: rows for of_rank in files for name, rows in of_rank.items()}
         self.ranks.first_does(lambda: self._commit(aside, folder, step, files, tensors), task)
@@ -319,7 +319,7 @@ def write_export(plan, ranks, llama, out, step, losses):
         part = "" if step in plan.order.ends else f" (after step {step}, a part of the epoch)"
         ranks.say(f"exported {folder}{part}; {out / 'model'} is {chosen}, {why}")
 
-    ranks.all_do(lambda: ranks.check_lock(out), task)
+    ranks.first_does(lambda: ranks.check_lock(out), task)
     dtype = torch.bfloat16 if plan.bf16 else torch.float32
     ranks.all_do(lambda: model.save(llama, aside, dtype), task)
     ranks.first_does(publish, task)

@@ -213,10 +213,7 @@ def lock_folder(out, say):
         raise ValueError(f"--out {out} is held by another live run ({read_lock(out)})") from None
     except OSError:
         say(f"note: the disk of {out} has no locks: do not start a second run in this folder")
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {os.uname().nodename}, {time.ctime()}")
-    lock.flush()
-    os.fsync(lock.fileno())  # for the other machines
+    (out / ".lock").write_text(f"process {os.getpid()} on {os.uname().nodename}, {time.ctime()}")
     return lock
 
 
