@@ -407,13 +407,6 @@ def check_ownership(out, epochs, has_checkpoints):
     for folder in (out / f"epoch-{epoch}" for epoch in range(1, epochs + 1)):
         if os.path.lexists(folder) and folder.name not in exports:
             raise ValueError(f"{folder} is not an export, but one is due there: give a new --out")
-    probe = out / ".model.tmp"  # a name that the run itself uses
-    try:
-        probe.unlink(missing_ok=True)
-        probe.symlink_to("model")
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"--out {out} is on a disk without symbolic links: {error}") from None
 
 
 def clear_leftovers(out):

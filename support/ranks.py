@@ -8,7 +8,6 @@ at the same point: they finish the step or leave the evaluation, save, and exit 
 import contextlib
 import datetime
 import fcntl
-import functools
 import json
 import os
 import secrets
@@ -64,7 +63,7 @@ class Ranks:
 
     def thread(self):
         """An executor of one thread, on this rank's device: new threads start on device 0."""
-        use_device = functools.partial(torch.cuda.set_device, self.device) if self.cuda else None
+        use_device = (lambda: torch.cuda.set_device(self.device)) if self.cuda else None
         return ThreadPoolExecutor(1, initializer=use_device)
 
     def say(self, text):

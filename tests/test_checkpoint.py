@@ -973,18 +973,6 @@ def test_the_best_class_decides_wherever_it_is_in_the_table(
     assert chat.Chat(out / "model", device="cpu").class_name == "best"
 
 
-def test_a_disk_without_symbolic_links_is_named_before_anything_is_trained(
-    train_in, monkeypatch
-):
-    def refused(*_):
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr(Path, "symlink_to", refused)
-    monkeypatch.setattr(train, "build", None)
-    with pytest.raises(ValueError, match="is on a disk without symbolic links"):
-        train_in("out")
-
-
 # ------------------------------------------------------------------------------------- exports
 
 
