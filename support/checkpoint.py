@@ -125,14 +125,19 @@ class Checkpoints:
         if not self.plan.config.resume:
             raise ValueError(f"{folder} is there: resume with --resume, or give a new --out")
         state, total = read_state(folder), self.plan.order.total
-        check_recipe(folder, state["recipe"], recipe(self.plan))
+        if different := differences(state["recipe"], recipe(self.plan)):
+            hint = "give the saved values, or a new --out:"
+            raise ValueError(f"{folder} belongs to a different run; {hint}{different}")
         if step > total:
             raise ValueError(
                 f"{folder} is beyond the {total} steps asked for: raise --epochs or --max-steps, "
                 "or give a new --out"
             )
-        for change in changed_flags(state["config"], self.plan.config):
-            self.ranks.say(f"changed since the checkpoint: {change}")
+        for name, before in state["config"].items():  # results change, but it is the same run
+            now = getattr(self.plan.config, name, before)
+            if name not in ("model", "data", "out", "resume") and as_json(now) != before:
+                change = f"{flag_of(name)} {before!r}, now {now!r}"
+                self.ranks.say(f"changed since the checkpoint: {change}")
         mark = folder / "finished"
         finished = mark.exists() and mark.read_bytes() == str(self.plan.eval_name).encode()
         return step, finished and step == total
@@ -259,29 +264,12 @@ def as_json(value):
     return json.loads(json.dumps(value))
 
 
-def check_recipe(folder, saved, now):
-    different = []
-    for key, here in now.items():
-        before = saved.get(key)
-        if isinstance(before, dict) and isinstance(here, dict):  # only the entries that differ
-            changed = [k for k in before | here if before.get(k) != here.get(k)]
-            before, here = ({k: of.get(k) for k in changed} for of in (before, here))
-        if before != here:
-            different.append(f"\n  {key}: saved {before!r}, now {here!r}")
-    if different:
-        hint = "give the saved values, or a new --out:"
-        raise ValueError(f"{folder} belongs to a different run; {hint}{''.join(different)}")
-
-
-def changed_flags(saved, config):
-    """Flags that differ from the saved run's: the results change, but it is the same run."""
-    # An older version may lack some flags; it used today's default.
-    default, now = as_json([dataclasses.asdict(of) for of in (type(config)(), config)])
-    return [
-        f"{flag_of(name)} {before!r}, now {now[name]!r}"
-        for name, before in (default | saved).items()
-        if name in now and name not in ("model", "data", "out", "resume") and before != now[name]
-    ]
+def differences(saved, now, name=""):
+    """A line for each value that differs, "" if none does; of dicts, for their values."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        keys = saved | now
+        return "".join(differences(saved.get(k), now.get(k), f"{name}{k}: ") for k in keys)
+    return "" if saved == now else f"\n  {name}saved {saved!r}, now {now!r}"
 
 
 def read_state(folder):
