@@ -199,11 +199,9 @@ def write_rows(folder, prefix, tensors):
         model.write_tensors(path, rows)
         sync(path)
         with ThreadPoolExecutor(4) as pool:
-            sums = list(pool.map(model.checksum, rows.values()))
-        written[path.name] = {
-            name: [model.local_rows(tensors[name])[0], len(rows[name]), value]
-            for name, value in zip(names, sums, strict=True)
-        }
+            sums = dict(zip(names, pool.map(model.checksum, rows.values())))
+        firsts = {name: model.local_rows(tensors[name])[0] for name in names}
+        written[path.name] = {name: [firsts[name], len(rows[name]), sums[name]] for name in names}
     return written
 
 
@@ -215,33 +213,27 @@ def require_finite(tensors):
 
 def check_rows(files, tensors):
     """ValueError unless the files hold every row of every tensor exactly once."""
-    found = {name: [] for name in tensors}
+    parts = {name: [] for name in tensors}
     for rows in files.values():
         for name, (first, count, _) in rows.items():
-            if name not in tensors:
-                raise ValueError(f"{name} does not belong to this network")
-            found[name].append((first, first + count))
-    for name, tensor in tensors.items():
-        end = 0
-        for first, last in sorted(found[name]):
-            if first != end:
-                how = "lacks" if first > end else "repeats"
-                raise ValueError(f"{name} {how} rows {min(first, end)} to {max(first, end)}")
-            end = last
-        if end != tensor.shape[0]:
-            raise ValueError(f"{name} has {end} rows, not {tensor.shape[0]}")
+            parts.setdefault(name, []).append((first, first + count))
+    for name, found in parts.items():
+        size = tensors[name].shape[0] if name in tensors else 0
+        bounds = [0, *(row for part in sorted(found) for row in part), size]
+        if bounds[::2] != bounds[1::2]:  # each part must begin at the end of the one before
+            shown = ", ".join(f"{first} to {end}" for first, end in sorted(found)) or "none"
+            raise ValueError(f"{name}: rows 0 to {size} must be there once, not {shown:.200}")
 
 
 def check_sums(path, rows):
     """ValueError unless a file holds exactly these rows, bit for bit."""
     with model.open_safetensors(path) as file, ThreadPoolExecutor(4) as pool:
-        if set(file.keys()) != set(rows):
-            raise ValueError(f"{path.name} holds different tensors than state.json lists")
-        tensors = list(pool.map(file.get_tensor, rows))
-        sums = list(pool.map(model.checksum, tensors))
-    for name, tensor, value in zip(rows, tensors, sums, strict=True):
-        if rows[name][1:] != [len(tensor), value]:
-            raise ValueError(f"{path.name} is damaged: {name}")
+        names = file.keys()
+        tensors = list(pool.map(file.get_tensor, names))
+        sums = pool.map(model.checksum, tensors)
+        found = {name: [len(tensor), crc] for name, tensor, crc in zip(names, tensors, sums)}
+    if found != {name: [count, crc] for name, (_, count, crc) in rows.items()}:
+        raise ValueError(f"{path.name} is damaged: it does not hold what state.json lists")
 
 
 def recipe(plan):
