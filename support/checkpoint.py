@@ -390,10 +390,7 @@ def check_ownership(out, epochs, has_checkpoints):
 
 
 def clear_leftovers(out):
-    """Remove an incomplete save or export after a kill, and finish an interrupted rename."""
+    """Remove what a kill left of a save or an export, which will be made again."""
     for path in [*(out / "checkpoints").glob("step-*.tmp"), *out.glob(".epoch-*")]:
-        export = out / path.stem[1:]
-        if re.fullmatch(r"\.epoch-\d+\.old", path.name) and not export.exists():
-            path.rename(export)
-        elif re.fullmatch(r"step-\d+\.tmp|\.epoch-\d+\.(tmp|old)", path.name):
+        if re.fullmatch(r"step-\d+\.tmp|\.epoch-\d+\.(tmp|old)", path.name):
             shutil.rmtree(path, ignore_errors=True)
