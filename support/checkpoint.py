@@ -135,7 +135,8 @@ class Checkpoints:
             )
         for name, before in state["config"].items():  # results change, but it is the same run
             now = getattr(self.plan.config, name, before)
-            if name not in ("model", "data", "out", "resume") and as_json(now) != before:
+            same = json.dumps(now) == json.dumps(before)  # () is saved as []
+            if not same and name not in ("model", "data", "out", "resume"):
                 change = f"{flag_of(name)} {before!r}, now {now!r}"
                 self.ranks.say(f"changed since the checkpoint: {change}")
         mark = folder / "finished"
@@ -239,7 +240,7 @@ def check_sums(path, rows):
 def recipe(plan):
     """{flags: their values} that identify a run: a checkpoint with others is refused."""
     config, tokens = plan.config, plan.dataset.folder.name
-    return as_json({
+    identity = {
         "tokens of --data by --model, --max-length, --classes, --beta, --no-condition": tokens,
         "config.json of --model": dataclasses.asdict(plan.network),
         "weights of --model, --random-weights": plan.base or "random",
@@ -248,12 +249,8 @@ def recipe(plan):
         "--seed": config.seed,
         "--batch-tokens": config.batch_tokens,
         "ranks x --accumulate": plan.world * config.accumulate,
-    })  # fmt: skip
-
-
-def as_json(value):
-    """A value as it is after writing it to JSON and reading it back."""
-    return json.loads(json.dumps(value))
+    }
+    return json.loads(json.dumps(identity))  # as it is read back: tuples become lists
 
 
 def differences(saved, now, name=""):
