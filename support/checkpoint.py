@@ -47,7 +47,6 @@ class Checkpoints:
     def __init__(self, plan, ranks, out):
         self.plan, self.ranks, self.out = plan, ranks, out
         self.folder = out / "checkpoints"
-        self.bytes = (4 + 2 * plan.size.moment) * plan.network.parameter_count()
         self.saved = 0  # the step of the newest checkpoint
 
     def committed(self):
@@ -110,9 +109,10 @@ class Checkpoints:
         self.folder.mkdir(exist_ok=True)
         step, finished = self._resumable(*committed[-1]) if committed else (0, False)
         clear_leftovers(self.out)
-        if step < total:  # room for the newest --keep, and the one being written
-            needed = max(0, config.keep + 1 - len(committed)) * self.bytes
-            needed += 4 * self.plan.network.parameter_count()
+        if step < total:  # room for the newest --keep, the one being written, and a model
+            missing = max(0, config.keep + 1 - len(committed))
+            needed = missing * (4 + 2 * self.plan.size.moment) + 4  # bytes per parameter
+            needed *= self.plan.network.parameter_count()
             free = shutil.disk_usage(self.out).free
             if free < needed:
                 raise ValueError(
