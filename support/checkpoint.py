@@ -86,8 +86,7 @@ class Checkpoints:
         for path in (self.folder, self.out):
             sync(path)
         for _, path in self.committed()[: -self.plan.config.keep]:
-            doomed = path.with_name(path.name + ".tmp")  # a kill here leaves no half folder
-            path.rename(doomed)
+            doomed = path.rename(path.with_name(path.name + ".tmp"))  # a kill leaves no half folder
             shutil.rmtree(doomed, ignore_errors=True)
 
     def finish(self):
@@ -265,8 +264,7 @@ def read_state(folder):
     path = folder / "state.json"
     with reading(path, f"; {REMOVE}"):
         state = json.loads(path.read_bytes())
-        for key, kind in {"step": int, "recipe": dict, "config": dict, "files": dict}.items():
-            of_type(state[key], kind)
+        of_type(state["recipe"], dict), of_type(state["config"], dict)
         for name, rows in state["files"].items():
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise ValueError(f"{name!r} is not a file of this folder")

@@ -539,7 +539,7 @@ ODD_STATES = {
     "files": lambda s: {"files": []},
     "rows of a file": lambda s: {"files": {"x.safetensors": 3}},
     "recipe": lambda s: {"recipe": None},
-    "step": lambda s: {"step": "1"},
+    "step": lambda s: {"step": "2"},
     "true": lambda s: {"step": True},
 }
 
