@@ -285,14 +285,11 @@ def write_export(plan, ranks, llama, out, step, losses):
     """
     folder = out / f"epoch-{plan.order.epoch_of(step)}"
     aside, task = out / f".{folder.name}.tmp", f"writing {folder}"
-    if not all(isinstance(parameter, DTensor) for parameter in llama.parameters()):
-        raise RuntimeError("the network is not resharded")
 
     def publish():
         describe_export(plan, aside, step, losses.get(step))
         chosen, why = replace_export(aside, folder, step, losses)
-        part = "" if step in plan.order.ends else f" (after step {step}, a part of the epoch)"
-        ranks.say(f"exported {folder}{part}; {out / 'model'} is {chosen}, {why}")
+        ranks.say(f"exported {folder} after step {step}; {out / 'model'} is {chosen}, {why}")
 
     ranks.first_does(lambda: ranks.check_lock(out), task)
     dtype = torch.bfloat16 if plan.bf16 else torch.float32
