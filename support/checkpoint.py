@@ -328,7 +328,6 @@ def replace_export(aside, folder, step, losses):
     out, older = folder.parent, folder.with_name(f".{folder.name}.old")
     for path in [*aside.iterdir(), aside]:
         sync(path)
-    shutil.rmtree(older, ignore_errors=True)
     if folder.exists():  # of the same epoch
         folder.rename(older)
     aside.rename(folder)
