@@ -128,10 +128,8 @@ class Checkpoints:
             hint = "give the saved values, or a new --out:"
             raise ValueError(f"{folder} belongs to a different run; {hint}{different}")
         if step > total:
-            raise ValueError(
-                f"{folder} is beyond the {total} steps asked for: raise --epochs or --max-steps, "
-                "or give a new --out"
-            )
+            hint = "raise --epochs or --max-steps, or give a new --out"
+            raise ValueError(f"{folder} is beyond the {total} steps asked for: {hint}")
         for name, before in state["config"].items():  # results change, but it is the same run
             now = getattr(self.plan.config, name, before)
             same = json.dumps(now) == json.dumps(before)  # () is saved as []
@@ -366,15 +364,11 @@ def check_ownership(out, epochs, has_checkpoints):
     exports, link = exports_of(out), out / "model"
     started = (out / "metrics.jsonl").exists() and not (out / "checkpoints").exists()
     if not has_checkpoints and (started or exports):
-        raise ValueError(
-            f"{out} has the log or exports of a run, but none of its checkpoints, and would be "
-            f"overwritten: put {out}/checkpoints/step-N back, or give a new --out"
-        )
+        hint = f"put {out}/checkpoints/step-N back, or give a new --out"
+        raise ValueError(f"{out} has a run's log or exports, but none of its checkpoints: {hint}")
     if os.path.lexists(link) and not (link.is_symlink() and EXPORT.fullmatch(os.readlink(link))):
-        raise ValueError(
-            f"{link} is not a link to an export, and the run would replace it: give a new --out, "
-            "or if this is a copied run, copy it again with its links (cp -a)"
-        )
+        hint = "give a new --out, or copy a copied run again with its links (cp -a)"
+        raise ValueError(f"{link} is not a link to an export: {hint}")
     for folder in (out / f"epoch-{epoch}" for epoch in range(1, epochs + 1)):
         if os.path.lexists(folder) and folder.name not in exports:
             raise ValueError(f"{folder} is not an export, but one is due there: give a new --out")
