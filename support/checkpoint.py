@@ -27,7 +27,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from torch.distributed.tensor import DTensor
 
 import model
 from loss import expert_class
@@ -78,13 +77,11 @@ class Checkpoints:
         config = dataclasses.asdict(self.plan.config)
         state = {"step": step, "recipe": recipe(self.plan), "config": config, "files": files}
         (aside / "state.json").write_text(json.dumps(state))
-        for path in (aside / "state.json", aside):
-            sync(path)
+        sync(aside / "state.json", aside)
         with contextlib.suppress(OSError):  # the weights do not depend on the log
             sync(self.out / "metrics.jsonl")
         aside.rename(folder)
-        for path in (self.folder, self.out):
-            sync(path)
+        sync(self.folder, self.out)
         for _, path in self.committed()[: -self.plan.config.keep]:
             doomed = path.rename(path.with_name(path.name + ".tmp"))  # a kill leaves no half folder
             shutil.rmtree(doomed, ignore_errors=True)
@@ -175,7 +172,7 @@ def state_tensors(llama, optimizer):
     found = {}
     for name, parameter in llama.named_parameters():
         state = optimizer.state.get(parameter, {})  # indexing would make one
-        if not isinstance(parameter, DTensor) or any(moment not in state for moment in MOMENTS):
+        if any(moment not in state for moment in MOMENTS):
             raise RuntimeError(f"{name} has no optimizer state, as when FSDP has gathered it")
         found[name] = parameter.detach()
         found |= {f"optimizer.{name}.{moment}": state[moment] for moment in MOMENTS}
@@ -324,8 +321,7 @@ def describe_export(plan, folder, step, loss=None):
 def replace_export(aside, folder, step, losses):
     """Rename an export into its place, point OUT/model at the best one, and return that."""
     out, older = folder.parent, folder.with_name(f".{folder.name}.old")
-    for path in [*aside.iterdir(), aside]:
-        sync(path)
+    sync(*aside.iterdir(), aside)
     if folder.exists():  # of the same epoch
         folder.rename(older)
     aside.rename(folder)

@@ -163,8 +163,8 @@ def test_a_save_does_not_depend_on_the_log(started, ranks, monkeypatch, fault):
     plan, llama, optimizer, checkpoints = started
     log, path = report.Log(plan, ranks, checkpoints.out, 0), checkpoints.out / "metrics.jsonl"
 
-    def sync(synced):
-        if fault != "moved away" and synced == path:
+    def sync(*synced):
+        if fault != "moved away" and synced == (path,):
             raise OSError(errno.EIO, "Input/output error")
 
     log.write({"step": 1})
