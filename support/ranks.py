@@ -133,19 +133,17 @@ class Ranks:
         """Errors that a user can fix end the run with one line, all others with a traceback."""
         try:
             yield
-            self.finish()
+            return self.finish()
         except (ValueError, OSError) as error:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun ends those that wait in stop()
-            self.stop(f"error: {error}")
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun ends those that wait below
+            message = f"error: {error}"
         except KeyboardInterrupt:
-            self.stop("interrupted")
+            message = "interrupted"
         except RuntimeError as error:  # only gloo's message tells that a rank is gone
             signs = "Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out"
             if not isinstance(error, dist.DistError) and not any(s in str(error) for s in signs):
                 raise
-            self.stop(f"error: lost another rank; {self.resumes} ({error})")
-
-    def stop(self, message):
+            message = f"error: lost another rank; {self.resumes} ({error})"
         time.sleep(0 if self.first else 3)  # of an error on all ranks, only rank 0 prints it
         told_torchrun(message)
         if self.world == 1:
