@@ -31,7 +31,7 @@ CONNECTING = datetime.timedelta(minutes=30)  # and any collective of a step
 class Ranks:
     """The processes of this run: one per GPU, or any number on a CPU."""
 
-    holder = None  # the text of OUT/.lock while this run holds it
+    holder = None  # on rank 0, the text of OUT/.lock while this run holds it
 
     def __init__(self):
         self.cuda = torch.cuda.is_available()
@@ -188,19 +188,17 @@ def fresh_store(store, rank, world):
 @contextlib.contextmanager
 def held_output(path, ranks):
     """The folder --out, locked against other live runs; without a path, a temporary folder."""
-    if not path:
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(ranks.first_does(lambda: folder))
-            dist.barrier()
-        return
-    out = Path(path)
-    with lock_folder(out, ranks.say) if ranks.first else contextlib.nullcontext():
-        ranks.holder = ranks.first_does(lambda: read_lock(out))
-        yield out
+    with contextlib.ExitStack() as stack:
+        if not path:
+            path = ranks.first_does(lambda: stack.enter_context(tempfile.TemporaryDirectory()))
+        elif ranks.first:
+            stack.enter_context(lock_folder(Path(path), ranks))
+        yield Path(path)
+        dist.barrier()  # the temporary folder is rank 0's
     ranks.holder = None
 
 
-def lock_folder(out, say):
+def lock_folder(out, ranks):
     """OUT/.lock, open and locked; its text names the process that has locked it."""
     out.mkdir(parents=True, exist_ok=True)
     lock = open(out / ".lock", "a")
@@ -209,8 +207,9 @@ def lock_folder(out, say):
     except BlockingIOError:
         raise ValueError(f"--out {out} is held by another live run ({read_lock(out)})") from None
     except OSError:
-        say(f"note: the disk of {out} has no locks: do not start a second run in this folder")
-    (out / ".lock").write_text(f"process {os.getpid()} on {os.uname().nodename}, {time.ctime()}")
+        ranks.say(f"note: the disk of {out} has no locks: start no second run in this folder")
+    ranks.holder = f"process {os.getpid()} on {os.uname().nodename}, {time.ctime()}"
+    (out / ".lock").write_text(ranks.holder)
     return lock
 
 
