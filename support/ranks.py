@@ -31,6 +31,7 @@ CONNECTING = datetime.timedelta(minutes=30)  # and any collective of a step
 class Ranks:
     """The processes of this run: one per GPU, or any number on a CPU."""
 
+    resumes = "the same command resumes from here"
     holder = None  # on rank 0, the text of OUT/.lock while this run holds it
 
     def __init__(self):
@@ -57,9 +58,6 @@ class Ranks:
         self.first = self.rank == 0
         self.line = StatusLine(sys.stdout, seconds=10.0)
         self.signalled = None  # when the first signal to stop came
-        self.resumes = "the same command resumes from here"
-        if dist.is_torchelastic_launched():
-            self.resumes += "; torchrun may end with a traceback of its own"
 
     def thread(self):
         """An executor of one thread, on this rank's device: new threads start on device 0."""
