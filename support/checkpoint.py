@@ -280,16 +280,27 @@ def write_export(plan, ranks, llama, out, step, losses):
     """
     folder = out / f"epoch-{plan.order.epoch_of(step)}"
     aside, task = out / f".{folder.name}.tmp", f"writing {folder}"
-
-    def publish():
-        describe_export(plan, aside, step, losses.get(step))
-        chosen, why = replace_export(aside, folder, step, losses)
-        ranks.say(f"exported {folder} after step {step}; {out / 'model'} is {chosen}, {why}")
-
     ranks.first_does(lambda: ranks.check_lock(out), task)
     dtype = torch.bfloat16 if plan.bf16 else torch.float32
     ranks.all_do(lambda: model.save(llama, aside, dtype), task)
-    ranks.first_does(publish, task)
+    ranks.say(ranks.first_does(lambda: publish(plan, aside, folder, step, losses), task))
+
+
+def publish(plan, aside, folder, step, losses):
+    """Describe an export, rename it into its place, and point OUT/model at the best one."""
+    describe_export(plan, aside, step, losses.get(step))
+    sync(*aside.iterdir(), aside)
+    out, older = folder.parent, folder.with_name(f".{folder.name}.old")
+    if folder.exists():  # of the same epoch
+        folder.rename(older)
+    aside.rename(folder)
+    (chosen, why), link = best_export(out, step, losses), out / ".model.tmp"
+    link.unlink(missing_ok=True)
+    link.symlink_to(chosen)
+    link.replace(out / "model")
+    sync(out)
+    shutil.rmtree(older, ignore_errors=True)
+    return f"exported {folder} after step {step}; {out / 'model'} is {chosen}, {why}"
 
 
 def describe_export(plan, folder, step, loss=None):
@@ -316,22 +327,6 @@ def describe_export(plan, folder, step, loss=None):
     }
     model.write_json(folder / "crlft.json", crlft)
     (folder / "README.md").write_text(model_card(plan, crlft, loss), encoding="utf-8")
-
-
-def replace_export(aside, folder, step, losses):
-    """Rename an export into its place, point OUT/model at the best one, and return that."""
-    out, older = folder.parent, folder.with_name(f".{folder.name}.old")
-    sync(*aside.iterdir(), aside)
-    if folder.exists():  # of the same epoch
-        folder.rename(older)
-    aside.rename(folder)
-    best, link = best_export(out, step, losses), out / ".model.tmp"
-    link.unlink(missing_ok=True)
-    link.symlink_to(best[0])
-    link.replace(out / "model")
-    sync(out)
-    shutil.rmtree(older, ignore_errors=True)
-    return best
 
 
 def best_export(out, step, losses):
