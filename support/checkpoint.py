@@ -339,9 +339,7 @@ def best_export(out, step, losses):
     if not evaluated:
         return exports[max(exports)], "the last"
     best = min(evaluated, key=lambda steps: (losses[steps], -steps))
-    others = ", ".join(sorted(exports[steps] for steps in exports.keys() - set(evaluated)))
-    unknown = f"; without a finite loss on this --eval-data: {others}" if others else ""
-    return exports[best], f"the lowest expert loss, {losses[best]:.4f}{unknown}"
+    return exports[best], f"the lowest expert loss, {losses[best]:.4f}"
 
 
 def exports_of(out):
