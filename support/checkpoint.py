@@ -108,13 +108,11 @@ class Checkpoints:
         if step < total:  # room for the newest --keep, the one being written, and a model
             missing = max(0, config.keep + 1 - len(committed))
             needed = missing * (4 + 2 * self.plan.size.moment) + 4  # bytes per parameter
-            needed *= self.plan.network.parameter_count()
-            free = shutil.disk_usage(self.out).free
+            needed *= self.plan.network.parameter_count() / 1e9
+            free = shutil.disk_usage(self.out).free / 1e9
             if free < needed:
-                raise ValueError(
-                    f"{self.out} has {free / 1e9:,.3f} GB free, and the checkpoints and model need "
-                    f"{needed / 1e9:,.3f}: free some, or give a new --out or a smaller --keep"
-                )
+                hint = "free some, or give a new --out or a smaller --keep"
+                raise ValueError(f"{self.out} has {free:,.3f} GB free, needs {needed:,.3f}: {hint}")
         return step, finished and (self.out / "model").exists()
 
     def _resumable(self, step, folder):
