@@ -48,9 +48,6 @@ def of_type(value, *types):
     return value
 
 
-CURVES = "lr", "grad_norm", "tokens_per_second", "loss", "accuracy", "weight_share"  # of plot.py
-
-
 def read_metrics(path):
     """The lines of a metrics.jsonl, each a dict, except what follows the last newline."""
     *texts, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
@@ -58,9 +55,9 @@ def read_metrics(path):
     for number, text in enumerate(texts, start=1):
         with reading(f"{path}:{number}"):
             line = json.loads(text)
-            parts = [line, *line["eval" if "eval" in line else "classes"].values()]
-            numbers = [of_type(line["step"], int), *(of.get(k) for of in parts for k in CURVES)]
-            sum((of_type(number, float, int, NoneType) or 0 for number in numbers), 0.0)
+            of_type(line["step"], int)
+            for of_class in line["eval" if "eval" in line else "classes"].values():
+                of_type(of_class.get("loss"), float, int, NoneType)
         lines.append(line)
     return lines
 

