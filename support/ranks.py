@@ -118,8 +118,7 @@ class Ranks:
 
     def asked_to_stop(self):
         """Did any rank get a signal to stop? All ranks must ask, and get the same answer."""
-        signalled = torch.zeros((), device=self.device).fill_(self.signalled is not None)
-        return bool(self.sum(signalled))
+        return any(self.gather(self.signalled is not None))
 
     def check_lock(self, out):
         """ValueError if `out` was removed since this run locked it, and another run has it now."""
