@@ -188,7 +188,9 @@ def write_rows(folder, prefix, tensors):
     for number, names in enumerate(model.split(sizes, FILE_SIZE), start=1):
         path = folder / f"{prefix}-{number:05d}.safetensors"
         rows = {name: mine[name].cpu().contiguous() for name in names}
-        require_finite(rows)
+        for name, tensor in rows.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} holds NaN or infinity: try a lower --lr")
         model.write_tensors(path, rows)
         sync(path)
         with ThreadPoolExecutor(4) as pool:
@@ -196,12 +198,6 @@ def write_rows(folder, prefix, tensors):
         firsts = {name: model.local_rows(tensors[name])[0] for name in names}
         written[path.name] = {name: [firsts[name], len(rows[name]), sums[name]] for name in names}
     return written
-
-
-def require_finite(tensors):
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} holds NaN or infinity: try a lower --lr")
 
 
 def check_rows(files, tensors):
