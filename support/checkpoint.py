@@ -24,7 +24,6 @@ import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 
@@ -92,23 +91,20 @@ class Checkpoints:
             (self.folder / f"step-{self.saved}" / "finished").write_text(str(self.plan.eval_name))
 
     def resume(self):
-        """Steps done in the newest checkpoint, 0 without one; ValueError if it cannot be used.
-
-        `finished`: is everything done that the flags ask for?
-        """
-        self.saved, self.finished = self.ranks.first_does(self._newest)  # as rank 0 sees the disk
+        """Steps done in the newest checkpoint, 0 without one; ValueError if it cannot be used."""
+        # `finished`: is everything done that the flags ask for? Both are as rank 0 sees the disk.
+        self.saved, self.finished = self.ranks.first_does(self._newest)
         return self.saved
 
     def _newest(self):
-        committed, config, total = self.committed(), self.plan.config, self.plan.order.total
-        check_ownership(self.out, len(self.plan.order.ends), bool(committed))
+        committed, plan = self.committed(), self.plan
+        check_ownership(self.out, len(plan.order.ends), bool(committed))
         self.folder.mkdir(exist_ok=True)
         step, finished = self._resumable(*committed[-1]) if committed else (0, False)
         clear_leftovers(self.out)
-        if step < total:  # room for the newest --keep, the one being written, and a model
-            missing = max(0, config.keep + 1 - len(committed))
-            needed = missing * (4 + 2 * self.plan.size.moment) + 4  # bytes per parameter
-            needed *= self.plan.network.parameter_count() / 1e9
+        if step < plan.order.total:  # room for the newest --keep, the one being written, a model
+            count = max(0, plan.config.keep + 1 - len(committed))
+            needed = (count * (4 + 2 * plan.size.moment) + 4) * plan.network.parameter_count() / 1e9
             free = shutil.disk_usage(self.out).free / 1e9
             if free < needed:
                 hint = "free some, or give a new --out or a smaller --keep"
@@ -244,8 +240,7 @@ def recipe(plan):
 def differences(saved, now, name=""):
     """A line for each value that differs, "" if none does; of dicts, for their values."""
     if isinstance(saved, dict) and isinstance(now, dict):
-        keys = saved | now
-        return "".join(differences(saved.get(k), now.get(k), f"{name}{k}: ") for k in keys)
+        return "".join(differences(saved.get(k), now.get(k), f"{name}{k}: ") for k in saved | now)
     return "" if saved == now else f"\n  {name}saved {saved!r}, now {now!r}"
 
 
@@ -255,7 +250,7 @@ def read_state(folder):
         state = json.loads(path.read_bytes())
         of_type(state["recipe"], dict), of_type(state["config"], dict)
         for name, rows in state["files"].items():
-            if Path(name).name != name or not name.endswith(".safetensors"):
+            if os.path.basename(name) != name or not name.endswith(".safetensors"):
                 raise ValueError(f"{name!r} is not a file of this folder")
             for first, count, crc32 in rows.values():
                 of_type(first, int), of_type(count, int), of_type(crc32, int)
