@@ -566,6 +566,15 @@ def test_a_recipe_of_another_kind_is_a_different_run(key, started, ranks):
             checkpoint.Checkpoints(plan, ranks, checkpoints.out).resume()
 
 
+def test_a_value_that_only_one_of_two_recipes_has_is_a_difference():
+    saved = {"a": 1, "b": {"x": 1, "gone": 2, "same": 3}, "c": [1]}
+    now = {"a": 1, "b": {"x": 2, "same": 3, "new": 4}, "c": [1]}
+    listed = "x: saved 1, now 2", "gone: saved 2, now None", "new: saved None, now 4"
+    found = checkpoint.differences(saved, now)
+    assert found == "".join(f"\n  b: {difference}" for difference in listed)
+    assert checkpoint.differences(saved, saved) == checkpoint.differences(now, now) == ""
+
+
 def test_a_flipped_bit_anywhere_in_a_checkpoint_is_found_or_changes_nothing(started, ranks):
     """In the headers as well, which no checksum covers."""
     plan, llama, optimizer, checkpoints = started
