@@ -24,10 +24,8 @@ import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
-from torch.distributed.tensor import DTensor
 
 import model
 from loss import expert_class
@@ -47,7 +45,6 @@ class Checkpoints:
     def __init__(self, plan, ranks, out):
         self.plan, self.ranks, self.out = plan, ranks, out
         self.folder = out / "checkpoints"
-        self.bytes = (4 + 2 * plan.size.moment) * plan.network.parameter_count()
         self.saved = 0  # the step of the newest checkpoint
 
     def committed(self):
@@ -62,7 +59,7 @@ class Checkpoints:
         folder = self.folder / f"step-{step}"
         aside = folder.with_name(folder.name + ".tmp")
         tensors, task = state_tensors(llama, optimizer), f"saving {folder}"
-        self.ranks.all_do(lambda: self.ranks.check_lock(self.out), task)
+        self.ranks.first_does(lambda: self.ranks.check_lock(self.out), task)
         files = self.ranks.all_do(lambda: self._write(aside, tensors), task)
         files = {name: rows for of_rank in files for name, rows in of_rank.items()}
         self.ranks.first_does(lambda: self._commit(aside, folder, step, files, tensors), task)
@@ -79,16 +76,13 @@ class Checkpoints:
         config = dataclasses.asdict(self.plan.config)
         state = {"step": step, "recipe": recipe(self.plan), "config": config, "files": files}
         (aside / "state.json").write_text(json.dumps(state))
-        for path in (aside / "state.json", aside):
-            sync(path)
+        sync(aside / "state.json", aside)
         with contextlib.suppress(OSError):  # the weights do not depend on the log
             sync(self.out / "metrics.jsonl")
         aside.rename(folder)
-        for path in (self.folder, self.out):
-            sync(path)
+        sync(self.folder, self.out)
         for _, path in self.committed()[: -self.plan.config.keep]:
-            doomed = path.with_name(path.name + ".tmp")  # a kill here leaves no half folder
-            path.rename(doomed)
+            doomed = path.rename(path.with_name(path.name + ".tmp"))  # a kill leaves no half folder
             shutil.rmtree(doomed, ignore_errors=True)
 
     def finish(self):
@@ -97,42 +91,42 @@ class Checkpoints:
             (self.folder / f"step-{self.saved}" / "finished").write_text(str(self.plan.eval_name))
 
     def resume(self):
-        """Steps done in the newest checkpoint, 0 without one; ValueError if it cannot be used.
-
-        `finished`: is everything done that the flags ask for?
-        """
-        self.saved, self.finished = self.ranks.first_does(self._newest)  # as rank 0 sees the disk
+        """Steps done in the newest checkpoint, 0 without one; ValueError if it cannot be used."""
+        # `finished`: is everything done that the flags ask for? Both are as rank 0 sees the disk.
+        self.saved, self.finished = self.ranks.first_does(self._newest)
         return self.saved
 
     def _newest(self):
-        committed, config, total = self.committed(), self.plan.config, self.plan.order.total
-        check_ownership(self.out, len(self.plan.order.ends), bool(committed))
+        committed, plan = self.committed(), self.plan
+        check_ownership(self.out, len(plan.order.ends), bool(committed))
         self.folder.mkdir(exist_ok=True)
         step, finished = self._resumable(*committed[-1]) if committed else (0, False)
         clear_leftovers(self.out)
-        if step < total:  # room for the newest --keep, and the one being written
-            needed = max(0, config.keep + 1 - len(committed)) * self.bytes
-            needed += 4 * self.plan.network.parameter_count()
-            free = shutil.disk_usage(self.out).free
+        if step < plan.order.total:  # room for the newest --keep, the one being written, a model
+            count = max(0, plan.config.keep + 1 - len(committed))
+            needed = (count * (4 + 2 * plan.size.moment) + 4) * plan.network.parameter_count() / 1e9
+            free = shutil.disk_usage(self.out).free / 1e9
             if free < needed:
-                raise ValueError(
-                    f"{self.out} has {free / 1e9:,.3f} GB free, and the checkpoints and model need "
-                    f"{needed / 1e9:,.3f}: free some, or give a new --out or a smaller --keep"
-                )
+                hint = "free some, or give a new --out or a smaller --keep"
+                raise ValueError(f"{self.out} has {free:,.3f} GB free, needs {needed:,.3f}: {hint}")
         return step, finished and (self.out / "model").exists()
 
     def _resumable(self, step, folder):
         if not self.plan.config.resume:
             raise ValueError(f"{folder} is there: resume with --resume, or give a new --out")
         state, total = read_state(folder), self.plan.order.total
-        check_recipe(folder, state["recipe"], recipe(self.plan))
+        if different := differences(state["recipe"], recipe(self.plan)):
+            hint = "give the saved values, or a new --out:"
+            raise ValueError(f"{folder} belongs to a different run; {hint}{different}")
         if step > total:
-            raise ValueError(
-                f"{folder} is beyond the {total} steps asked for: raise --epochs or --max-steps, "
-                "or give a new --out"
-            )
-        for change in changed_flags(state["config"], self.plan.config):
-            self.ranks.say(f"changed since the checkpoint: {change}")
+            hint = "raise --epochs or --max-steps, or give a new --out"
+            raise ValueError(f"{folder} is beyond the {total} steps asked for: {hint}")
+        for name, before in state["config"].items():  # results change, but it is the same run
+            now = getattr(self.plan.config, name, before)
+            same = json.dumps(now) == json.dumps(before)  # () is saved as []
+            if not same and name not in ("model", "data", "out", "resume"):
+                change = f"{flag_of(name)} {before!r}, now {now!r}"
+                self.ranks.say(f"changed since the checkpoint: {change}")
         mark = folder / "finished"
         finished = mark.exists() and mark.read_bytes() == str(self.plan.eval_name).encode()
         return step, finished and step == total
@@ -172,7 +166,7 @@ def state_tensors(llama, optimizer):
     found = {}
     for name, parameter in llama.named_parameters():
         state = optimizer.state.get(parameter, {})  # indexing would make one
-        if not isinstance(parameter, DTensor) or any(moment not in state for moment in MOMENTS):
+        if any(moment not in state for moment in MOMENTS):
             raise RuntimeError(f"{name} has no optimizer state, as when FSDP has gathered it")
         found[name] = parameter.detach()
         found |= {f"optimizer.{name}.{moment}": state[moment] for moment in MOMENTS}
@@ -190,60 +184,47 @@ def write_rows(folder, prefix, tensors):
     for number, names in enumerate(model.split(sizes, FILE_SIZE), start=1):
         path = folder / f"{prefix}-{number:05d}.safetensors"
         rows = {name: mine[name].cpu().contiguous() for name in names}
-        require_finite(rows)
+        for name, tensor in rows.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} holds NaN or infinity: try a lower --lr")
         model.write_tensors(path, rows)
         sync(path)
         with ThreadPoolExecutor(4) as pool:
-            sums = list(pool.map(model.checksum, rows.values()))
-        written[path.name] = {
-            name: [model.local_rows(tensors[name])[0], len(rows[name]), value]
-            for name, value in zip(names, sums, strict=True)
-        }
+            sums = dict(zip(names, pool.map(model.checksum, rows.values())))
+        firsts = {name: model.local_rows(tensors[name])[0] for name in names}
+        written[path.name] = {name: [firsts[name], len(rows[name]), sums[name]] for name in names}
     return written
-
-
-def require_finite(tensors):
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} holds NaN or infinity: try a lower --lr")
 
 
 def check_rows(files, tensors):
     """ValueError unless the files hold every row of every tensor exactly once."""
-    found = {name: [] for name in tensors}
+    parts = {name: [] for name in tensors}
     for rows in files.values():
         for name, (first, count, _) in rows.items():
-            if name not in tensors:
-                raise ValueError(f"{name} does not belong to this network")
-            found[name].append((first, first + count))
-    for name, tensor in tensors.items():
-        end = 0
-        for first, last in sorted(found[name]):
-            if first != end:
-                how = "lacks" if first > end else "repeats"
-                raise ValueError(f"{name} {how} rows {min(first, end)} to {max(first, end)}")
-            end = last
-        if end != tensor.shape[0]:
-            raise ValueError(f"{name} has {end} rows, not {tensor.shape[0]}")
+            parts.setdefault(name, []).append((first, first + count))
+    for name, found in parts.items():
+        size = tensors[name].shape[0] if name in tensors else 0
+        bounds = [0, *(row for part in sorted(found) for row in part), size]
+        if bounds[::2] != bounds[1::2]:  # each part must begin at the end of the one before
+            shown = ", ".join(f"{first} to {end}" for first, end in sorted(found)) or "none"
+            raise ValueError(f"{name}: rows 0 to {size} must be there once, not {shown:.200}")
 
 
 def check_sums(path, rows):
     """ValueError unless a file holds exactly these rows, bit for bit."""
     stored = model.open_safetensors(path)
-    if set(stored) != set(rows):
-        raise ValueError(f"{path.name} holds different tensors than state.json lists")
     with ThreadPoolExecutor(4) as pool:
-        tensors = list(pool.map(lambda name: stored[name][:], rows))
-        sums = list(pool.map(model.checksum, tensors))
-    for name, tensor, value in zip(rows, tensors, sums, strict=True):
-        if rows[name][1:] != [len(tensor), value]:
-            raise ValueError(f"{path.name} is damaged: {name}")
+        tensors = list(pool.map(lambda name: stored[name][:], stored))
+        sums = pool.map(model.checksum, tensors)
+        found = {name: [len(tensor), crc] for name, tensor, crc in zip(stored, tensors, sums)}
+    if found != {name: [count, crc] for name, (_, count, crc) in rows.items()}:
+        raise ValueError(f"{path.name} is damaged: it does not hold what state.json lists")
 
 
 def recipe(plan):
     """{flags: their values} that identify a run: a checkpoint with others is refused."""
     config, tokens = plan.config, plan.dataset.folder.name
-    return as_json({
+    identity = {
         "tokens of --data by --model, --max-length, --classes, --beta, --no-condition": tokens,
         "config.json of --model": dataclasses.asdict(plan.network),
         "weights of --model, --random-weights": plan.base or "random",
@@ -252,47 +233,24 @@ def recipe(plan):
         "--seed": config.seed,
         "--batch-tokens": config.batch_tokens,
         "ranks x --accumulate": plan.world * config.accumulate,
-    })  # fmt: skip
+    }
+    return json.loads(json.dumps(identity))  # as it is read back: tuples become lists
 
 
-def as_json(value):
-    """A value as it is after writing it to JSON and reading it back."""
-    return json.loads(json.dumps(value))
-
-
-def check_recipe(folder, saved, now):
-    different = []
-    for key, here in now.items():
-        before = saved.get(key)
-        if isinstance(before, dict) and isinstance(here, dict):  # only the entries that differ
-            changed = [k for k in before | here if before.get(k) != here.get(k)]
-            before, here = ({k: of.get(k) for k in changed} for of in (before, here))
-        if before != here:
-            different.append(f"\n  {key}: saved {before!r}, now {here!r}")
-    if different:
-        hint = "give the saved values, or a new --out:"
-        raise ValueError(f"{folder} belongs to a different run; {hint}{''.join(different)}")
-
-
-def changed_flags(saved, config):
-    """Flags that differ from the saved run's: the results change, but it is the same run."""
-    # An older version may lack some flags; it used today's default.
-    default, now = as_json([dataclasses.asdict(of) for of in (type(config)(), config)])
-    return [
-        f"{flag_of(name)} {before!r}, now {now[name]!r}"
-        for name, before in (default | saved).items()
-        if name in now and name not in ("model", "data", "out", "resume") and before != now[name]
-    ]
+def differences(saved, now, name=""):
+    """A line for each value that differs, "" if none does; of dicts, for their values."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        return "".join(differences(saved.get(k), now.get(k), f"{name}{k}: ") for k in saved | now)
+    return "" if saved == now else f"\n  {name}saved {saved!r}, now {now!r}"
 
 
 def read_state(folder):
     path = folder / "state.json"
     with reading(path, f"; {REMOVE}"):
         state = json.loads(path.read_bytes())
-        for key, kind in {"step": int, "recipe": dict, "config": dict, "files": dict}.items():
-            of_type(state[key], kind)
+        of_type(state["recipe"], dict), of_type(state["config"], dict)
         for name, rows in state["files"].items():
-            if Path(name).name != name or not name.endswith(".safetensors"):
+            if os.path.basename(name) != name or not name.endswith(".safetensors"):
                 raise ValueError(f"{name!r} is not a file of this folder")
             for first, count, crc32 in rows.values():
                 of_type(first, int), of_type(count, int), of_type(crc32, int)
@@ -311,19 +269,27 @@ def write_export(plan, ranks, llama, out, step, losses):
     """
     folder = out / f"epoch-{plan.order.epoch_of(step)}"
     aside, task = out / f".{folder.name}.tmp", f"writing {folder}"
-    if not all(isinstance(parameter, DTensor) for parameter in llama.parameters()):
-        raise RuntimeError("the network is not resharded")
-
-    def publish():
-        describe_export(plan, aside, step, losses.get(step))
-        chosen, why = replace_export(aside, folder, step, losses)
-        part = "" if step in plan.order.ends else f" (after step {step}, a part of the epoch)"
-        ranks.say(f"exported {folder}{part}; {out / 'model'} is {chosen}, {why}")
-
-    ranks.all_do(lambda: ranks.check_lock(out), task)
+    ranks.first_does(lambda: ranks.check_lock(out), task)
     dtype = torch.bfloat16 if plan.bf16 else torch.float32
     ranks.all_do(lambda: model.save(llama, aside, dtype), task)
-    ranks.first_does(publish, task)
+    ranks.say(ranks.first_does(lambda: publish(plan, aside, folder, step, losses), task))
+
+
+def publish(plan, aside, folder, step, losses):
+    """Describe an export, rename it into its place, and point OUT/model at the best one."""
+    describe_export(plan, aside, step, losses.get(step))
+    sync(*aside.iterdir(), aside)
+    out, older = folder.parent, folder.with_name(f".{folder.name}.old")
+    if folder.exists():  # of the same epoch
+        folder.rename(older)
+    aside.rename(folder)
+    (chosen, why), link = best_export(out, step, losses), out / ".model.tmp"
+    link.unlink(missing_ok=True)
+    link.symlink_to(chosen)
+    link.replace(out / "model")
+    sync(out)
+    shutil.rmtree(older, ignore_errors=True)
+    return f"exported {folder} after step {step}; {out / 'model'} is {chosen}, {why}"
 
 
 def describe_export(plan, folder, step, loss=None):
@@ -352,24 +318,6 @@ def describe_export(plan, folder, step, loss=None):
     (folder / "README.md").write_text(model_card(plan, crlft, loss), encoding="utf-8")
 
 
-def replace_export(aside, folder, step, losses):
-    """Rename an export into its place, point OUT/model at the best one, and return that."""
-    out, older = folder.parent, folder.with_name(f".{folder.name}.old")
-    for path in [*aside.iterdir(), aside]:
-        sync(path)
-    shutil.rmtree(older, ignore_errors=True)
-    if folder.exists():  # of the same epoch
-        folder.rename(older)
-    aside.rename(folder)
-    best, link = best_export(out, step, losses), out / ".model.tmp"
-    link.unlink(missing_ok=True)
-    link.symlink_to(best[0])
-    link.replace(out / "model")
-    sync(out)
-    shutil.rmtree(older, ignore_errors=True)
-    return best
-
-
 def best_export(out, step, losses):
     """(folder name, why) of the export with the lowest of `losses` {step: loss}, or of the last.
 
@@ -380,9 +328,7 @@ def best_export(out, step, losses):
     if not evaluated:
         return exports[max(exports)], "the last"
     best = min(evaluated, key=lambda steps: (losses[steps], -steps))
-    others = ", ".join(sorted(exports[steps] for steps in exports.keys() - set(evaluated)))
-    unknown = f"; without a finite loss on this --eval-data: {others}" if others else ""
-    return exports[best], f"the lowest expert loss, {losses[best]:.4f}{unknown}"
+    return exports[best], f"the lowest expert loss, {losses[best]:.4f}"
 
 
 def exports_of(out):
@@ -396,25 +342,14 @@ def check_ownership(out, epochs, has_checkpoints):
     exports, link = exports_of(out), out / "model"
     started = (out / "metrics.jsonl").exists() and not (out / "checkpoints").exists()
     if not has_checkpoints and (started or exports):
-        raise ValueError(
-            f"{out} has the log or exports of a run, but none of its checkpoints, and would be "
-            f"overwritten: put {out}/checkpoints/step-N back, or give a new --out"
-        )
+        hint = f"put {out}/checkpoints/step-N back, or give a new --out"
+        raise ValueError(f"{out} has a run's log or exports, but none of its checkpoints: {hint}")
     if os.path.lexists(link) and not (link.is_symlink() and EXPORT.fullmatch(os.readlink(link))):
-        raise ValueError(
-            f"{link} is not a link to an export, and the run would replace it: give a new --out, "
-            "or if this is a copied run, copy it again with its links (cp -a)"
-        )
+        hint = "give a new --out, or copy a copied run again with its links (cp -a)"
+        raise ValueError(f"{link} is not a link to an export: {hint}")
     for folder in (out / f"epoch-{epoch}" for epoch in range(1, epochs + 1)):
         if os.path.lexists(folder) and folder.name not in exports:
             raise ValueError(f"{folder} is not an export, but one is due there: give a new --out")
-    probe = out / ".model.tmp"  # a name that the run itself uses
-    try:
-        probe.unlink(missing_ok=True)
-        probe.symlink_to("model")
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"--out {out} is on a disk without symbolic links: {error}") from None
 
 
 def clear_leftovers(out):

@@ -12,34 +12,33 @@ from typing import NamedTuple
 from loss import class_table
 
 
-def sync(path):
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:  # some network disks cannot sync a folder
-        if not (os.path.isdir(path) and error.errno in (errno.EINVAL, errno.ENOTSUP)):
-            raise
-    finally:
-        os.close(descriptor)
+def sync(*paths):
+    """Wait until files and folders are on the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:  # some network disks cannot sync a folder
+            if not (os.path.isdir(path) and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+                raise
+        finally:
+            os.close(descriptor)
 
 
 @contextlib.contextmanager
 def reading(path, hint=""):
     """Anything wrong in a JSON file becomes a ValueError that names the file."""
-    odd = OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError
     try:
         yield
-    except odd as error:
+    except Exception as error:  # of any type: what the file holds may be odd in any way
         raise ValueError(f"{path}: cannot be read: {error!r:.300}{hint}") from None
 
 
 def told_torchrun(error):
     """The error; if torchrun started this process, it prints it last. (The form is elastic's.)"""
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        message = {"message": error, "extraInfo": {"timestamp": int(time.time())}}
-        with contextlib.suppress(OSError):
-            Path(path).write_text(json.dumps({"message": message}))
+    message = {"message": error, "extraInfo": {"timestamp": int(time.time())}}
+    with contextlib.suppress(KeyError, OSError):  # KeyError: not started by torchrun
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": message}))
     return error
 
 
@@ -49,24 +48,17 @@ def of_type(value, *types):
     return value
 
 
-CURVES = "lr", "grad_norm", "tokens_per_second", "loss", "accuracy", "weight_share"  # of plot.py
-
-
 def read_metrics(path):
-    """The lines of a metrics.jsonl, each a dict, except a last line that is incomplete."""
-    lines, texts = [], path.read_bytes().split(b"\n") if path.exists() else []
+    """The lines of a metrics.jsonl, each a dict, except what follows the last newline."""
+    *texts, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    lines = []
     for number, text in enumerate(texts, start=1):
         with reading(f"{path}:{number}"):
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                if number < len(texts):
-                    raise
-                break
-            line = lines[-1]
-            parts = [line, *line["eval" if "eval" in line else "classes"].values()]
-            numbers = [of_type(line["step"], int), *(of.get(k) for of in parts for k in CURVES)]
-            sum((of_type(number, float, int, NoneType) or 0 for number in numbers), 0.0)
+            line = json.loads(text)
+            of_type(line["step"], int)
+            for of_class in line["eval" if "eval" in line else "classes"].values():
+                of_type(of_class.get("loss"), float, int, NoneType)
+        lines.append(line)
     return lines
 
 

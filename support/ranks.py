@@ -8,7 +8,6 @@ at the same point: they finish the step or leave the evaluation, save, and exit 
 import contextlib
 import datetime
 import fcntl
-import functools
 import json
 import os
 import secrets
@@ -32,7 +31,8 @@ CONNECTING = datetime.timedelta(minutes=30)  # and any collective of a step
 class Ranks:
     """The processes of this run: one per GPU, or any number on a CPU."""
 
-    holder = None  # the text of OUT/.lock while this run holds it
+    resumes = "the same command resumes from here"
+    holder = None  # on rank 0, the text of OUT/.lock while this run holds it
 
     def __init__(self):
         self.cuda = torch.cuda.is_available()
@@ -58,13 +58,10 @@ class Ranks:
         self.first = self.rank == 0
         self.line = StatusLine(sys.stdout, seconds=10.0)
         self.signalled = None  # when the first signal to stop came
-        self.resumes = "the same command resumes from here"
-        if dist.is_torchelastic_launched():
-            self.resumes += "; torchrun may end with a traceback of its own"
 
     def thread(self):
         """An executor of one thread, on this rank's device: new threads start on device 0."""
-        use_device = functools.partial(torch.cuda.set_device, self.device) if self.cuda else None
+        use_device = (lambda: torch.cuda.set_device(self.device)) if self.cuda else None
         return ThreadPoolExecutor(1, initializer=use_device)
 
     def say(self, text):
@@ -121,8 +118,7 @@ class Ranks:
 
     def asked_to_stop(self):
         """Did any rank get a signal to stop? All ranks must ask, and get the same answer."""
-        signalled = torch.zeros((), device=self.device).fill_(self.signalled is not None)
-        return bool(self.sum(signalled))
+        return any(self.gather(self.signalled is not None))
 
     def check_lock(self, out):
         """ValueError if `out` was removed since this run locked it, and another run has it now."""
@@ -134,19 +130,17 @@ class Ranks:
         """Errors that a user can fix end the run with one line, all others with a traceback."""
         try:
             yield
-            self.finish()
+            return self.finish()
         except (ValueError, OSError) as error:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun ends those that wait in stop()
-            self.stop(f"error: {error}")
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun ends those that wait below
+            message = f"error: {error}"
         except KeyboardInterrupt:
-            self.stop("interrupted")
+            message = "interrupted"
         except RuntimeError as error:  # only gloo's message tells that a rank is gone
             signs = "Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out"
             if not isinstance(error, dist.DistError) and not any(s in str(error) for s in signs):
                 raise
-            self.stop(f"error: lost another rank; {self.resumes} ({error})")
-
-    def stop(self, message):
+            message = f"error: lost another rank; {self.resumes} ({error})"
         time.sleep(0 if self.first else 3)  # of an error on all ranks, only rank 0 prints it
         told_torchrun(message)
         if self.world == 1:
@@ -191,23 +185,17 @@ def fresh_store(store, rank, world):
 @contextlib.contextmanager
 def held_output(path, ranks):
     """The folder --out, locked against other live runs; without a path, a temporary folder."""
-    if not path:
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(ranks.first_does(lambda: folder))
-            dist.barrier()
-        return
-    out = Path(path)
-    with lock_folder(out, ranks.say) if ranks.first else contextlib.nullcontext():
-        ranks.holder = ranks.first_does(lambda: read_lock(out))
-        for machine, seen in ranks.gather([os.uname().nodename, read_lock(out)]):
-            if seen != ranks.holder:
-                shared = "give an --out on a disk that all machines share"
-                raise ValueError(f"{machine} does not see the files of rank 0 in {out}: {shared}")
-        yield out
+    with contextlib.ExitStack() as stack:
+        if not path:
+            path = ranks.first_does(lambda: stack.enter_context(tempfile.TemporaryDirectory()))
+        elif ranks.first:
+            stack.enter_context(lock_folder(Path(path), ranks))
+        yield Path(path)
+        dist.barrier()  # the temporary folder is rank 0's
     ranks.holder = None
 
 
-def lock_folder(out, say):
+def lock_folder(out, ranks):
     """OUT/.lock, open and locked; its text names the process that has locked it."""
     out.mkdir(parents=True, exist_ok=True)
     lock = open(out / ".lock", "a")
@@ -216,11 +204,9 @@ def lock_folder(out, say):
     except BlockingIOError:
         raise ValueError(f"--out {out} is held by another live run ({read_lock(out)})") from None
     except OSError:
-        say(f"note: the disk of {out} has no locks: do not start a second run in this folder")
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {os.uname().nodename}, {time.ctime()}")
-    lock.flush()
-    os.fsync(lock.fileno())  # for the other machines
+        ranks.say(f"note: the disk of {out} has no locks: start no second run in this folder")
+    ranks.holder = f"process {os.getpid()} on {os.uname().nodename}, {time.ctime()}"
+    (out / ".lock").write_text(ranks.holder)
     return lock
 
 

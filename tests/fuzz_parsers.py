@@ -144,8 +144,8 @@ def fuzz(count, seed=0):
             step.mkdir(exist_ok=True)
             (step / "state.json").write_bytes(raw)
             state = checkpoint.read_state(step)
-            checkpoint.check_recipe(step, state["recipe"], STATE["recipe"])
-            "".join(checkpoint.changed_flags(state["config"], CONFIG))
+            checkpoint.differences(state["recipe"], STATE["recipe"])
+            assert isinstance(state["config"], dict)
             assert {(step / name).parent for name in state["files"]} <= {step}
             try:  # as load() calls it, which names the folder
                 checkpoint.check_rows(state["files"], {"a": torch.empty(2, 3), "b": torch.empty(2)})
@@ -156,8 +156,8 @@ def fuzz(count, seed=0):
             (folder / "metrics.jsonl").write_bytes(raw + b"\n" + json.dumps(METRICS[0]).encode())
             for line in files.read_metrics(folder / "metrics.jsonl"):
                 assert line["step"] < 1 or line["step"] >= 1
-                parts = [line, *line["eval" if "eval" in line else "classes"].values()]
-                np.array([part.get(key) for part in parts for key in files.CURVES], np.float64)
+                parts = line["eval" if "eval" in line else "classes"].values()
+                assert {type(part.get("loss")) for part in parts} <= {float, int, type(None)}
 
         def read_export(raw):
             (folder / "crlft.json").write_bytes(raw)

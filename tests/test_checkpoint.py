@@ -97,15 +97,12 @@ def test_an_evaluation_that_a_signal_ends_leaves_the_same(started, ranks, monkey
     assert checkpoints.committed()
 
 
-def test_a_gathered_network_is_neither_saved_nor_exported(started, ranks):
+def test_a_gathered_network_is_not_saved(started, ranks):
     plan, llama, optimizer, checkpoints = started
     forward_alone(plan, ranks, llama)
     with pytest.raises(RuntimeError, match=r"model.embed_tokens.weight has no optimizer state"):
         checkpoints.save(llama, optimizer, 1)
-    with pytest.raises(RuntimeError, match="not resharded"):
-        checkpoint.write_export(plan, ranks, llama, checkpoints.out, 1, {})
     assert not list(checkpoints.folder.iterdir())
-    assert not list(checkpoints.out.glob("*epoch*"))
 
 
 # ------------------------------------------------------------------------- what must be there, is
@@ -151,9 +148,9 @@ def test_a_save_that_misses_rows_or_tensors_is_not_committed(started, monkeypatc
 
         return write
 
-    for rows, message in ((1, "has 66 rows, not 67"), (67, "has 0 rows, not 67")):
+    for rows, message in ((1, ": rows 0 to 67 .* not 0 to 66"), (67, ": rows 0 to 67 .* not none")):
         monkeypatch.setattr(checkpoint, "write_rows", without("lm_head.weight", rows))
-        with pytest.raises(ValueError, match=f"saving .*/step-1 failed: lm_head.weight {message}"):
+        with pytest.raises(ValueError, match=f"saving .*/step-1 failed: lm_head.weight{message}"):
             checkpoints.save(llama, optimizer, 1)
     assert not checkpoints.committed()
     monkeypatch.undo()
@@ -166,8 +163,8 @@ def test_a_save_does_not_depend_on_the_log(started, ranks, monkeypatch, fault):
     plan, llama, optimizer, checkpoints = started
     log, path = report.Log(plan, ranks, checkpoints.out, 0), checkpoints.out / "metrics.jsonl"
 
-    def sync(synced):
-        if fault != "moved away" and synced == path:
+    def sync(*synced):
+        if fault != "moved away" and synced == (path,):
             raise OSError(errno.EIO, "Input/output error")
 
     log.write({"step": 1})
@@ -211,7 +208,6 @@ ODD_LINES = [
     b'{"step": 2, "cl', b"[1, 2]", b"7", b'"x"', b"null", b'{"a": 1}', b'{"step": "x"}', b"\xff",
     b"[" * 200_000, b'{"step": 2, "eval": 3}', b'{"step": 2, "eval": {"gpt4": 3}}', b"",
     b'{"step": 2, "classes": {"gpt4": {"loss": "low"}}}', b'{"step": null, "classes": {}}',
-    b'{"step": 2, "lr": [], "classes": {}}', b'{"step": 1%s, "classes": {}}' % (b"0" * 400),
 ]  # fmt: skip
 
 
@@ -237,7 +233,7 @@ def test_a_last_line_cut_anywhere_leaves_those_before_it(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for end in range(last, len(raw) + 1):
         path.write_bytes(raw[:end])
-        assert files.read_metrics(path) == lines[: 3 if end >= len(raw) - 1 else 2]
+        assert files.read_metrics(path) == lines[: 3 if end == len(raw) else 2]
     path.write_bytes(raw[:last] + bytes(99))  # as a power cut leaves a file that was growing
     assert files.read_metrics(path) == lines[:2]
 
@@ -387,7 +383,7 @@ def test_room_is_asked_for_the_kept_checkpoints_the_next_one_and_the_model(
             if fits:
                 assert checkpoints.resume() == count
             else:
-                with pytest.raises(ValueError, match="GB free, and the checkpoints and model need"):
+                with pytest.raises(ValueError, match=r"has [\d.]+ GB free, needs [\d.]+: "):
                     checkpoints.resume()
 
 
@@ -466,12 +462,14 @@ def test_an_export_that_fails_is_an_error_that_names_it(started, ranks):
     [
         ({"a": {"x": [0, 3, 0]}, "b": {"x": [3, 2, 0]}}, None),
         ({"b": {"x": [3, 2, 0]}, "a": {"x": [0, 3, 0]}}, None),
-        ({}, "x has 0 rows, not 5"),
-        ({"a": {"x": [0, 3, 0]}}, "x has 3 rows, not 5"),
-        ({"a": {"x": [0, 3, 0]}, "b": {"x": [4, 1, 0]}}, "x lacks rows 3 to 4"),
-        ({"a": {"x": [0, 3, 0]}, "b": {"x": [2, 3, 0]}}, "x repeats rows 2 to 3"),
-        ({"a": {"x": [0, 6, 0]}}, "x has 6 rows, not 5"),
-        ({"a": {"x": [0, 5, 0], "y": [0, 1, 0]}}, "y does not belong to this network"),
+        ({}, "x: rows 0 to 5 must be there once, not none"),
+        ({"a": {"x": [0, 3, 0]}}, "x: rows 0 to 5 must be there once, not 0 to 3$"),
+        ({"a": {"x": [0, 3, 0]}, "b": {"x": [4, 1, 0]}}, "not 0 to 3, 4 to 5$"),
+        ({"b": {"x": [2, 3, 0]}, "a": {"x": [0, 3, 0]}}, "not 0 to 3, 2 to 5$"),
+        ({"a": {"x": [0, 5, 0]}, "b": {"x": [0, 5, 0]}}, "not 0 to 5, 0 to 5$"),
+        ({"a": {"x": [1, 4, 0]}}, "x: rows 0 to 5 must be there once, not 1 to 5$"),
+        ({"a": {"x": [0, 6, 0]}}, "x: rows 0 to 5 must be there once, not 0 to 6$"),
+        ({"a": {"x": [0, 5, 0], "y": [0, 1, 0]}}, "y: rows 0 to 0 must be there once, not 0 to 1$"),
     ],
 )
 def test_rows_are_there_exactly_once(files, problem):
@@ -491,7 +489,7 @@ def test_a_load_names_in_one_line_what_is_not_there(started, ranks):
     path.write_text(json.dumps(state))
     again = checkpoint.Checkpoints(plan, ranks, checkpoints.out)
     assert again.resume() == 1
-    with pytest.raises(ValueError, match="optimizer.lm_head.weight.exp_avg has 0 rows") as failed:
+    with pytest.raises(ValueError, match="optimizer.lm_head.weight.exp_avg: .* not none") as failed:
         again.load(*train.build(plan, ranks, False))
     assert "\n" not in str(failed.value)
 
@@ -537,7 +535,7 @@ ODD_STATES = {
     "files": lambda s: {"files": []},
     "rows of a file": lambda s: {"files": {"x.safetensors": 3}},
     "recipe": lambda s: {"recipe": None},
-    "step": lambda s: {"step": "1"},
+    "step": lambda s: {"step": "2"},
     "true": lambda s: {"step": True},
 }
 
@@ -566,6 +564,15 @@ def test_a_recipe_of_another_kind_is_a_different_run(key, started, ranks):
         path.write_text(json.dumps(state))
         with pytest.raises(ValueError, match=f"(?s)different run.*{key}"):
             checkpoint.Checkpoints(plan, ranks, checkpoints.out).resume()
+
+
+def test_a_value_that_only_one_of_two_recipes_has_is_a_difference():
+    saved = {"a": 1, "b": {"x": 1, "gone": 2, "same": 3}, "c": [1]}
+    now = {"a": 1, "b": {"x": 2, "same": 3, "new": 4}, "c": [1]}
+    listed = "x: saved 1, now 2", "gone: saved 2, now None", "new: saved None, now 4"
+    found = checkpoint.differences(saved, now)
+    assert found == "".join(f"\n  b: {difference}" for difference in listed)
+    assert checkpoint.differences(saved, saved) == checkpoint.differences(now, now) == ""
 
 
 def test_a_flipped_bit_anywhere_in_a_checkpoint_is_found_or_changes_nothing(started, ranks):
@@ -663,9 +670,8 @@ def test_the_best_export_has_the_least_loss_of_those_up_to_a_step(tmp_path):
     best = [checkpoint.best_export(tmp_path, step, losses)[0] for step in (10, 20, 30, 40)]
     assert best == ["epoch-1", "epoch-2", "epoch-2", "epoch-4"]
     assert checkpoint.best_export(tmp_path, 30, {}) == ("epoch-3", "the last")
-    chosen, why = checkpoint.best_export(tmp_path, 30, {10: 3.0, 20: None})
-    assert chosen == "epoch-1"
-    assert why.endswith("without a finite loss on this --eval-data: epoch-2, epoch-3")
+    found = checkpoint.best_export(tmp_path, 30, {10: 3.0, 20: None})
+    assert found == ("epoch-1", "the lowest expert loss, 3.0000")
 
 
 # --------------------------------------------------------------------- the whole run, in here
@@ -972,18 +978,6 @@ def test_the_best_class_decides_wherever_it_is_in_the_table(
     asked = [{"role": "user", "content": "Hello"}]
     assert "Best User: Hello" in template(asked, tokenize=False)
     assert chat.Chat(out / "model", device="cpu").class_name == "best"
-
-
-def test_a_disk_without_symbolic_links_is_named_before_anything_is_trained(
-    train_in, monkeypatch
-):
-    def refused(*_):
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr(Path, "symlink_to", refused)
-    monkeypatch.setattr(train, "build", None)
-    with pytest.raises(ValueError, match="is on a disk without symbolic links"):
-        train_in("out")
 
 
 # ------------------------------------------------------------------------------------- exports

@@ -187,8 +187,8 @@ def test_a_disk_without_locks_is_said_and_used(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     said = []
-    lock_folder(tmp_path / "out", said.append)
-    assert len(said) == 1 and "has no locks: do not start a second run" in said[0]
+    lock_folder(tmp_path / "out", SimpleNamespace(say=said.append))
+    assert len(said) == 1 and "has no locks: start no second run" in said[0]
 
 
 # ---------------------------------------------------------------------------------- what they print

@@ -127,12 +127,12 @@ def test_every_rank_evaluates_its_own_share_of_the_held_out_tokens(few, tmp_path
 # ------------------------------------------------------------------------------- stopped by signal
 
 
-def stopped(settings, out, number, phase, count, ranks=1, log=None, **environment):
+def stopped(settings, out, number, phase, count, ranks=1, log=None):
     """(exit codes, instants of rank 0) of a run whose last rank sends itself a signal."""
     counts = out.with_suffix(".counts")
     end = {"rank": ranks - 1, "phase": phase, "number": count, "signal": number}
     watch = {"out": str(out), "end": end, "counts": str(counts)}
-    codes = finish(start(settings, ranks, log or os.devnull, watch, **environment))
+    codes = finish(start(settings, ranks, log or os.devnull, watch))
     return codes, json.loads(counts.read_text()) if counts.exists() else {}
 
 
@@ -141,13 +141,11 @@ def test_a_signal_to_one_rank_saves_and_ends_all_with_0(few, tmp_path, name):
     """Within a step, where no save is due."""
     out, log = tmp_path / "out", tmp_path / "log"
     settings = flags(few, out, epochs=9, export_every=0, save_every=0)
-    torchrun = {"TORCHELASTIC_RUN_ID": "1"} if name == "SIGINT" else {}
-    codes, _ = stopped(settings, out, getattr(signal, name), "step", 5, 2, log, **torchrun)
+    codes, _ = stopped(settings, out, getattr(signal, name), "step", 5, 2, log)
     assert codes == [0, 0], log.read_text()
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-5"]
     assert metrics(out)[-1]["step"] == 5
-    said = "stopped after step 5 by a signal; the same command resumes from here"
-    said += "; torchrun may end with a traceback of its own\n" if torchrun else "\n"
+    said = "stopped after step 5 by a signal; the same command resumes from here\n"
     assert said in log.read_text()
 
 
@@ -393,7 +391,7 @@ def test_other_evaluation_data_has_losses_of_its_own(few, sums, tmp_path):
         for part in (slice(1, 3), slice(3, 5))
     )
     assert min(hard_losses) > max(easy_losses)
-    assert "without a finite loss on this --eval-data: epoch-1" in shown
+    assert f"the lowest expert loss, {min(hard_losses):.4f}" in shown
     best = hard_losses.index(min(hard_losses))
     assert (out / "model").resolve().name == ["epoch-2", "epoch-3"][best]
 
@@ -738,22 +736,6 @@ def test_an_output_that_cannot_be_written_is_named(few, tmp_path):
     refused(flags(few, tmp_path / "file" / "out"), str(tmp_path / "file"))
 
 
-def test_an_output_that_the_machines_do_not_share_is_named(few, tmp_path):
-    """Two ranks that see two folders, as two machines do under one name."""
-    log, pair = tmp_path / "log", []
-    for rank in ("0", "1"):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        own["MASTER_PORT"] = pair[0][1]["MASTER_PORT"] if pair else str(processes.free_port())
-        pair.append(([*map(str, flags(few, tmp_path / rank))], own, str(log), None))
-    started = [processes.fork_server.Process(target=processes._main, args=of) for of in pair]
-    for process in started:
-        process.start()
-    assert finish(started)[0] == 1
-    shown = log.read_text()
-    assert "does not see the files of rank 0" in shown and "all machines share" in shown
-    assert "Traceback" not in shown
-
-
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 12 MB; skipped where this user may not mount one."""
@@ -777,7 +759,7 @@ def test_a_read_only_output_is_named_and_left_as_it_was(finished, few, small_dis
 def test_a_disk_too_small_is_found_before_training(few, small_disk):
     (small_disk / "other").write_bytes(bytes(10 << 20))
     error = refused(flags(few, small_disk / "out"), "GB free")
-    free, needed = re.search(r"has ([\d.]+) GB free, .* need ([\d.]+):", error).groups()
+    free, needed = re.search(r"has ([\d.]+) GB free, needs ([\d.]+):", error).groups()
     assert 0.002 <= float(free) < 0.0022 < float(needed)
     assert not (small_disk / "out" / "metrics.jsonl").exists()
 
