@@ -361,7 +361,7 @@ def test_files_without_any_conversation_are_refused(content, prepare, tmp_path):
 def test_a_missing_file_is_said(prepare, tmp_path):
     with pytest.raises(ValueError, match="gone.jsonl: cannot be read: No such file"):
         prepare(tmp_path / "gone.jsonl")
-    with pytest.raises(ValueError, match="is a folder; name the files in it"):
+    with pytest.raises(ValueError, match="is a folder, a pipe or a device"):
         prepare(tmp_path)
 
 
