@@ -77,7 +77,7 @@ def _checked(path):
     if re.match(r"\w\w+:/", str(path)):
         raise ValueError(f"{path}: is a URL: download it first, files are read more than once")
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: is a folder, a pipe or a device, not a file, which is read twice")
+        raise ValueError(f"{path}: is a folder, a pipe or a device; a file is read more than once")
     with opened(path) as (file, _):
         head = file.read(LONGEST)
     found = [known for start, known in FOREIGN.items() if re.match(start, head, re.DOTALL)]
