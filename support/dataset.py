@@ -2,8 +2,8 @@
 
     files -> Blocks -> encoder (data.Encoder), a process per core -> three arrays and done.json
 
-done.json is written last and has the arrays' checksums: if it is missing or they differ, the arrays
-are rebuilt. The folder is named after the SHA-256 of the bytes that were tokenized.
+done.json is written last and has the arrays' checksums: if it is missing or they differ, as after
+a loss of power, the arrays are rebuilt. The folder is named after the SHA-256 of the files' bytes.
 """
 
 import collections
@@ -27,7 +27,6 @@ from pathlib import Path
 import numpy as np
 
 from support.containers import blocks
-from support.files import sync
 
 FORMAT = 4  # changes with the arrays' format, or with how files are read
 SHOWN_CAUSES, SHOWN_PLACES = 20, 5  # of bad lines
@@ -51,16 +50,6 @@ ARRAYS = {"tokens": np.dtype("<i4"), "weights": np.dtype("<f4"), "index": INDEX}
 class BadData(ValueError):
     """Lines that cannot be trained on, by cause, with their places and count; how to fix it."""
 
-    def __init__(self, report, good, classes):
-        lines = f"{report['bad']:,} bad line{'s' * (report['bad'] > 1)}:"
-        hints = ["Fix them, or pass --skip-bad to drop and count them."]
-        if not good:
-            hints = ["No line is good. docs/DATA.md has a table of the supported formats."]
-        if any(problem["of_class"] for problem in report["problems"].values()):
-            table = json.dumps({name: vars(source) for name, source in classes.items()})
-            hints.append(f"For other classes, change this table in a file for --classes: {table}")
-        super().__init__("\n".join([lines, *problem_lines(report), *hints]))
-
 
 def problem_lines(report):
     """['FILE:7: cause', 'FILE: 400 lines: cause (1, 2, 3, ...)'], at most 20 and the others."""
@@ -78,9 +67,8 @@ def problem_lines(report):
 def encode_files(sources, encoder, settings, folder, *, skip_bad=False, progress=None):
     """Encode Sources into arrays below `folder`, once; returns a Dataset.
 
-    The arrays are keyed by the files' content and by `settings` (JSON), which is everything that
-    the result depends on. `encoder(block)` returns (arrays_of its conversations, Report);
-    `skip_bad` and `progress` are as in data.prepare.
+    The arrays are keyed by the files' content and by `settings` (JSON), all that they depend on.
+    `encoder(block)` returns (arrays_of its conversations, Report); the rest is as in data.prepare.
     """
     digests = [source.sha256() for source in sources]
     settings = [FORMAT, settings, [(s.source_class, s.shape) for s in sources], skip_bad, digests]
@@ -93,7 +81,8 @@ def encode_files(sources, encoder, settings, folder, *, skip_bad=False, progress
                 if source.sha256() != digest:
                     raise ValueError(f"{source.path}: changed while it was read; try again")
             _refuse_bad(report, sources, skip_bad, encoder.classes)
-            _commit(folder, vars(report))
+            done = {"report": vars(report), "crc32": _checksums(folder, vars(report))}
+            (folder / "done.json").write_text(json.dumps(done))
         except ValueError:
             shutil.rmtree(folder)
             raise
@@ -103,7 +92,6 @@ def encode_files(sources, encoder, settings, folder, *, skip_bad=False, progress
 
 
 def _write_arrays(folder, sources, encoder, progress):
-    """Returns the Report."""
     report, tokens = Report(), 0
     sizes = [os.stat(source.path).st_size for source in sources]
     with contextlib.ExitStack() as stack:
@@ -113,8 +101,8 @@ def _write_arrays(folder, sources, encoder, progress):
             tokens += len(arrays["tokens"])
             for name, values in arrays.items():
                 files[name].write(values)
+            of_block.not_read.update(f"{key} (of the file)" for key in block.not_read)
             report.add(of_block)
-            report.add_keys(f"{key} (of the file)" for key in block.not_read)
             if progress:
                 done = sum(sizes[: block.file]) + block.bytes_read
                 progress(done, sum(sizes), report.conversations)
@@ -124,7 +112,15 @@ def _write_arrays(folder, sources, encoder, progress):
 def _refuse_bad(report, sources, skip_bad, classes):
     good = report.conversations + report.answer_cut + report.weightless
     if report.bad and not (skip_bad and good):
-        raise BadData(vars(report), good, classes)
+        hint = "Fix them, or pass --skip-bad to drop and count them."
+        if not good:
+            hint = "No line is good. docs/DATA.md has a table of the supported formats."
+        head = f"{report.bad:,} bad line{'s' * (report.bad > 1)}:"
+        lines = [head, *problem_lines(vars(report)), hint]
+        if any(problem["of_class"] for problem in report.problems.values()):
+            table = json.dumps({name: vars(source) for name, source in classes.items()})
+            lines.append(f"For other classes, change this table in a file for --classes: {table}")
+        raise BadData("\n".join(lines))
     if not report.conversations:
         names = ", ".join(str(source.path) for source in sources)
         reasons = [f"{names}: no conversation to train on", *dropped(vars(report))]
@@ -141,17 +137,6 @@ def _checksums(folder, report):
     return sums
 
 
-def _commit(folder, report):
-    """Write done.json, once the arrays are on the disk."""
-    done = {"report": report, "crc32": _checksums(folder, report)}
-    (folder / "done.tmp").write_text(json.dumps(done))
-    for path in [*folder.iterdir(), folder]:
-        sync(path)
-    (folder / "done.tmp").rename(folder / "done.json")
-    sync(folder)
-    sync(folder.parent)
-
-
 def _is_whole(folder):
     """Do the arrays exist, as they were written? Prints a line if they are damaged."""
     if not (folder / "done.json").exists():
@@ -166,9 +151,8 @@ def _is_whole(folder):
 
 def dropped(report):
     """Lines of text: conversations that were left out because nothing in them is supervised."""
-    reasons = {"answer_cut": "within the maximum length", "weightless": "with a weight above 0"}
-    found = {why: report[key] for key, why in reasons.items() if report[key]}
-    return [f"{count:,} without an answer {why}" for why, count in found.items()]
+    whys = {"answer_cut": "within the maximum length", "weightless": "with a weight above 0"}
+    return [f"{report[key]:,} without an answer {why}" for key, why in whys.items() if report[key]]
 
 
 @dataclasses.dataclass
@@ -191,36 +175,29 @@ class Report:
 
     def refuse(self, source, number, error):
         """Count a bad line."""
-        self.bad += 1
         cause = f"{'lines' if source.shape == 'lines' else 'items'}: {error.cause}"
         first = f"{source.where(number)}: {error}"
         problem = {"path": str(source.path), "cause": cause, "first": first, "count": 1}
         problem |= {"places": [number], "of_class": error.of_class}
-        self.add_problem(f"{source.path}: {cause}", problem)
+        self.add(Report(bad=1, problems={f"{source.path}: {cause}": problem}))
 
     def add(self, other):
         for name, value in vars(other).items():
             if isinstance(value, int):
                 setattr(self, name, getattr(self, name) + value)
         for name, problem in other.problems.items():
-            self.add_problem(name, problem)
-        self.unknown_in = other.unknown_in
-        self.add_keys(other.not_read)
-
-    def add_problem(self, name, problem):
-        if known := self.problems.get(name):
-            known["count"] += problem["count"]
-            known["places"] = (known["places"] + problem["places"])[:SHOWN_PLACES]
-        elif len(self.problems) < SHOWN_CAUSES:
-            self.problems[name] = problem
-        else:
-            self.other_causes += problem["count"]
-
-    def add_keys(self, keys):
-        for key, count in collections.Counter(keys).items():
+            if known := self.problems.get(name):
+                known["count"] += problem["count"]
+                known["places"] = (known["places"] + problem["places"])[:SHOWN_PLACES]
+            elif len(self.problems) < SHOWN_CAUSES:
+                self.problems[name] = problem
+            else:
+                self.other_causes += problem["count"]
+        for key, count in other.not_read.items():
             if key not in self.not_read and len(self.not_read) >= NAMED_KEYS:
                 key = f"keys beyond the first {NAMED_KEYS}"
             self.not_read[key] += count
+        self.unknown_in = other.unknown_in
 
 
 def encode_blocks(blocks, encoder, size):
@@ -284,12 +261,10 @@ def arrays_of(conversations):
         all_weights += weights
     index = np.array(rows, INDEX)
     index["start"] = np.cumsum(index["length"]) - index["length"]
-    values, counts = zip(*all_weights, strict=True) if all_weights else ((), ())
-    return {
-        "tokens": np.concatenate(all_parts or [[]]).astype(ARRAYS["tokens"]),
-        "weights": np.repeat(np.array(values, ARRAYS["weights"]), np.array(counts, int)),
-        "index": index,
-    }
+    tokens = np.concatenate(all_parts or [[]]).astype(ARRAYS["tokens"])
+    values, counts = np.array(all_weights, float).reshape(-1, 2).T
+    weights = np.repeat(values.astype(ARRAYS["weights"]), counts.astype(int))
+    return {"tokens": tokens, "weights": weights, "index": index}
 
 
 def weight_of(rows, class_weights):

@@ -481,7 +481,7 @@ def counted(tokenizer, monkeypatch):
     return texts
 
 
-@pytest.mark.parametrize("file", ["tokens.bin", "index.bin", "done.tmp"])
+@pytest.mark.parametrize("file", ["tokens.bin", "index.bin"])
 def test_a_full_disk_is_an_error_that_names_the_folder(file, few, prepare):
     """A write there fails without a file's name; a small file's as late as it is closed."""
     folder = prepare(few).folder
@@ -569,7 +569,7 @@ def test_a_killed_run_starts_again_and_ends_with_the_same_bytes(three_files, pre
         with pytest.raises(Killed):
             prepare(*three_files, progress=kill_after(number), **options)
         assert not (whole.folder / "done.json").exists()
-        (whole.folder / "done.tmp").write_text("{")
+        (whole.folder / "done.json").write_text("{")
         again = prepare(*three_files, **options)
         assert {path.name: path.read_bytes() for path in again.folder.iterdir()} == expected
 
@@ -634,30 +634,6 @@ def test_arrays_that_were_damaged_are_made_again(name, damage, three_files, prep
     said = f"{whole.folder}: damaged, so the data is tokenized again\n"
     silent = (name, damage) == ("done.json", "gone") or (changed == [] and damage != "gone")
     assert capsys.readouterr().err == ("" if silent else said)
-
-
-def test_arrays_are_on_the_disk_before_done_json_says_so(prepare, monkeypatch, tmp_path):
-    """A machine that loses power has the arrays whole, or no done.json."""
-    synced, real = {}, os.fsync
-    renamed = []
-
-    def fsync(descriptor):
-        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        synced[path.name] = path.stat().st_size
-        real(descriptor)
-
-    def rename(self, target):
-        sizes = {path.name: path.stat().st_size for path in self.parent.iterdir()}
-        assert sizes.items() <= synced.items() and self.parent.name in synced
-        synced.clear()
-        renamed.append(target)
-        os.rename(self, target)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(Path, "rename", rename)
-    found = prepare(write(tmp_path / "a.jsonl", line("Hi", "Ho")))
-    assert renamed == [found.folder / "done.json"]
-    assert {found.folder.name, found.folder.parent.name} <= synced.keys()
 
 
 def test_several_processes_make_the_same_bytes_and_name_the_same_lines(
