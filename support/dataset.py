@@ -59,8 +59,8 @@ def problem_lines(report):
         more = ", ..." if problem["count"] > SHOWN_PLACES else ""
         several = f"{problem['count']:,} {problem['cause']} ({places}{more})"
         out.append(f"{problem['path']}: {several}" if problem["count"] > 1 else problem["first"])
-    if report["other_causes"]:
-        out.append(f"... and {report['other_causes']:,} for other causes, or in other files")
+    if others := report["bad"] - sum(problem["count"] for problem in report["problems"].values()):
+        out.append(f"... and {others:,} for other causes, or in other files")
     return out
 
 
@@ -77,7 +77,7 @@ def encode_files(sources, encoder, settings, folder, *, skip_bad=False, progress
         folder.mkdir(parents=True, exist_ok=True)
         try:
             report = _write_arrays(folder, sources, encoder, progress)
-            for source, digest in zip(sources, digests, strict=True):
+            for source, digest in zip(sources, digests):
                 if source.sha256() != digest:
                     raise ValueError(f"{source.path}: changed while it was read; try again")
             _refuse_bad(report, sources, skip_bad, encoder.classes)
@@ -119,7 +119,8 @@ def _refuse_bad(report, sources, skip_bad, classes):
         lines = [head, *problem_lines(vars(report)), hint]
         if any(problem["of_class"] for problem in report.problems.values()):
             table = json.dumps({name: vars(source) for name, source in classes.items()})
-            lines.append(f"For other classes, change this table in a file for --classes: {table}")
+            how = "For other classes, name their --class-field, or change this table for --classes"
+            lines.append(f"{how}: {table}")
         raise BadData("\n".join(lines))
     if not report.conversations:
         names = ", ".join(str(source.path) for source in sources)
@@ -169,8 +170,7 @@ class Report:
     unknown_in: list = ()  # conditions that have some
     lost_bytes: int = 0  # bytes of text that give no token
     bad: int = 0  # lines
-    other_causes: int = 0  # bad lines that are not among `problems`
-    problems: dict = dataclasses.field(default_factory=dict)  # by file and cause
+    problems: dict = dataclasses.field(default_factory=dict)  # the first, by file and cause
     not_read: dict = dataclasses.field(default_factory=collections.Counter)  # {key: how often}
 
     def refuse(self, source, number, error):
@@ -191,8 +191,6 @@ class Report:
                 known["places"] = (known["places"] + problem["places"])[:SHOWN_PLACES]
             elif len(self.problems) < SHOWN_CAUSES:
                 self.problems[name] = problem
-            else:
-                self.other_causes += problem["count"]
         for key, count in other.not_read.items():
             if key not in self.not_read and len(self.not_read) >= NAMED_KEYS:
                 key = f"keys beyond the first {NAMED_KEYS}"

@@ -87,9 +87,7 @@ def parse_json(raw):
         return None
     try:
         line = DECODER.decode(text)
-    except RecursionError:
-        raise BadLine("broken JSON: nested too deeply") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if text.endswith(("},", "],")):
             raise BadLine(f"broken JSON: {COMMA}") from None
         cause = "broken JSON" if isinstance(error, json.JSONDecodeError) else None  # has no place
@@ -172,6 +170,8 @@ def keys_beside(line):
 
 
 def _kind(value):
+    if value == []:
+        return "an empty list"
     names = {dict: "an object", list: "a list", str: "text", type(None): "null"}
     return names.get(type(value), f"{type(value).__name__} {value!r:.40}")
 
@@ -206,7 +206,7 @@ def _turns(line):
             return [*map(_turn, itertools.cycle(SPEAKERS), line["data"])], ["data"]
         for key in LISTS:
             if key in line:
-                raise _unreadable(key, line[key], "a list of messages")
+                raise BadLine(f"{key!r} must be a list of messages, not {_kind(line[key])}")
         raise BadLine(
             f"no conversation: one of {_names(LISTS)}, or of {_names(QUESTIONS[0])} with one of "
             f"{_names(ANSWERS[0])}; the keys are {_names(line)}"
@@ -218,7 +218,7 @@ def _turns(line):
             values = ["\n".join(values)]
         for key, value in zip(keys, values):
             if not isinstance(value, (str, list)):
-                raise _unreadable(key, value, "text or a list of messages")
+                raise BadLine(f"{key!r} must be text or a list of messages, not {_kind(value)}")
             turns += value if isinstance(value, list) else [_turn(role, value)]
     return turns, questions + contexts + answers
 
@@ -251,15 +251,6 @@ def _first_of(line, groups):
     """The key that a line has, at most one, of the first group of which it has any."""
     found = (_one_of([key for key in keys if not is_empty(line.get(key))]) for keys in groups)
     return next(filter(None, found), [])
-
-
-def _unreadable(key, value, wanted):
-    kind, hint = "an empty one" if value == [] else _kind(value), ""
-    if isinstance(value, dict) and "replies" in value:
-        hint = ": it is a message tree, so write each path through it as a conversation"
-    elif isinstance(value, dict) and value and all(map(str.isdecimal, value)):
-        hint = ": it is a column; pandas' to_json(OUT, orient='records', lines=True) writes rows"
-    return BadLine(f"{key!r} must be {wanted}, not {kind}{hint}")
 
 
 def _names(keys):
@@ -308,12 +299,10 @@ def _message(raw, final):
 
 def _key(raw, *names):
     """Whichever of two keys a message has; if it has both, they must agree."""
-    found = [key for key in names if key in raw]
-    if not found:
-        raise BadLine(f"no {names[0]!r} (nor {names[1]!r}); the keys are {_names(raw)}")
-    if len(found) > 1 and raw[found[0]] != raw[found[1]]:
-        found = _one_of([key for key in found if raw[key] not in (None, "")]) or found
-    return found[0]
+    found = [key for key in names if raw.get(key) not in (None, "")]
+    if found := found or [key for key in names if key in raw]:
+        return found[0] if raw[found[0]] == raw[found[-1]] else _one_of(found)[0]
+    raise BadLine(f"no {names[0]!r} (nor {names[1]!r}); the keys are {_names(raw)}")
 
 
 def _text(value, key, not_read):
@@ -410,54 +399,43 @@ def _own_weight(line, classes, beta):
 
 
 def _source_class(line, classes, class_field, file_class):
-    found = {}  # {who says so: class}
-    if file_class is not None:
-        found["--data"] = file_class
-    if (value := line.get(class_field)) is not None:
-        try:
-            if class_field == "class":
-                found["class"] = _named_class("class", value, {name: name for name in classes})
-            else:
-                found[class_field] = _matching_class(class_field, value, classes)
-        except BadLine as error:
-            if file_class is None:
-                raise
-            hint = f"--data says {file_class}; a different --class-field ignores {class_field!r}"
-            raise BadLine(f"{error}; {hint}", of_class=True) from None
-    if found and class_field != "class" and line.get("class") in list(classes):
-        found["class"] = line["class"]
-    if line.get("condition") is not None:  # OpenChat's name of the class
-        conditions = {source.condition: name for name, source in classes.items()}
-        found["condition"] = _named_class("condition", line["condition"], conditions)
+    names = {name: name for name in classes}
+    conditions = {source.condition: name for name, source in classes.items()}  # as in OpenChat
+    patterns = {name: c.match for name, c in classes.items() if class_field != "class"}
+    found = {
+        "--data": file_class,
+        class_field: _class_of(line, class_field, names, patterns),
+        "condition": _class_of(line, "condition", conditions),
+    }
+    found = {who: name for who, name in found.items() if name is not None}
     if not found:
         fault = f"no {class_field!r}: name it in each line, or use CLASS=FILE or --class-field KEY"
         raise BadLine(f"{fault}; the classes are {', '.join(classes)}", of_class=True)
+    if line.get("class") in list(classes):  # beside the field that names it
+        found["class"] = line["class"]
     if len(set(found.values())) > 1:
         raise BadLine(" but ".join(f"{who!r} says {name}" for who, name in found.items()))
     return next(iter(found.values()))
 
 
-def _named_class(key, value, names):
-    """names[value]: `names` are {name or condition: class}."""
-    if isinstance(value, str) and value in names:
+def _class_of(line, key, names, patterns=()):
+    """The class that a key's value names, or whose pattern it matches (ignoring case), or None.
+
+    `names` are {name or condition: class}; with `patterns` {class: [...]}, true is "true".
+    """
+    value = line.get(key)
+    if patterns and isinstance(value, (int, float)):
+        value = json.dumps(value)
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise BadLine(f"{key!r} must be text, not {_kind(value)}", of_class=True)
+    if value in names:
         return names[value]
-    shown = f"{value!r:.40}" if isinstance(value, str) else _kind(value)
-    raise BadLine(f"{key} {shown} is not in the class table ({', '.join(names)})", of_class=True)
-
-
-def _matching_class(key, value, classes):
-    """The class that a field's value names, or whose pattern it matches (ignoring case)."""
-    if isinstance(value, (dict, list)):
-        raise BadLine(f"{key!r} must be text, a number, true or false, not {_kind(value)}")
-    text = value if isinstance(value, str) else json.dumps(value)
-    if text in classes:
-        return text
-    fits = [
-        name for name, source in classes.items()
-        if any(fnmatch.fnmatchcase(text.lower(), pattern.lower()) for pattern in source.match)
-    ]  # fmt: skip
+    low = value.lower()
+    fits = [n for n in patterns if any(fnmatch.fnmatchcase(low, p.lower()) for p in patterns[n])]
     if len(fits) == 1:
         return fits[0]
     fault = f"fits the patterns of both {fits[0]} and {fits[1]}" if fits else "matches no class"
-    fault += f" ({', '.join(classes)}): list the values of each class as its \"match\" in --classes"
-    raise BadLine(f"{key!r} {text!r:.40} {fault}", of_class=True)
+    hint = ': list the values of each class as its "match" in --classes' if patterns else ""
+    raise BadLine(f"{key!r} {value!r:.40} {fault} ({', '.join(names)}){hint}", of_class=True)

@@ -437,12 +437,12 @@ def test_a_batch_into_its_own_file_is_refused_before_anything(link, run, tmp_pat
     [
         (b"{", "broken JSON"),
         (b"\xff", "not UTF-8"),
-        (b"[" * 100_000, "broken JSON: nested too deeply"),
-        (b"[]", "a line must be a JSON object, not a list"),
-        ({"items": []}, "'items' must be a list of messages, not an empty one"),
+        (b"[" * 100_000, "broken JSON: maximum recursion depth"),
+        (b"[]", "a line must be a JSON object, not an empty list"),
+        ({"items": []}, "'items' must be a list of messages, not an empty list"),
         ({"item": []}, "no conversation: one of 'messages'"),
         ({"messages": {}}, "'messages' must be a list of messages, not an object"),
-        ({"messages": []}, "'messages' must be a list of messages, not an empty one"),
+        ({"messages": []}, "'messages' must be a list of messages, not an empty list"),
         (
             {"messages": [{"role": "system", "content": "Be"}]},
             "the last message must be the user's",
