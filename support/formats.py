@@ -24,12 +24,9 @@ ANSWERS = ("output", "completion", "response"), ("answer", "solution", "targets"
 ASKED, ANSWERED = sum(QUESTIONS + CONTEXTS, ()), sum(ANSWERS, ())
 SYSTEMS = "system", "system_prompt"  # the system message, with any of them
 
-ROLES = {
-    "system": "system", "developer": "system",
-    "user": "user", "human": "user", "prompter": "user",
-    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
-    "bing": "assistant", "bard": "assistant", "ai": "assistant", "bot": "assistant",
-}  # fmt: skip
+MODELS = "assistant", "gpt", "chatgpt", "model", "bing", "bard", "ai", "bot"
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}
+ROLES |= {"prompter": "user"} | dict.fromkeys(MODELS, "assistant")
 SPEAKERS = "user", "assistant"  # of texts without a role, in turn
 TEXT_PARTS = "text", "input_text", "output_text"
 
@@ -143,7 +140,7 @@ def parse_messages(line, obeyed=()):
     final = keys == ["items"]
     for number, raw in enumerate(turns, start=1):
         try:
-            message, keys = _message(raw, final)
+            message = _message(raw, final, not_read)
             if message and message.final and (factor != 1 or line.get("reward") is not None):
                 raise BadLine("its weight is final in 'items': remove the line's weight or reward")
             if message and message.role == "assistant":
@@ -151,7 +148,6 @@ def parse_messages(line, obeyed=()):
         except BadLine as error:
             raise BadLine(f"message {number}: {error}", error.cause) from None
         numbered += [(number, message)] if message else []
-        not_read += keys
     _check_turns(numbered)
     messages = [message for _, message in numbered]
     if system := _system(line, not_read):
@@ -170,9 +166,9 @@ def keys_beside(line):
 
 
 def _kind(value):
+    names = {dict: "an object", list: "a list", str: "text", type(None): "null"}
     if value == []:
         return "an empty list"
-    names = {dict: "an object", list: "a list", str: "text", type(None): "null"}
     return names.get(type(value), f"{type(value).__name__} {value!r:.40}")
 
 
@@ -275,11 +271,11 @@ def _check_turns(numbered):
 # ---------------------------------------------------------------------------------- one message
 
 
-def _message(raw, final):
-    """(Message, keys not read), or (None, []) for an empty system message."""
+def _message(raw, final, not_read):
+    """A Message, or None for an empty system message; adds to the keys not read."""
     if not isinstance(raw, dict):
         raise BadLine(f"must be an object, not {_kind(raw)}")
-    not_read = _check_keys(raw, MESSAGE_KEYS, "messages: ")
+    not_read += _check_keys(raw, MESSAGE_KEYS, "messages: ")
     role, content = _key(raw, "role", "from"), _key(raw, "content", "value")
     name = raw[role].strip().lower() if isinstance(raw[role], str) else None
     if name not in ROLES:
@@ -287,14 +283,14 @@ def _message(raw, final):
     role, text = ROLES[name], _text(raw[content], content, not_read)
     if not text.strip():
         if role == "system":
-            return None, not_read
+            return None
         raise BadLine("empty answer" if role == "assistant" else f"empty {role} message")
     weight = _factor(raw)
     if final and raw.get("weight") is not None:
-        return Message(role, text, weight, final=True), not_read
+        return Message(role, text, weight, final=True)
     if role != "assistant" and weight and any(raw.get(key) is not None for key in FACTORS):
         raise BadLine(f"a {role} message with a weight: only OpenChat's 'items' supervise one")
-    return Message(role, text, weight), not_read
+    return Message(role, text, weight)
 
 
 def _key(raw, *names):
@@ -365,8 +361,7 @@ def _factor(keys):
     """The product of the FACTORS of a line or a message; 1 if it has none."""
     product = 1.0
     for key in FACTORS:
-        value = keys.get(key)
-        if value is None:
+        if (value := keys.get(key)) is None:
             continue
         if key == "weight":
             product *= _checked_weight(value)
