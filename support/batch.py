@@ -17,8 +17,6 @@ BATCH = 16  # conversations answered at a time
 def answer_file(chat, source, target, options, drop_last_answer=False):
     """Answer the last user turn of every conversation in `source`, after those in `target`."""
     asked = list(read_prompts(chat, source, drop_last_answer))
-    if others := sum(keys.get("class") not in (None, chat.class_name) for keys, _ in asked):
-        say(f"note: answered as class {chat.class_name}; {others} of the lines have another class")
     if drop_last_answer and (kept := {key for keys, _ in asked for key in keys}):
         say(f"note: kept, though some may describe the old answers: {', '.join(sorted(kept))}")
     with open(target, "ab+") as out:
@@ -27,9 +25,8 @@ def answer_file(chat, source, target, options, drop_last_answer=False):
             answers = chat.answers([messages for _, messages in batch], **options)
             out.writelines(encoded(*prompt, text) for prompt, (text, _) in zip(batch, answers))
             out.flush()
-            cut = sum(not ended for _, ended in answers)
-            cut = f", {cut} of these cut: --max-new-tokens or the model's context" if cut else ""
-            say(f"{start + len(batch)}/{len(asked)} answered{cut}")
+            cut = f"{sum(not ended for _, ended in answers)} of these cut at the maximum length"
+            say(f"{start + len(batch)}/{len(asked)} answered, {cut}")
 
 
 def read_prompts(chat, path, drop_last_answer):

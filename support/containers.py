@@ -74,8 +74,6 @@ TABLES = {".csv": PANDAS.format("csv(FILE)"), ".tsv": PANDAS.format("csv(FILE, s
 
 
 def _checked(path):
-    if re.match(r"\w\w+:/", str(path)):
-        raise ValueError(f"{path}: is a URL: download it first, files are read more than once")
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: is a folder, a pipe or a device; a file is read more than once")
     with opened(path) as (file, _):

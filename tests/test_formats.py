@@ -907,7 +907,7 @@ def test_what_is_no_file_of_conversations_is_said(prepare, tmp_path):
         (tmp_path / name).write_bytes(start)
         with pytest.raises(ValueError, match=f"{name}: .*{words}"):
             prepare(tmp_path / name)
-    with pytest.raises(ValueError, match="https:/.*is a URL: download it"):
+    with pytest.raises(ValueError, match="https:/example.org/a.jsonl: cannot be read: No such"):
         prepare("https://example.org/a.jsonl")
     with pytest.raises(ValueError, match="runs/lr=1/a.jsonl: cannot be read: No such file"):
         prepare("runs/lr=1/a.jsonl")
