@@ -123,8 +123,9 @@ def _refuse_bad(report, sources, skip_bad, classes):
         raise BadData("\n".join(lines))
     if not report.conversations:
         names = ", ".join(str(source.path) for source in sources)
-        reasons = [f"{names}: no conversation to train on", *dropped(vars(report))]
-        raise ValueError("; ".join(reasons))
+        cut = f"{report.answer_cut:,} have no answer within the maximum length"
+        weightless = f"{report.weightless:,} no answer with a weight above 0"
+        raise ValueError(f"{names}: no conversation to train on: {cut}, {weightless}")
 
 
 def _checksums(folder, report):
@@ -143,12 +144,6 @@ def _is_whole(folder):
         done = json.loads((folder / "done.json").read_bytes())
         return done["crc32"] == _checksums(folder, done["report"])
     return False
-
-
-def dropped(report):
-    """Lines of text: conversations that were left out because nothing in them is supervised."""
-    whys = {"answer_cut": "within the maximum length", "weightless": "with a weight above 0"}
-    return [f"{report[key]:,} without an answer {why}" for key, why in whys.items() if report[key]]
 
 
 @dataclasses.dataclass
@@ -209,8 +204,7 @@ def encode_blocks(blocks, encoder, size):
                 yield block, result.result()
                 ahead.extend(itertools.islice(submitted, 1))
     except BrokenProcessPool:
-        hint = "perhaps for lack of memory: run it again"
-        raise OSError(f"a tokenizing process was killed, {hint}") from None
+        raise OSError("a tokenizing process was killed (out of memory?): run it again") from None
 
 
 def process_count():

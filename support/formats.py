@@ -352,8 +352,7 @@ def check_file_keys(beside):
     """The keys beside a file's list of conversations; BadLine if it belongs in each of these."""
     for key in beside.keys() & {*LINE_KEYS, *LISTS, "data"}:
         if not is_empty(beside[key]):
-            hint = "put it into each of them, or give the class of all as CLASS=FILE"
-            raise BadLine(f"{key!r} is not read: {hint}")
+            raise BadLine(f"{key!r} is not read: put it into each of them, or use CLASS=FILE")
     return _check_keys(beside, set(), "")
 
 

@@ -275,7 +275,7 @@ def test_what_is_marked_as_not_to_be_learned_is_not(said, prepare, tokenizer, tm
     (row,) = found.index
     assert row["supervised"] == len(tokenizer.encode("D")) + 1
     with pytest.raises(
-        ValueError, match="no conversation to train on; 1 without an answer with a weight"
+        ValueError, match="no conversation to train on: .*, 1 no answer with a weight above 0"
     ):
         prepare(write(tmp_path / "a.jsonl", conversation("A", "B") | said))
     (key,) = said
@@ -500,6 +500,7 @@ UNREAD = [  # a line, what is said of it
     ({"messages": [{"role": "user", "content": "Q"}], "answer": "A"}, "'answer' beside the list"),
     ({"conversation": [{"input": "Q", "output": "A", "n": 1}]}, "keys are 'input', 'output', 'n'"),
     ({"conversation": [{"instruction": "Q", "input": "A"}]}, "keys are 'instruction', 'input'"),
+    ({"messages": [{"role": "user", "from": "gpt", "content": "Q"}]}, "both 'role' and 'from'"),
     ({"conversation": [{"speaker": "Q", "text": "A"}]}, "the keys are 'speaker', 'text'"),
     ({"instruction": 5, "output": "A"}, "'instruction' must be text or a list of messages, not"),
     ({"prompt": "Q", "response": {"text": "A"}}, "'response' must be text or a list of mess"),
@@ -813,6 +814,8 @@ def test_keys_beside_the_list_of_a_file_are_refused_or_counted_as_a_lines_are(pr
     path.write_text(f'{{"data": {json.dumps([ant])}, "data": {json.dumps([ant])}}}')
     with pytest.raises(ValueError, match="a.json: item 1, .*: 'data' is given twice"):
         prepare(path)
+    for _ in with_keys(meta={"data": [{"a": 1}]}):
+        assert prepare(path).report["not_read"] == {"meta (of the file)": 1}
     for _ in with_keys(version=1.5, weight=None):
         assert prepare(path).report["not_read"] == {"version (of the file)": 1}
 
