@@ -123,9 +123,8 @@ def _refuse_bad(report, sources, skip_bad, classes):
         raise BadData("\n".join(lines))
     if not report.conversations:
         names = ", ".join(str(source.path) for source in sources)
-        cut = f"{report.answer_cut:,} have no answer within the maximum length"
-        weightless = f"{report.weightless:,} no answer with a weight above 0"
-        raise ValueError(f"{names}: no conversation to train on: {cut}, {weightless}")
+        why = f"{report.answer_cut:,} cut before an answer, {report.weightless:,} of weight 0"
+        raise ValueError(f"{names}: no conversation to train on ({why})")
 
 
 def _checksums(folder, report):

@@ -274,9 +274,7 @@ def test_what_is_marked_as_not_to_be_learned_is_not(said, prepare, tokenizer, tm
     found = prepare(write(tmp_path / "a.jsonl", line))
     (row,) = found.index
     assert row["supervised"] == len(tokenizer.encode("D")) + 1
-    with pytest.raises(
-        ValueError, match="no conversation to train on: .*, 1 no answer with a weight above 0"
-    ):
+    with pytest.raises(ValueError, match="no conversation to train on .0 cut .*, 1 of weight 0"):
         prepare(write(tmp_path / "a.jsonl", conversation("A", "B") | said))
     (key,) = said
     with pytest.raises(ValueError, match=f"'{key}' must be true or false, not int 1"):
