@@ -393,14 +393,8 @@ def _own_weight(line, classes, beta):
 
 
 def _source_class(line, classes, class_field, file_class):
-    names = {name: name for name in classes}
-    conditions = {source.condition: name for name, source in classes.items()}  # as in OpenChat
-    patterns = {name: c.match for name, c in classes.items() if class_field != "class"}
-    found = {
-        "--data": file_class,
-        class_field: _class_of(line, class_field, names, patterns),
-        "condition": _class_of(line, "condition", conditions),
-    }
+    found = {"--data": file_class}
+    found |= {key: _class_of(line, key, classes) for key in (class_field, "condition")}
     found = {who: name for who, name in found.items() if name is not None}
     if not found:
         fault = f"no {class_field!r}: name it in each line, or use CLASS=FILE or --class-field KEY"
@@ -412,24 +406,26 @@ def _source_class(line, classes, class_field, file_class):
     return next(iter(found.values()))
 
 
-def _class_of(line, key, names, patterns=()):
+def _class_of(line, key, classes):
     """The class that a key's value names, or whose pattern it matches (ignoring case), or None.
 
-    `names` are {name or condition: class}; with `patterns` {class: [...]}, true is "true".
+    "class" must be a class's name, and OpenChat's "condition" its condition.
     """
-    value = line.get(key)
-    if patterns and isinstance(value, (int, float)):
-        value = json.dumps(value)
-    if value is None:
+    if (value := line.get(key)) is None:
         return None
+    with_patterns = key not in ("class", "condition")
+    if with_patterns and isinstance(value, (int, float)):
+        value = json.dumps(value)  # true is "true"
     if not isinstance(value, str):
         raise BadLine(f"{key!r} must be text, not {_kind(value)}", of_class=True)
+    names = {c.condition if key == "condition" else name: name for name, c in classes.items()}
     if value in names:
         return names[value]
+    patterns = [(name, p) for name, c in classes.items() for p in c.match if with_patterns]
     low = value.lower()
-    fits = [n for n in patterns if any(fnmatch.fnmatchcase(low, p.lower()) for p in patterns[n])]
+    fits = [*dict.fromkeys(name for name, p in patterns if fnmatch.fnmatchcase(low, p.lower()))]
     if len(fits) == 1:
         return fits[0]
     fault = f"fits the patterns of both {fits[0]} and {fits[1]}" if fits else "matches no class"
-    hint = ': list the values of each class as its "match" in --classes' if patterns else ""
+    hint = ': list the values of each class as its "match" in --classes' if with_patterns else ""
     raise BadLine(f"{key!r} {value!r:.40} {fault} ({', '.join(names)}){hint}", of_class=True)
