@@ -159,7 +159,7 @@ class Encoder:
                     continue
                 of = parse_conversation(line, self.classes, self.class_field, of_file, self.beta)
                 found.append((number, of))
-                report.add_keys(of.not_read)
+                report.not_read.update(of.not_read)
                 report.too_small += of.too_small
             except BadLine as error:
                 report.refuse(block.source, number, error)

@@ -4,36 +4,29 @@ Reads the files that train.py reads. Writes one line per conversation, in the or
 its other keys, and its turns and the answer under "messages". An interrupted run resumes.
 """
 
+import contextlib
 import json
-import re
 import sys
 
 from support.containers import blocks, sources
 from support.formats import Message, keys_beside, parse_json, parse_messages
 
 BATCH = 16  # conversations answered at a time
-# A line after its question: the rest of a JSON text and the brackets, or anything if cut short.
-ANSWER = rb'(?:[^"\\]|\\.)*"}]}\n|[^\n]*'
 
 
 def answer_file(chat, source, target, options, drop_last_answer=False):
     """Answer the last user turn of every conversation in `source`, after those in `target`."""
-    asked, cut = list(read_prompts(chat, source, drop_last_answer)), 0
-    if others := sum(keys.get("class") not in (None, chat.class_name) for keys, _ in asked):
-        say(f"note: answered as class {chat.class_name}; {others} of the lines have another class")
+    asked = list(read_prompts(chat, source, drop_last_answer))
     if drop_last_answer and (kept := {key for keys, _ in asked for key in keys}):
         say(f"note: kept, though some may describe the old answers: {', '.join(sorted(kept))}")
     with open(target, "ab+") as out:
         for start in range(continue_after(out, target, asked), len(asked), BATCH):
             batch = asked[start : start + BATCH]
             answers = chat.answers([messages for _, messages in batch], **options)
-            for prompt, (text, ended) in zip(batch, answers, strict=True):
-                out.write(encoded(*prompt, text))
-                cut += not ended
+            out.writelines(encoded(*prompt, text) for prompt, (text, _) in zip(batch, answers))
             out.flush()
-            say(f"{start + len(batch)}/{len(asked)} answered")
-    if cut:
-        say(f"{cut} answers cut: --max-new-tokens or the model's context")
+            cut = f"{sum(not ended for _, ended in answers)} of these cut at the maximum length"
+            say(f"{start + len(batch)}/{len(asked)} answered, {cut}")
 
 
 def read_prompts(chat, path, drop_last_answer):
@@ -61,24 +54,21 @@ def read_prompts(chat, path, drop_last_answer):
 def continue_after(out, target, asked):
     """How many prompts `out` answers, in whole batches, because a batch is sampled together.
 
-    The rest is removed. ValueError if `out` has anything but answers to the first prompts.
+    The rest is removed. ValueError if its first lines are not the answers to the first prompts.
     """
     out.seek(0)
     written = out.read().splitlines(True)
-    if len(written) > len(asked) or not all(map(is_answer, written, asked)):
-        raise ValueError(f"{target} exists, and does not hold the first answers to these lines")
     whole = [line for line in written if line.endswith(b"\n")]
-    done = len(whole) if len(whole) == len(asked) else len(whole) // BATCH * BATCH
-    out.truncate(sum(map(len, whole[:done])))
-    if done:
-        say(f"{done}/{len(asked)} were already answered in {target}; remove it to answer again")
-    return done
-
-
-def is_answer(line, prompt):
-    """Is a line, perhaps cut short, this prompt with some answer, as encoded() writes it?"""
-    start = encoded(*prompt, "").removesuffix(b'"}]}\n')
-    return start.startswith(line[: len(start)]) and re.fullmatch(ANSWER, line[len(start) :])
+    with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+        answers = [json.loads(line)["messages"][-1]["content"] for line in whole]
+        ours = [encoded(*prompt, text) for prompt, text in zip(asked, answers)]
+        if whole == ours and bool(whole) == bool(written):
+            done = len(whole) if len(whole) == len(asked) else len(whole) // BATCH * BATCH
+            out.truncate(sum(map(len, whole[:done])))
+            if done:
+                say(f"{done}/{len(asked)} were answered in {target}; remove it to answer again")
+            return done
+    raise ValueError(f"{target} exists, and does not hold the first answers to these lines")
 
 
 def encoded(keys, messages, answer):

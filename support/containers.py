@@ -9,12 +9,14 @@ import contextlib
 import dataclasses
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import re
 import zlib
 from pathlib import Path
 
+from loss import without_repeats
 from support.formats import COMMA, LISTS, LONGEST, BadLine, check_file_keys, is_message
 
 BLOCK = 4 << 20  # bytes of text that are tokenized at a time
@@ -27,6 +29,7 @@ class Source:
     path: Path
     source_class: str | None  # of every conversation in it, if given as CLASS=FILE
     shape: str  # "lines", "array", "data" (an array in an object), or "objects"
+    start: int = 0  # of its first item, in characters
 
     def where(self, number):
         return f"{self.path}:{number}" if self.shape == "lines" else f"{self.path}: item {number}"
@@ -49,7 +52,7 @@ def sources(arguments, classes):
             raise ValueError(f"{fault}; a table for --classes names others: {example}")
         else:
             name, path = None, Path(argument)
-        found.append(Source(path, name, _shape(path)))
+        found.append(Source(path, name, *_checked(path)))
     return found
 
 
@@ -70,20 +73,16 @@ FOREIGN = {  # pattern of a file's first bytes: its kind, how to make JSON lines
 TABLES = {".csv": PANDAS.format("csv(FILE)"), ".tsv": PANDAS.format("csv(FILE, sep='\\t')")}
 
 
-def _shape(path):
-    if "://" in str(path) or re.match(r"https?:/", str(path)):
-        raise ValueError(f"{path}: is a URL: download it first, files are read more than once")
-    if path.is_dir():
-        raise ValueError(f"{path}: is a folder; name the files in it")
+def _checked(path):
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: is a pipe or a device, but files are read more than once")
+        raise ValueError(f"{path}: is a folder, a pipe or a device; a file is read more than once")
     with opened(path) as (file, _):
         head = file.read(LONGEST)
     found = [known for start, known in FOREIGN.items() if re.match(start, head, re.DOTALL)]
     found += [("a table", TABLES[end]) for end in map(str.lower, path.suffixes) if end in TABLES]
     for kind, how in found[:1]:
         raise ValueError(f"{path}: is {kind}, not JSON: {how}")
-    return _Text(head).shape()
+    return _layout(head.decode(*TEXT))
 
 
 @contextlib.contextmanager
@@ -118,17 +117,18 @@ def blocks(sources):
     """The sources in Blocks of about BLOCK bytes."""
     for index, source in enumerate(sources):
         with opened(source.path) as (file, disk):
-            text = None if source.shape == "lines" else _Text(file.read())
+            raws, not_read = lines(file), ()
+            if source.shape != "lines":
+                raws, not_read = items(source, file.read().decode(*TEXT))
             block, size = Block(index, source, 0), 0
-            for raw in text.items(source.path) if text else lines(file):
+            for raw in raws:
                 block.raw.append(raw)
                 size += len(raw or b"")
                 if size >= BLOCK:
                     block.bytes_read = disk.tell()
                     yield block
                     block, size = Block(index, source, block.number + len(block.raw)), 0
-            block.bytes_read = disk.tell()
-            block.not_read = text.not_read(source.path) if text else ()
+            block.bytes_read, block.not_read = disk.tell(), not_read
             yield block
 
 
@@ -143,102 +143,56 @@ def lines(file):
 
 # ------------------------------------------------------------------------------------ JSON in items
 
-ROWS = re.compile(r"\[.*\][ \t\r]*\n\s*\[")  # a line that is a list, and another
-SPACE, DECODER = re.compile(r"[ \t\r\n\ufeff]*"), json.JSONDecoder()
+DATA = re.compile(r'"data"\s*:\s*\[\s*(?={)')  # a key with a list of objects
+LIST = re.compile(r"[ \t\r]*\n\s*\[")  # on the next line
+SPACE, DECODER = re.compile(r"[\s\ufeff]*"), json.JSONDecoder()
+TEXT = "utf-8-sig", "surrogateescape"  # of bytes that are not UTF-8 only their item is refused
 
 
-class _Text:
-    """The text of a file, read JSON value by JSON value; ValueError if it is not JSON."""
+def _layout(text):
+    """The shape of a Source and where its first item begins, from the start of the file."""
+    start = SPACE.match(text).end()
+    for found in itertools.islice(DATA.finditer(text), 20):
+        with contextlib.suppress(ValueError, RecursionError):  # the key is deeper, or in a line
+            keys = DECODER.decode(text[start : found.end()] + "]}")
+            if keys.keys().isdisjoint(LISTS):
+                return "data", found.end()
+    try:
+        value, end = DECODER.raw_decode(text, start)
+    except (ValueError, RecursionError):  # items() or parse_json will name the fault
+        value, end = None, start
+    is_list = text.startswith("[", start)
+    if is_list and not (LIST.match(text, end) or value and is_message(value[0])):
+        return "array", SPACE.match(text, start + 1).end()
+    return "objects" if "\n" in text[start:end] else "lines", start
 
-    def __init__(self, raw):
-        # Bytes that are not UTF-8 pass through: only the item that has them is refused.
-        self.text, self.at = raw.decode("utf-8", "surrogateescape"), 0
-        self.beside = {}  # the keys and values of an object beside "data"
 
-    def peek(self):
-        """The next character that is not white space; "" at the end."""
-        self.at = SPACE.match(self.text, self.at).end()
-        return self.text[self.at : self.at + 1]
-
-    def take(self, character):
-        if (found := self.peek()) != character:
-            found = repr(found) if found else "the end of the file"
-            raise ValueError(f"{character!r} expected, not {found}")
-        self.at += 1
-
-    def value(self):
-        self.peek()
-        try:
-            value, self.at = DECODER.raw_decode(self.text, self.at)
-        except RecursionError:
-            raise ValueError("nested too deeply") from None
-        return value
-
-    def key(self):
-        key = str(self.value())
-        self.take(":")
-        return key
-
-    def shape(self):
-        """ "lines", "array", "data" or "objects", by the first value; moves to the first item."""
-        first, start = self.peek(), self.at
-        try:
-            self.take("[" if first == "[" else "{")
-            if first == "[":
-                if not (ROWS.match(self.text, start) or is_message(self.value())):
-                    self.at = start + 1
-                    return "array"
-                self.at = start
-                self.value()
-            for _ in range(1000):  # more keys than any object with a list of conversations has
-                if first == "[" or self.peek() == "}":
-                    break
-                key = self.key()
-                if key == "data" and self.peek() == "[" and self.beside.keys().isdisjoint(LISTS):
-                    self.take("[")
-                    return "data" if self.peek() == "{" else "lines"
-                self.beside[key] = self.value()
-                if self.peek() != "}":
-                    self.take(",")
-            else:
-                return "lines"
-        except ValueError:  # items or parse_json will name the fault
-            self.at = start + 1
-            return "array" if first == "[" else "lines"
-        several_lines = "\n" in self.text[start : self.at]
-        self.at, self.beside = start, {}
-        return "objects" if several_lines else "lines"
-
-    def items(self, path):
-        """The bytes of each item, None if it is too long; ValueError at broken JSON."""
-        shape, number = self.shape(), 0
-        end = "" if shape == "objects" else "]"
-        try:
-            while self.peek() != end:
-                start, number = self.at, number + 1
-                self.value()
-                item = self.text[start : self.at].encode("utf-8", "surrogateescape")
-                yield item if len(item) <= LONGEST else None
-                if end and self.peek() != end:
-                    self.take(",")
-                elif self.peek() == ",":
+def items(source, text):
+    """([the bytes of each item, None if it is too long], keys beside the list of them)."""
+    at, number, found = source.start, 0, []
+    end = "" if source.shape == "objects" else "]"
+    try:
+        while text[at : at + 1] != end:
+            number += 1
+            _, stop = DECODER.raw_decode(text, at)
+            item = text[at:stop].encode("utf-8", "surrogateescape")
+            found.append(item if len(item) <= LONGEST else None)
+            at = SPACE.match(text, stop).end()
+            following = text[at : at + 1]
+            if following == ",":
+                if not end:
                     raise ValueError(COMMA)
-            self.at += len(end)
-            while shape == "data" and self.peek() != "}":
-                self.take(",")
-                self.beside |= {self.key(): self.value()}
-            self.at += shape == "data"
-            if self.peek():
-                one = "array" if shape == "array" else "object with 'data'"
-                raise ValueError(f"something follows the {one}, and a file may have only one")
-        except ValueError as error:
-            place = f"{path}: item {number or 1}, character {self.at:,}"
-            fault = str(error).split(": line")[0]
-            raise ValueError(f"{place}: broken JSON: {fault}; the rest cannot be read") from None
-
-    def not_read(self, path):
-        """The keys beside "data"; ValueError for one that a conversation should have."""
-        try:
-            return check_file_keys(self.beside)
-        except BadLine as error:
-            raise ValueError(f"{path}: beside the list of conversations: {error}") from None
+                at = SPACE.match(text, at + 1).end()
+            elif end and following != end:
+                at_fault = repr(following) if following else "the end of the file"
+                raise ValueError(f"',' expected, not {at_fault}")
+        around = text[: source.start] + text[at:] if end else "{}"  # the list without its items
+        beside = json.loads(around, object_pairs_hook=without_repeats) or {}
+    except (ValueError, RecursionError) as error:
+        place = f"{source.path}: item {number or 1}, character {at:,}"
+        fault = str(error).split(": line")[0]
+        raise ValueError(f"{place}: broken JSON: {fault}; the rest cannot be read") from None
+    try:
+        return found, check_file_keys(beside)
+    except BadLine as error:
+        raise ValueError(f"{source.path}: beside the list of conversations: {error}") from None

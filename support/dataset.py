@@ -2,8 +2,8 @@
 
     files -> Blocks -> encoder (data.Encoder), a process per core -> three arrays and done.json
 
-done.json is written last and has the arrays' checksums: if it is missing or they differ, the arrays
-are rebuilt. The folder is named after the SHA-256 of the bytes that were tokenized.
+done.json is written last and has the arrays' checksums: if it is missing or they differ, as after
+a loss of power, the arrays are rebuilt. The folder is named after the SHA-256 of the files' bytes.
 """
 
 import collections
@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import threading
 import zlib
 from concurrent.futures import ProcessPoolExecutor
@@ -27,7 +26,6 @@ from pathlib import Path
 import numpy as np
 
 from support.containers import blocks
-from support.files import sync
 
 FORMAT = 4  # changes with the arrays' format, or with how files are read
 SHOWN_CAUSES, SHOWN_PLACES = 20, 5  # of bad lines
@@ -51,16 +49,6 @@ ARRAYS = {"tokens": np.dtype("<i4"), "weights": np.dtype("<f4"), "index": INDEX}
 class BadData(ValueError):
     """Lines that cannot be trained on, by cause, with their places and count; how to fix it."""
 
-    def __init__(self, report, good, classes):
-        lines = f"{report['bad']:,} bad line{'s' * (report['bad'] > 1)}:"
-        hints = ["Fix them, or pass --skip-bad to drop and count them."]
-        if not good:
-            hints = ["No line is good. docs/DATA.md has a table of the supported formats."]
-        if any(problem["of_class"] for problem in report["problems"].values()):
-            table = json.dumps({name: vars(source) for name, source in classes.items()})
-            hints.append(f"For other classes, change this table in a file for --classes: {table}")
-        super().__init__("\n".join([lines, *problem_lines(report), *hints]))
-
 
 def problem_lines(report):
     """['FILE:7: cause', 'FILE: 400 lines: cause (1, 2, 3, ...)'], at most 20 and the others."""
@@ -70,17 +58,16 @@ def problem_lines(report):
         more = ", ..." if problem["count"] > SHOWN_PLACES else ""
         several = f"{problem['count']:,} {problem['cause']} ({places}{more})"
         out.append(f"{problem['path']}: {several}" if problem["count"] > 1 else problem["first"])
-    if report["other_causes"]:
-        out.append(f"... and {report['other_causes']:,} for other causes, or in other files")
+    if others := report["bad"] - sum(problem["count"] for problem in report["problems"].values()):
+        out.append(f"... and {others:,} for other causes, or in other files")
     return out
 
 
 def encode_files(sources, encoder, settings, folder, *, skip_bad=False, progress=None):
     """Encode Sources into arrays below `folder`, once; returns a Dataset.
 
-    The arrays are keyed by the files' content and by `settings` (JSON), which is everything that
-    the result depends on. `encoder(block)` returns (arrays_of its conversations, Report);
-    `skip_bad` and `progress` are as in data.prepare.
+    The arrays are keyed by the files' content and by `settings` (JSON), all that they depend on.
+    `encoder(block)` returns (arrays_of its conversations, Report); the rest is as in data.prepare.
     """
     digests = [source.sha256() for source in sources]
     settings = [FORMAT, settings, [(s.source_class, s.shape) for s in sources], skip_bad, digests]
@@ -89,11 +76,12 @@ def encode_files(sources, encoder, settings, folder, *, skip_bad=False, progress
         folder.mkdir(parents=True, exist_ok=True)
         try:
             report = _write_arrays(folder, sources, encoder, progress)
-            for source, digest in zip(sources, digests, strict=True):
+            for source, digest in zip(sources, digests):
                 if source.sha256() != digest:
                     raise ValueError(f"{source.path}: changed while it was read; try again")
             _refuse_bad(report, sources, skip_bad, encoder.classes)
-            _commit(folder, vars(report))
+            done = {"report": vars(report), "crc32": _checksums(folder, vars(report))}
+            (folder / "done.json").write_text(json.dumps(done))
         except ValueError:
             shutil.rmtree(folder)
             raise
@@ -103,7 +91,6 @@ def encode_files(sources, encoder, settings, folder, *, skip_bad=False, progress
 
 
 def _write_arrays(folder, sources, encoder, progress):
-    """Returns the Report."""
     report, tokens = Report(), 0
     sizes = [os.stat(source.path).st_size for source in sources]
     with contextlib.ExitStack() as stack:
@@ -113,8 +100,8 @@ def _write_arrays(folder, sources, encoder, progress):
             tokens += len(arrays["tokens"])
             for name, values in arrays.items():
                 files[name].write(values)
+            of_block.not_read.update(f"{key} (of the file)" for key in block.not_read)
             report.add(of_block)
-            report.add_keys(f"{key} (of the file)" for key in block.not_read)
             if progress:
                 done = sum(sizes[: block.file]) + block.bytes_read
                 progress(done, sum(sizes), report.conversations)
@@ -124,11 +111,20 @@ def _write_arrays(folder, sources, encoder, progress):
 def _refuse_bad(report, sources, skip_bad, classes):
     good = report.conversations + report.answer_cut + report.weightless
     if report.bad and not (skip_bad and good):
-        raise BadData(vars(report), good, classes)
+        hint = "Fix them, or pass --skip-bad to drop and count them."
+        if not good:
+            hint = "No line is good. docs/DATA.md has a table of the supported formats."
+        head = f"{report.bad:,} bad line{'s' * (report.bad > 1)}:"
+        lines = [head, *problem_lines(vars(report)), hint]
+        if any(problem["of_class"] for problem in report.problems.values()):
+            table = json.dumps({name: vars(source) for name, source in classes.items()})
+            how = "For other classes, name their --class-field, or change this table for --classes"
+            lines.append(f"{how}: {table}")
+        raise BadData("\n".join(lines))
     if not report.conversations:
         names = ", ".join(str(source.path) for source in sources)
-        reasons = [f"{names}: no conversation to train on", *dropped(vars(report))]
-        raise ValueError("; ".join(reasons))
+        why = f"{report.answer_cut:,} cut before an answer, {report.weightless:,} of weight 0"
+        raise ValueError(f"{names}: no conversation to train on ({why})")
 
 
 def _checksums(folder, report):
@@ -141,34 +137,12 @@ def _checksums(folder, report):
     return sums
 
 
-def _commit(folder, report):
-    """Write done.json, once the arrays are on the disk."""
-    done = {"report": report, "crc32": _checksums(folder, report)}
-    (folder / "done.tmp").write_text(json.dumps(done))
-    for path in [*folder.iterdir(), folder]:
-        sync(path)
-    (folder / "done.tmp").rename(folder / "done.json")
-    sync(folder)
-    sync(folder.parent)
-
-
 def _is_whole(folder):
-    """Do the arrays exist, as they were written? Prints a line if they are damaged."""
-    if not (folder / "done.json").exists():
-        return False
+    """Do the arrays exist, as they were written?"""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         done = json.loads((folder / "done.json").read_bytes())
-        if done["crc32"] == _checksums(folder, done["report"]):
-            return True
-    print(f"{folder}: damaged, so the data is tokenized again", file=sys.stderr)
+        return done["crc32"] == _checksums(folder, done["report"])
     return False
-
-
-def dropped(report):
-    """Lines of text: conversations that were left out because nothing in them is supervised."""
-    reasons = {"answer_cut": "within the maximum length", "weightless": "with a weight above 0"}
-    found = {why: report[key] for key, why in reasons.items() if report[key]}
-    return [f"{count:,} without an answer {why}" for why, count in found.items()]
 
 
 @dataclasses.dataclass
@@ -185,42 +159,32 @@ class Report:
     unknown_in: list = ()  # conditions that have some
     lost_bytes: int = 0  # bytes of text that give no token
     bad: int = 0  # lines
-    other_causes: int = 0  # bad lines that are not among `problems`
-    problems: dict = dataclasses.field(default_factory=dict)  # by file and cause
+    problems: dict = dataclasses.field(default_factory=dict)  # the first, by file and cause
     not_read: dict = dataclasses.field(default_factory=collections.Counter)  # {key: how often}
 
     def refuse(self, source, number, error):
         """Count a bad line."""
-        self.bad += 1
         cause = f"{'lines' if source.shape == 'lines' else 'items'}: {error.cause}"
         first = f"{source.where(number)}: {error}"
         problem = {"path": str(source.path), "cause": cause, "first": first, "count": 1}
         problem |= {"places": [number], "of_class": error.of_class}
-        self.add_problem(f"{source.path}: {cause}", problem)
+        self.add(Report(bad=1, problems={f"{source.path}: {cause}": problem}))
 
     def add(self, other):
         for name, value in vars(other).items():
             if isinstance(value, int):
                 setattr(self, name, getattr(self, name) + value)
         for name, problem in other.problems.items():
-            self.add_problem(name, problem)
-        self.unknown_in = other.unknown_in
-        self.add_keys(other.not_read)
-
-    def add_problem(self, name, problem):
-        if known := self.problems.get(name):
-            known["count"] += problem["count"]
-            known["places"] = (known["places"] + problem["places"])[:SHOWN_PLACES]
-        elif len(self.problems) < SHOWN_CAUSES:
-            self.problems[name] = problem
-        else:
-            self.other_causes += problem["count"]
-
-    def add_keys(self, keys):
-        for key, count in collections.Counter(keys).items():
+            if known := self.problems.get(name):
+                known["count"] += problem["count"]
+                known["places"] = (known["places"] + problem["places"])[:SHOWN_PLACES]
+            elif len(self.problems) < SHOWN_CAUSES:
+                self.problems[name] = problem
+        for key, count in other.not_read.items():
             if key not in self.not_read and len(self.not_read) >= NAMED_KEYS:
                 key = f"keys beyond the first {NAMED_KEYS}"
             self.not_read[key] += count
+        self.unknown_in = other.unknown_in
 
 
 def encode_blocks(blocks, encoder, size):
@@ -239,8 +203,7 @@ def encode_blocks(blocks, encoder, size):
                 yield block, result.result()
                 ahead.extend(itertools.islice(submitted, 1))
     except BrokenProcessPool:
-        hint = "perhaps for lack of memory: run it again"
-        raise OSError(f"a tokenizing process was killed, {hint}") from None
+        raise OSError("a tokenizing process was killed (out of memory?): run it again") from None
 
 
 def process_count():
@@ -284,12 +247,10 @@ def arrays_of(conversations):
         all_weights += weights
     index = np.array(rows, INDEX)
     index["start"] = np.cumsum(index["length"]) - index["length"]
-    values, counts = zip(*all_weights, strict=True) if all_weights else ((), ())
-    return {
-        "tokens": np.concatenate(all_parts or [[]]).astype(ARRAYS["tokens"]),
-        "weights": np.repeat(np.array(values, ARRAYS["weights"]), np.array(counts, int)),
-        "index": index,
-    }
+    tokens = np.concatenate(all_parts or [[]]).astype(ARRAYS["tokens"])
+    values, counts = np.array(all_weights, float).reshape(-1, 2).T
+    weights = np.repeat(values.astype(ARRAYS["weights"]), counts.astype(int))
+    return {"tokens": tokens, "weights": weights, "index": index}
 
 
 def weight_of(rows, class_weights):

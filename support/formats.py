@@ -24,12 +24,9 @@ ANSWERS = ("output", "completion", "response"), ("answer", "solution", "targets"
 ASKED, ANSWERED = sum(QUESTIONS + CONTEXTS, ()), sum(ANSWERS, ())
 SYSTEMS = "system", "system_prompt"  # the system message, with any of them
 
-ROLES = {
-    "system": "system", "developer": "system",
-    "user": "user", "human": "user", "prompter": "user",
-    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
-    "bing": "assistant", "bard": "assistant", "ai": "assistant", "bot": "assistant",
-}  # fmt: skip
+MODELS = "assistant", "gpt", "chatgpt", "model", "bing", "bard", "ai", "bot"
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}
+ROLES |= {"prompter": "user"} | dict.fromkeys(MODELS, "assistant")
 SPEAKERS = "user", "assistant"  # of texts without a role, in turn
 TEXT_PARTS = "text", "input_text", "output_text"
 
@@ -87,9 +84,7 @@ def parse_json(raw):
         return None
     try:
         line = DECODER.decode(text)
-    except RecursionError:
-        raise BadLine("broken JSON: nested too deeply") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if text.endswith(("},", "],")):
             raise BadLine(f"broken JSON: {COMMA}") from None
         cause = "broken JSON" if isinstance(error, json.JSONDecodeError) else None  # has no place
@@ -145,7 +140,7 @@ def parse_messages(line, obeyed=()):
     final = keys == ["items"]
     for number, raw in enumerate(turns, start=1):
         try:
-            message, keys = _message(raw, final)
+            message = _message(raw, final, not_read)
             if message and message.final and (factor != 1 or line.get("reward") is not None):
                 raise BadLine("its weight is final in 'items': remove the line's weight or reward")
             if message and message.role == "assistant":
@@ -153,7 +148,6 @@ def parse_messages(line, obeyed=()):
         except BadLine as error:
             raise BadLine(f"message {number}: {error}", error.cause) from None
         numbered += [(number, message)] if message else []
-        not_read += keys
     _check_turns(numbered)
     messages = [message for _, message in numbered]
     if system := _system(line, not_read):
@@ -173,6 +167,8 @@ def keys_beside(line):
 
 def _kind(value):
     names = {dict: "an object", list: "a list", str: "text", type(None): "null"}
+    if value == []:
+        return "an empty list"
     return names.get(type(value), f"{type(value).__name__} {value!r:.40}")
 
 
@@ -206,7 +202,7 @@ def _turns(line):
             return [*map(_turn, itertools.cycle(SPEAKERS), line["data"])], ["data"]
         for key in LISTS:
             if key in line:
-                raise _unreadable(key, line[key], "a list of messages")
+                raise BadLine(f"{key!r} must be a list of messages, not {_kind(line[key])}")
         raise BadLine(
             f"no conversation: one of {_names(LISTS)}, or of {_names(QUESTIONS[0])} with one of "
             f"{_names(ANSWERS[0])}; the keys are {_names(line)}"
@@ -218,7 +214,7 @@ def _turns(line):
             values = ["\n".join(values)]
         for key, value in zip(keys, values):
             if not isinstance(value, (str, list)):
-                raise _unreadable(key, value, "text or a list of messages")
+                raise BadLine(f"{key!r} must be text or a list of messages, not {_kind(value)}")
             turns += value if isinstance(value, list) else [_turn(role, value)]
     return turns, questions + contexts + answers
 
@@ -253,15 +249,6 @@ def _first_of(line, groups):
     return next(filter(None, found), [])
 
 
-def _unreadable(key, value, wanted):
-    kind, hint = "an empty one" if value == [] else _kind(value), ""
-    if isinstance(value, dict) and "replies" in value:
-        hint = ": it is a message tree, so write each path through it as a conversation"
-    elif isinstance(value, dict) and value and all(map(str.isdecimal, value)):
-        hint = ": it is a column; pandas' to_json(OUT, orient='records', lines=True) writes rows"
-    return BadLine(f"{key!r} must be {wanted}, not {kind}{hint}")
-
-
 def _names(keys):
     return ", ".join(map(ascii, keys))[:200] or "none"
 
@@ -284,11 +271,11 @@ def _check_turns(numbered):
 # ---------------------------------------------------------------------------------- one message
 
 
-def _message(raw, final):
-    """(Message, keys not read), or (None, []) for an empty system message."""
+def _message(raw, final, not_read):
+    """A Message, or None for an empty system message; adds to the keys not read."""
     if not isinstance(raw, dict):
         raise BadLine(f"must be an object, not {_kind(raw)}")
-    not_read = _check_keys(raw, MESSAGE_KEYS, "messages: ")
+    not_read += _check_keys(raw, MESSAGE_KEYS, "messages: ")
     role, content = _key(raw, "role", "from"), _key(raw, "content", "value")
     name = raw[role].strip().lower() if isinstance(raw[role], str) else None
     if name not in ROLES:
@@ -296,24 +283,22 @@ def _message(raw, final):
     role, text = ROLES[name], _text(raw[content], content, not_read)
     if not text.strip():
         if role == "system":
-            return None, not_read
+            return None
         raise BadLine("empty answer" if role == "assistant" else f"empty {role} message")
     weight = _factor(raw)
     if final and raw.get("weight") is not None:
-        return Message(role, text, weight, final=True), not_read
+        return Message(role, text, weight, final=True)
     if role != "assistant" and weight and any(raw.get(key) is not None for key in FACTORS):
         raise BadLine(f"a {role} message with a weight: only OpenChat's 'items' supervise one")
-    return Message(role, text, weight), not_read
+    return Message(role, text, weight)
 
 
 def _key(raw, *names):
     """Whichever of two keys a message has; if it has both, they must agree."""
-    found = [key for key in names if key in raw]
-    if not found:
-        raise BadLine(f"no {names[0]!r} (nor {names[1]!r}); the keys are {_names(raw)}")
-    if len(found) > 1 and raw[found[0]] != raw[found[1]]:
-        found = _one_of([key for key in found if raw[key] not in (None, "")]) or found
-    return found[0]
+    found = [key for key in names if raw.get(key) not in (None, "")]
+    if found := found or [key for key in names if key in raw]:
+        return found[0] if raw[found[0]] == raw[found[-1]] else _one_of(found)[0]
+    raise BadLine(f"no {names[0]!r} (nor {names[1]!r}); the keys are {_names(raw)}")
 
 
 def _text(value, key, not_read):
@@ -367,8 +352,7 @@ def check_file_keys(beside):
     """The keys beside a file's list of conversations; BadLine if it belongs in each of these."""
     for key in beside.keys() & {*LINE_KEYS, *LISTS, "data"}:
         if not is_empty(beside[key]):
-            hint = "put it into each of them, or give the class of all as CLASS=FILE"
-            raise BadLine(f"{key!r} is not read: {hint}")
+            raise BadLine(f"{key!r} is not read: put it into each of them, or use CLASS=FILE")
     return _check_keys(beside, set(), "")
 
 
@@ -376,8 +360,7 @@ def _factor(keys):
     """The product of the FACTORS of a line or a message; 1 if it has none."""
     product = 1.0
     for key in FACTORS:
-        value = keys.get(key)
-        if value is None:
+        if (value := keys.get(key)) is None:
             continue
         if key == "weight":
             product *= _checked_weight(value)
@@ -410,54 +393,39 @@ def _own_weight(line, classes, beta):
 
 
 def _source_class(line, classes, class_field, file_class):
-    found = {}  # {who says so: class}
-    if file_class is not None:
-        found["--data"] = file_class
-    if (value := line.get(class_field)) is not None:
-        try:
-            if class_field == "class":
-                found["class"] = _named_class("class", value, {name: name for name in classes})
-            else:
-                found[class_field] = _matching_class(class_field, value, classes)
-        except BadLine as error:
-            if file_class is None:
-                raise
-            hint = f"--data says {file_class}; a different --class-field ignores {class_field!r}"
-            raise BadLine(f"{error}; {hint}", of_class=True) from None
-    if found and class_field != "class" and line.get("class") in list(classes):
-        found["class"] = line["class"]
-    if line.get("condition") is not None:  # OpenChat's name of the class
-        conditions = {source.condition: name for name, source in classes.items()}
-        found["condition"] = _named_class("condition", line["condition"], conditions)
+    found = {"--data": file_class}
+    found |= {key: _class_of(line, key, classes) for key in (class_field, "condition")}
+    found = {who: name for who, name in found.items() if name is not None}
     if not found:
         fault = f"no {class_field!r}: name it in each line, or use CLASS=FILE or --class-field KEY"
         raise BadLine(f"{fault}; the classes are {', '.join(classes)}", of_class=True)
+    if line.get("class") in list(classes):  # beside the field that names it
+        found["class"] = line["class"]
     if len(set(found.values())) > 1:
         raise BadLine(" but ".join(f"{who!r} says {name}" for who, name in found.items()))
     return next(iter(found.values()))
 
 
-def _named_class(key, value, names):
-    """names[value]: `names` are {name or condition: class}."""
-    if isinstance(value, str) and value in names:
+def _class_of(line, key, classes):
+    """The class that a key's value names, or whose pattern it matches (ignoring case), or None.
+
+    "class" must be a class's name, and OpenChat's "condition" its condition.
+    """
+    if (value := line.get(key)) is None:
+        return None
+    with_patterns = key not in ("class", "condition")
+    if with_patterns and isinstance(value, (int, float)):
+        value = json.dumps(value)  # true is "true"
+    if not isinstance(value, str):
+        raise BadLine(f"{key!r} must be text, not {_kind(value)}", of_class=True)
+    names = {c.condition if key == "condition" else name: name for name, c in classes.items()}
+    if value in names:
         return names[value]
-    shown = f"{value!r:.40}" if isinstance(value, str) else _kind(value)
-    raise BadLine(f"{key} {shown} is not in the class table ({', '.join(names)})", of_class=True)
-
-
-def _matching_class(key, value, classes):
-    """The class that a field's value names, or whose pattern it matches (ignoring case)."""
-    if isinstance(value, (dict, list)):
-        raise BadLine(f"{key!r} must be text, a number, true or false, not {_kind(value)}")
-    text = value if isinstance(value, str) else json.dumps(value)
-    if text in classes:
-        return text
-    fits = [
-        name for name, source in classes.items()
-        if any(fnmatch.fnmatchcase(text.lower(), pattern.lower()) for pattern in source.match)
-    ]  # fmt: skip
+    patterns = [(name, p) for name, c in classes.items() for p in c.match if with_patterns]
+    low = value.lower()
+    fits = [*dict.fromkeys(name for name, p in patterns if fnmatch.fnmatchcase(low, p.lower()))]
     if len(fits) == 1:
         return fits[0]
     fault = f"fits the patterns of both {fits[0]} and {fits[1]}" if fits else "matches no class"
-    fault += f" ({', '.join(classes)}): list the values of each class as its \"match\" in --classes"
-    raise BadLine(f"{key!r} {text!r:.40} {fault}", of_class=True)
+    hint = ': list the values of each class as its "match" in --classes' if with_patterns else ""
+    raise BadLine(f"{key!r} {value!r:.40} {fault} ({', '.join(names)}){hint}", of_class=True)

@@ -17,7 +17,7 @@ import torch
 
 from loss import expert_class
 from support import memory
-from support.dataset import dropped, problem_lines
+from support.dataset import problem_lines
 from support.files import read_metrics, sync
 from support.terminal import Terminal
 
@@ -215,7 +215,6 @@ def summary(dataset, classes, class_weights):
     lengths, mean = dataset.lengths, dataset.lengths.mean()
     quantiles = ", ".join(f"{q}% {np.percentile(lengths, q):.0f}" for q in (50, 90, 99))
     out.append(f"tokens per conversation: mean {mean:.1f}, {quantiles}, longest {lengths.max()}")
-    out += [f"dropped: {text}" for text in dropped(report)]
     out += [text.format(**report) for key, text in COUNTED.items() if report[key]]
     out += ["  " + text for text in problem_lines(report)]
     if keys := collections.Counter(report["not_read"]):
@@ -229,6 +228,8 @@ def summary(dataset, classes, class_weights):
 
 
 COUNTED = {  # of dataset.report, each printed unless it is 0
+    "answer_cut": "dropped: {answer_cut:,} without an answer within the maximum length",
+    "weightless": "dropped: {weightless:,} without an answer with a weight above 0",
     "cut": "cut at the maximum length: {cut:,} conversations, {tokens_cut:,} tokens lost",
     "unknown": "warning: {unknown:,} tokens of <unk>, for characters that the tokenizer lacks",
     "unknown_in": "warning: such characters are in the conditions {unknown_in}, so in every turn",
