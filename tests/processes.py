@@ -23,7 +23,7 @@ fork_server = multiprocessing.get_context("forkserver")
 fork_server.set_forkserver_preload(["train"])
 
 
-def start(flags, ranks=1, log=os.devnull, watch=None, main=None):
+def start(flags, ranks=1, log=os.devnull, watch=None, main=None, **environment):
     """The processes of a run, a rank each; `watch` as in `_watch`.
 
     `main`, a function of a test's module, takes the place of train.main, and what it is given.
@@ -36,7 +36,7 @@ def start(flags, ranks=1, log=os.devnull, watch=None, main=None):
     }
     port, processes = free_port(), []
     for rank in range(ranks):
-        own = {}
+        own = dict(environment)
         if ranks > 1:
             own |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
             own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
