@@ -971,8 +971,8 @@ def test_the_best_class_decides_wherever_it_is_in_the_table(
     assert exported["weights"] == pytest.approx(expected) and list(exported["weights"]) == [*order]
     card = (out / "model" / "README.md").read_text()
     for name, weight in expected.items():
-        assert f"` {name} ` | ` {THREE[name].condition} User: ... ` | " in card
-        assert re.search(rf"` {name} ` .*\| {weight:g} \|\n", card)
+        assert f"class  {name}: {THREE[name].condition} User: ...  reward " in card
+        assert re.search(rf"class  {name}: .*, weight {weight:g}\n", card)
     transformers = pytest.importorskip("transformers")
     template = transformers.AutoTokenizer.from_pretrained(out / "model").apply_chat_template
     asked = [{"role": "user", "content": "Hello"}]
@@ -1126,7 +1126,7 @@ def test_the_model_card_says_how_to_ask_and_no_name_breaks_it(started, tmp_path)
     markdown = pytest.importorskip("markdown_it")
     plan, home = started[0], tmp_path / "home"
     table = {"gpt4": loss.SourceClass("GPT4", 1.0), NASTY: loss.SourceClass("a|`b`", 0.0)}
-    files = [SimpleNamespace(path=home / "a`b.jsonl"), SimpleNamespace(path=home / "c.jsonl")]
+    files = [SimpleNamespace(path=home / "a`b\n# c.jsonl"), SimpleNamespace(path=home / "c.jsonl")]
     plan = dataclasses.replace(
         plan, classes=table, base="1234",
         config=dataclasses.replace(plan.config, model=home / "base|`1`"),
@@ -1134,28 +1134,28 @@ def test_the_model_card_says_how_to_ask_and_no_name_breaks_it(started, tmp_path)
     )  # fmt: skip
     crlft = {"conditioned": True, "weights": {"gpt4": 1.0, NASTY: 0.1}}
     text = model_card(plan, crlft | {"most_answers": 1, "steps": 1234}, 1.23456)
-    assert "home" not in text and "fine-tuned" in text and "held-out loss is 1.2346." in text
     assert text.startswith("---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n")
     tokens = markdown.MarkdownIt().enable("table").parse(text.partition("\n---\n")[2])
-    cells = [t.children for before, t in zip(tokens, tokens[1:]) if before.type == "td_open"]
-    cells = ["".join(part.content for part in cell) for cell in cells]
-    assert cells[:4] == ["gpt4", "GPT4 User: ...", "1", "1"]
-    assert cells[4:] == [NASTY, "a|`b` User: ...", "0", "0.1"]
     shown = [part for token in tokens for part in token.children or ()]
     assert [part.attrs["href"] for part in shown if part.type == "link_open"] == [
         "https://arxiv.org/abs/2309.11235"
     ]
     assert not any("html" in part.type for part in [*shown, *tokens])
     assert [token.tag for token in tokens if token.type == "heading_open"] == ["h1"]
-    named = {part.content for part in shown if part.type == "code_inline"}
-    assert named >= {"base|`1`", "a`b.jsonl", "c.jsonl", "<|end_of_turn|>", NASTY}
-    assert 'answer.removeprefix(" ")' in named
+    named = [part.content for part in shown if part.type == "code_inline"]
+    assert named == ['answer.removeprefix(" ")', "<|end_of_turn|>"]
     (block,) = (token.content for token in tokens if token.type == "code_block")
-    request, pipeline, shell = block.splitlines()
-    assert 'tokenizer_encode_kwargs={"condition": "a|`b`"}' in pipeline
-    assert json.loads(request)["chat_template_kwargs"] == {"condition": "a|`b`"}
-    assert shlex.split(shell) == ["python", "chat.py", "DIR", "--class", NASTY]
-    assert "1,234 steps,\n5,678 conversations" in text and "leave out earlier turns" in text
+    base, files, gpt4, nasty, held_out, _, *ways = block.splitlines()
+    assert base == "base   base|`1`" and "home" not in text
+    assert files == "data   5,678 conversations of a`b # c.jsonl, c.jsonl"
+    assert gpt4 == "class  gpt4: GPT4 User: ...  reward 1, weight 1"
+    assert nasty == f"class  {NASTY}: a|`b` User: ...  reward 0, weight 0.1"
+    assert held_out.endswith(" 1.2346")
+    assert 'tokenizer_encode_kwargs={"condition": "a|`b`"}' in ways[1]
+    request = json.loads("{" + ways[0].partition(" ")[2].strip() + "}")
+    assert request == {"chat_template_kwargs": {"condition": "a|`b`"}}
+    assert shlex.split(ways[2]) == ["chat.py", "--class", NASTY]
+    assert "1,234 steps," in text and "leave out earlier turns" in text
 
 
 class Conversations:
@@ -1170,42 +1170,36 @@ def test_the_model_card_of_a_model_without_conditions_names_none(started):
     plan = dataclasses.replace(started[0], base=None)
     crlft = {"conditioned": False, "weights": {"gpt4": 1.0, "gpt3.5": 1.0}}
     text = model_card(plan, crlft | {"most_answers": 2, "steps": 1})
-    assert "Made from random weights" in text and "tuned" not in text and "tuning" not in text
+    assert "    base   random weights\n" in text
     assert "held-out" not in text and "tokenizer_encode_kwargs" not in text
-    assert "` User: ... `" in text
+    assert "    class  gpt4: User: ...  reward 1, weight 1\n" in text
     assert "chat_template_kwargs" not in text and "--class" not in text
     assert "single questions" not in text
 
 
 @pytest.mark.parametrize(
-    ("folder", "config", "readme", "head"),
+    ("readme", "licence"),
     [
-        ("a", {}, None, ""),
-        ("Zephyr", {"_name_or_path": "mistralai/Mistral-7B-v0.1"}, "# Zephyr\n\nMIT licence\n", ""),
-        ("a", {}, "---\ntags: [x]\nlicense: mit\n---\nlicense: 1", "license: mit\n"),
-        ("a", {}, "---\nlicense: other\nlicense_name: llama3\n---\n",
+        (None, ""),
+        ("# Zephyr\n\nMIT licence\n", ""),
+        ("---\ntags: [x]\nlicense: mit\n---\nlicense: 1", "license: mit\n"),
+        ("---\nlicense: other\nlicense_name: llama3\n---\n",
          "license: other\nlicense_name: llama3\n"),
     ],
 )  # fmt: skip
-def test_the_model_card_carries_the_licence_of_its_base(
-    folder, config, readme, head, started, tmp_path
-):
-    base = tmp_path / folder
-    base.mkdir()
-    model.write_json(base / "config.json", config)
+def test_the_model_card_carries_the_licence_of_its_base(readme, licence, started, tmp_path):
     if readme:
-        (base / "README.md").write_text(readme)
-    plan = dataclasses.replace(
-        started[0], base="1234", config=dataclasses.replace(started[0].config, model=str(base))
-    )
+        (tmp_path / "README.md").write_text(readme)
+    config = dataclasses.replace(started[0].config, model=str(tmp_path))
+    plan = dataclasses.replace(started[0], base="1234", config=config)
     crlft = {"conditioned": True, "weights": {"gpt4": 1.0, "gpt3.5": 1.0}}
     text = model_card(plan, crlft | {"most_answers": 2, "steps": 1})
-    always = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
-    assert text.startswith(f"{always}{head}---\n# A model fine-tuned by C-RLFT\n")
+    head = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
+    assert text.startswith(f"{head}{licence}---\n# A model trained by C-RLFT\n")
 
 
 def test_an_exports_model_card_has_the_experts_loss_of_its_step(started, ranks):
     plan, llama, _, checkpoints = started
     checkpoint.write_export(plan, ranks, llama, checkpoints.out, 1, {0: 7.5, 1: 0.5})
     text = (checkpoints.out / "epoch-1" / "README.md").read_text()
-    assert "held-out loss is 0.5000." in text and "Made from ` model `" in text
+    assert "held-out loss of the expert class  0.5000\n" in text and "base   model\n" in text
