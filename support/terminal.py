@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import sys
-import termios
 
 from support.formats import Message
 
@@ -55,7 +54,7 @@ A question that begins with a slash needs a space before it."""
 
 
 def converse(chat, options):
-    """Chat until Ctrl-D, /quit, or Ctrl-C twice at the prompt."""
+    """Chat until /quit, or Ctrl-D or Ctrl-C at the prompt."""
     with contextlib.suppress(ImportError):  # history, editing; a paste of many lines is one text
         import readline
 
@@ -66,27 +65,24 @@ def converse(chat, options):
     if chat.single:
         print("trained on single questions: each is asked without the earlier ones")
     print("/help lists the commands, Ctrl-D ends")
-    while (text := typed()) is not None:
+    for text in iter(typed, None):
         if text.strip() in ("/quit", "/exit", "quit", "exit"):
             return
-        if text.startswith("/"):
-            talk.command(*text.strip().split(maxsplit=1))
-        elif text.strip():
-            try:
+        try:
+            if text.startswith("/"):
+                talk.command(*text.strip().split(maxsplit=1))
+            elif text.strip():
                 talk.ask(text.strip())
-            except KeyboardInterrupt:  # before its first token
-                print(" [stopped]")
+        except KeyboardInterrupt:
+            print(" [stopped]")
 
 
 def typed():
-    """A line, "?" for bytes that are not UTF-8; None at Ctrl-D or at Ctrl-C twice in a row."""
-    for notice in ("\n[Ctrl-C once more ends]", ""):
-        try:
-            return input("> ").encode("utf-8", "replace").decode()
-        except EOFError:
-            return print()
-        except KeyboardInterrupt:
-            print(notice)
+    """A line, "?" for bytes that are not UTF-8; None at Ctrl-D or Ctrl-C."""
+    try:
+        return input("> ").encode("utf-8", "replace").decode()
+    except (EOFError, KeyboardInterrupt):
+        print()
 
 
 class Talk:
@@ -127,33 +123,22 @@ class Talk:
 
     def ask(self, text, names=()):
         """Print the answer of the current class, or of each in `names`, and keep the first."""
-        asked, answers = [*self.system, *self.messages, Message("user", text)], []
+        asked = [*self.system, *self.messages, Message("user", text)]
         messages = self.chat.fitting(asked, self.options["max_new_tokens"])
         if not messages:
             return print(f"[too long for the context of {self.chat.context} tokens; not sent]")
         forgotten = 0 if self.chat.single else (len(asked) - len(messages)) // 2
         print("[the context is full: the oldest turn is forgotten]\n" * forgotten, end="")
-        with contextlib.ExitStack() as stack:
-            hide_keys(stack)
-            try:
-                for name in names or [self.chat.class_name]:
-                    answers.append("")
-                    if names:
-                        print(self.chat.prefix(name, "assistant"), end=" ", flush=True)
-                    for piece in self.chat.stream(messages, name, **self.options):
-                        answers[-1] += piece
-                        print(piece, end="", flush=True)
-                    print()
-            except KeyboardInterrupt:
-                print(" [stopped]")
-        answer = "".join(answers[:1])  # none if Ctrl-C came first
-        self.messages = [*messages[len(self.system) :], Message("assistant", answer)]
-
-
-def hide_keys(stack):
-    """Until `stack` ends, keep typed keys for the next prompt, and out of the answer."""
-    with contextlib.suppress(termios.error):  # not a terminal
-        before = termios.tcgetattr(0)
-        stack.callback(termios.tcsetattr, 0, termios.TCSANOW, before)
-        flags = before[3] & ~termios.ECHO | termios.NOFLSH  # Ctrl-C forgets nothing
-        termios.tcsetattr(0, termios.TCSANOW, [*before[:3], flags, *before[4:]])
+        answers = []
+        try:
+            for name in names or [self.chat.class_name]:
+                answers.append("")
+                if names:
+                    print(self.chat.prefix(name, "assistant"), end=" ", flush=True)
+                for piece in self.chat.stream(messages, name, **self.options):
+                    answers[-1] += piece
+                    print(piece, end="", flush=True)
+                print()
+        finally:  # Ctrl-C keeps what was said
+            answer = "".join(answers[:1])
+            self.messages = [*messages[len(self.system) :], Message("assistant", answer)]
