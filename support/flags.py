@@ -5,7 +5,6 @@ import dataclasses
 import difflib
 import inspect
 import math
-import os
 import re
 import shlex
 import shutil
@@ -25,16 +24,12 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, arguments=None):
         arguments = sys.argv[1:] if arguments is None else arguments
-        before_texts = [*arguments, "--"].index("--")  # no flags after "--"
         known = self._option_string_actions
         # Report a wrong flag before a missing one: it may be the same one, misspelt.
-        for flag in (argument.split("=")[0] for argument in arguments[:before_texts]):
+        for flag in (argument.split("=")[0] for argument in arguments):
             if flag.startswith("--") and " " not in flag and flag not in known:
-                longer = [name for name in known if name.startswith(flag)]
-                near = longer[:3] or difflib.get_close_matches(flag, known, 1, cutoff=0.7)
-                hint = f"did you mean {' or '.join(near)}? " if near else ""
-                if re.search(r"lora|peft|[48]-?bit|quant", flag):
-                    hint = "full fine-tuning only; "
+                near = difflib.get_close_matches(flag, known, 1, cutoff=0.7)
+                hint = f"did you mean {near[0]}? " if near else ""
                 self.error(f"{flag} is not a flag of {self.prog}; {hint}--help lists all")
         found, left = self.parse_known_args(arguments)
         if left:
@@ -80,9 +75,8 @@ class Parser(argparse.ArgumentParser):
 
 def python():
     """How a shell names the Python that runs this: "python", or a path."""
-    here, found = sys.executable, shutil.which("python") or ""
-    same = os.path.dirname(found) == os.path.dirname(here) and os.path.samefile(found, here)
-    return "python" if same else shlex.quote(here.removeprefix(os.getcwd() + "/"))
+    here = sys.executable
+    return "python" if shutil.which("python") == here else shlex.quote(here)
 
 
 def flag_of(name):

@@ -504,13 +504,11 @@ def test_a_file_of_flags_that_cannot_be_read_is_named(content, run, tmp_path):
     [
         ("--batch_tokens", "--batch-tokens"),
         ("--epoch=3", "--epochs"),
-        ("--eval", "--eval-data or --eval-every or --evaluate"),
+        ("--eval", "--evaluate"),
         ("--max-seq-length", "--max-length"),
         ("--no-rewards", "--no-reward"),
         ("--temp", None),
-        ("--lora-r=8", "lora"),
-        ("--load-in-8bit", "lora"),
-        ("--use_peft", "lora"),
+        ("--use_peft", None),
         ("--zzz", None),
     ],
 )
@@ -521,7 +519,6 @@ def test_the_nearest_right_flag_is_named(wrong, meant, run, tmp_path):
         code, _, shown = run(train.parse_arguments, *arguments)
         assert code == 2 and shown.count("\n") == 1
         hint = f"; did you mean {meant}?" if meant else ";"
-        hint = "; full fine-tuning only;" if meant == "lora" else hint
         name = wrong.split("=")[0]
         assert shown == f"error: {name} is not a flag of train.py{hint} --help lists all\n"
 
@@ -591,13 +588,11 @@ def test_every_command_says_in_one_line_what_is_wrong_or_missing(main, arguments
     assert run(main, *arguments) == (2, "", shown + "\n")
 
 
-@pytest.mark.parametrize("value", ["-1", "-.5", "- 3", "-1e3", "-"])
+@pytest.mark.parametrize("value", ["-1", "-.5", "- 3", "-"])
 def test_a_value_that_begins_with_a_minus_is_no_wrong_flag(value):
     parser = Parser(prog="it")
     parser.add_argument("text", nargs="*")
-    assert parser.parse_args(["--", value, "--text"]).text == [value, "--text"]
-    if value != "-1e3":  # which argparse takes for a flag in Python 3.11
-        assert parser.parse_args([value]).text == [value]
+    assert parser.parse_args([value]).text == [value]
 
 
 def parsed(*flags):
