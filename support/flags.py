@@ -31,10 +31,7 @@ class Parser(argparse.ArgumentParser):
                 near = difflib.get_close_matches(flag, known, 1, cutoff=0.7)
                 hint = f"did you mean {near[0]}? " if near else ""
                 self.error(f"{flag} is not a flag of {self.prog}; {hint}--help lists all")
-        found, left = self.parse_known_args(arguments)
-        if left:
-            self.error(f"{left[0]} belongs to no flag of {self.prog}; --help lists all")
-        return found
+        return super().parse_args(arguments)
 
     def error(self, message):
         self.exit(2, told_torchrun(f"error: {message}") + "\n")

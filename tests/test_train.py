@@ -469,7 +469,7 @@ def test_a_dry_run_prints_the_plan_last_and_writes_nothing(few, tmp_path):
     "wrong, message",
     [
         (["--epohcs", "3"], "--epohcs is not a flag of train.py; did you mean --epochs? --help"),
-        (["chats.jsonl"], "chats.jsonl belongs to no flag of train.py"),
+        (["chats.jsonl"], "unrecognized arguments: chats.jsonl"),
         (["--epochs", "three"], "argument --epochs: invalid int value"),
         (["--epochs", "0"], "--epochs must be at least 1"),
         (["--lr", "fast"], "--lr must be auto or a number above 0"),
