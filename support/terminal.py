@@ -65,7 +65,11 @@ def converse(chat, options):
     if chat.single:
         print("trained on single questions: each is asked without the earlier ones")
     print("/help lists the commands, Ctrl-D ends")
-    for text in iter(typed, None):
+    while True:
+        try:
+            text = input("> ").encode("utf-8", "replace").decode()  # "?" for bytes not UTF-8
+        except (EOFError, KeyboardInterrupt):
+            return print()
         if text.strip() in ("/quit", "/exit", "quit", "exit"):
             return
         try:
@@ -75,14 +79,6 @@ def converse(chat, options):
                 talk.ask(text.strip())
         except KeyboardInterrupt:
             print(" [stopped]")
-
-
-def typed():
-    """A line, "?" for bytes that are not UTF-8; None at Ctrl-D or Ctrl-C."""
-    try:
-        return input("> ").encode("utf-8", "replace").decode()
-    except (EOFError, KeyboardInterrupt):
-        print()
 
 
 class Talk:
