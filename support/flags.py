@@ -5,9 +5,9 @@ import dataclasses
 import difflib
 import inspect
 import math
-import os
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -24,18 +24,14 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, arguments=None):
         arguments = sys.argv[1:] if arguments is None else arguments
-        before_texts = [*arguments, "--"].index("--")  # no flags after "--"
         known = self._option_string_actions
         # Report a wrong flag before a missing one: it may be the same one, misspelt.
-        for flag in (argument.split("=")[0] for argument in arguments[:before_texts]):
+        for flag in (argument.split("=")[0] for argument in arguments):
             if flag.startswith("--") and " " not in flag and flag not in known:
                 near = difflib.get_close_matches(flag, known, 1, cutoff=0.7)
                 hint = f"did you mean {near[0]}? " if near else ""
                 self.error(f"{flag} is not a flag of {self.prog}; {hint}--help lists all")
-        found, left = self.parse_known_args(arguments)
-        if left:
-            self.error(f"{left[0]} belongs to no flag of {self.prog}; --help lists all")
-        return found
+        return super().parse_args(arguments)
 
     def error(self, message):
         self.exit(2, told_torchrun(f"error: {message}") + "\n")
@@ -75,8 +71,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def python():
-    """How a shell names the Python that runs this."""
-    return shlex.quote(sys.executable.removeprefix(os.getcwd() + "/"))
+    """How a shell names the Python that runs this: "python", or a path."""
+    here = sys.executable
+    return "python" if shutil.which("python") == here else shlex.quote(here)
 
 
 def flag_of(name):

@@ -53,7 +53,7 @@ A question that begins with a slash needs a space before it."""
 
 
 def converse(chat, options):
-    """Chat until Ctrl-D, /quit, or Ctrl-C twice at the prompt."""
+    """Chat until /quit, or Ctrl-D or Ctrl-C at the prompt."""
     with contextlib.suppress(ImportError):  # history, editing; a paste of many lines is one text
         import readline
 
@@ -64,7 +64,11 @@ def converse(chat, options):
     if chat.single:
         print("trained on single questions: each is asked without the earlier ones")
     print("/help lists the commands, Ctrl-D ends")
-    while (text := typed()) is not None:
+    while True:
+        try:
+            text = input("> ").encode("utf-8", "replace").decode()  # "?" for bytes not UTF-8
+        except (EOFError, KeyboardInterrupt):
+            return print()
         if text.strip() in ("/quit", "/exit", "quit", "exit"):
             return
         try:
@@ -74,17 +78,6 @@ def converse(chat, options):
                 talk.ask(text.strip())
         except KeyboardInterrupt:
             print(" [stopped]")
-
-
-def typed():
-    """A line, "?" for bytes that are not UTF-8; None at Ctrl-D or at Ctrl-C twice in a row."""
-    for notice in ("\n[Ctrl-C once more ends]", ""):
-        try:
-            return input("> ").encode("utf-8", "replace").decode()
-        except EOFError:
-            return print()
-        except KeyboardInterrupt:
-            print(notice)
 
 
 class Talk:
@@ -119,12 +112,13 @@ class Talk:
 
     def ask(self, text, names=()):
         """Print the answer of the current class, or of each in `names`, and keep the first."""
-        asked, answers = [*self.system, *self.messages, Message("user", text)], []
+        asked = [*self.system, *self.messages, Message("user", text)]
         messages = self.chat.fitting(asked, self.options["max_new_tokens"])
         if not messages:
             return print(f"[too long for the context of {self.chat.context} tokens; not sent]")
         forgotten = 0 if self.chat.single else (len(asked) - len(messages)) // 2
         print("[the context is full: the oldest turn is forgotten]\n" * forgotten, end="")
+        answers = []
         try:
             for name in names or [self.chat.class_name]:
                 answers.append("")
