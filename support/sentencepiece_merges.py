@@ -34,7 +34,6 @@ def exact_merges(path, processor):
     collapses = bool(normalizer.get(4, True))  # remove_extra_whitespaces
     symbols = {piece: i for i, (piece, type) in enumerate(pieces) if type == USER_DEFINED}
     ids = {piece: i for i, (piece, type) in enumerate(pieces) if type == NORMAL}
-    known = {*ids, *symbols}
 
     def refuse(fault, remedy=REFUSED):
         raise ValueError(f"{path}: {fault}: the export would give other ids; {remedy}")
@@ -53,7 +52,7 @@ def exact_merges(path, processor):
     for piece, type in pieces:
         if type == UNUSED:
             refuse(f"has a piece {piece!r} that is not to be used")
-        if type == NORMAL and not known.issuperset(piece):
+        if type == NORMAL and not all(char in ids or char in symbols for char in piece):
             refuse(f"has a piece {piece!r}, but not each of its characters", MERGED)
     merges, tied = merges_of(ids, processor.get_score)
     if tied:

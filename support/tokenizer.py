@@ -236,9 +236,8 @@ class OfFolder:
                 turns[name][role] = lead + template.prefix(condition, role)
         values = {"TURNS": turns, "DEFAULT": default, "KNOWN": ", ".join(filter(None, turns))}
         values |= {"PARTS": TEXT_PARTS, "LEAD": lead, "SPACE": template.space, "END": template.end}
-        values = {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
         jinja = CHAT_TEMPLATE.replace("TEXT", self.jinja_text).replace("\n", "")
-        return re.sub("'([A-Z]+)'", lambda found: values[found[1]], jinja)
+        return re.sub("'([A-Z]+)'", lambda at: json.dumps(values[at[1]], ensure_ascii=False), jinja)
 
 
 PLAIN = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word", "special"), False)

@@ -37,9 +37,8 @@ def serve(chat, port, options):
 
 
 def server_of(chat, port, options):
-    seeds, turn = itertools.count(options["seed"]), threading.Lock()  # one answer at a time
-    shared = {"chat": chat, "options": options, "seeds": seeds, "turn": turn}
-    handler = type("Handler", (Handler,), shared)
+    shared = {"chat": chat, "options": options, "seeds": itertools.count(options["seed"])}
+    handler = type("Handler", (Handler,), shared | {"turn": threading.Lock()})
     try:
         return ThreadingHTTPServer(("127.0.0.1", port), handler)
     except (OSError, OverflowError) as error:
@@ -69,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             return self.send(400, f"not asked: {error}")
         options = self.options | {"temperature": temperature, "seed": next(self.seeds)}
-        with self.turn, contextlib.suppress(OSError):  # the browser has stopped listening
+        with self.turn, contextlib.suppress(OSError):  # one at a time; a browser may stop listening
             self.send(200, "", "application/x-ndjson")
             for event in self.chat.streams(prompts, **options):
                 self.wfile.write(json.dumps(event).encode() + b"\n")
