@@ -114,7 +114,9 @@ def parse_arguments(arguments):
     """A Config from flags; the comment beside each field above is its flag's help."""
     parser = Parser(
         prog="train.py",
-        usage=USAGE,
+        usage="""train.py                       the embedded example
+       train.py --model DIR --data FILE... --out RUN
+       train.py --evaluate --model DIR --eval-data FILE...""",
         description="C-RLFT: class-conditioned, reward-weighted fine-tuning of a Llama.",
         epilog="@FILE reads flags from a file; the command line overrides it.",
         argument_default=argparse.SUPPRESS,  # Config has the defaults
@@ -125,33 +127,21 @@ def parse_arguments(arguments):
     for name in flags.keys() & {"model", "data", "eval_data", "classes", "out"}:
         expand = os.path.expanduser  # no shell expands ~ in a file of flags
         flags[name] = [*map(expand, flags[name])] if name.endswith("data") else expand(flags[name])
-    require_files(parser, flags, arguments)
+    require_files(parser, flags)
     try:
         return Config(**flags)
     except ValueError as error:
         parser.error(str(error))
 
 
-USAGE = """train.py                       the embedded example
-       train.py --model DIR --data FILE... --out RUN
-       train.py --evaluate --model DIR --eval-data FILE..."""
-
-
-def require_files(parser, flags, arguments):
-    """End with an error, and a line to run, if a required flag is missing."""
+def require_files(parser, flags):
+    """End with an error if a required flag is missing."""
     needed = ["model", "data", "out"][: 2 if flags.get("dry_run") else 3]
     if flags.get("evaluate"):
         needed = ["model", "eval_data"]
-    missing = [flag_of(name) for name in needed if not flags.get(name)]
-    if len(missing) == len(needed) and "data" in needed:  # meant for the embedded example
-        there = "" if Path.cwd() == ROOT else f"cd {shlex.quote(str(ROOT))} && "
-        line = shlex.join([f"@{EXAMPLE.relative_to(ROOT)}/flags.txt", *arguments])
-        parser.error(
-            "--model, --data and --out make up a run; to change the embedded example: "
-            f"{there}{python()} train.py {line} --out runs/other"
-        )
-    if missing:
-        parser.error(f"missing: {', '.join(missing)}; --help lists all")
+    if missing := [flag_of(name) for name in needed if not flags.get(name)]:
+        example = f"the embedded example's are in @{EXAMPLE}/flags.txt"
+        parser.error(f"missing: {', '.join(missing)}; {example}; --help lists all")
 
 
 def main(arguments=None):
