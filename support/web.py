@@ -1,7 +1,7 @@
 """chat.py --web: a page on which each class answers the same question in its own column.
 
     POST /ask {"conversations": [[question, answer, ..., question] of each column],
-               "temperature": number, "system": a system message, or ""}
+               "system": a system message, or ""}
     gives lines [column, piece of the answer, null]; a column's last line has "", or the limit that
     cut the answer short
 
@@ -64,10 +64,10 @@ class Handler(BaseHTTPRequestHandler):
         if not self.is_from_here() or self.headers["Origin"] != f"http://{self.headers['Host']}":
             return self.send(403, "only this page may ask")
         try:
-            prompts, temperature = self.question()
+            prompts = self.question()
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             return self.send(400, f"not asked: {error}")
-        options = self.options | {"temperature": temperature, "seed": next(self.seeds)}
+        options = self.options | {"seed": next(self.seeds)}
         with self.turn, contextlib.suppress(OSError):  # one at a time; a browser may stop listening
             self.send(200, "", "application/x-ndjson")
             for event in self.chat.streams(prompts, **options):
@@ -77,15 +77,12 @@ class Handler(BaseHTTPRequestHandler):
         return (self.headers["Host"] or "").partition(":")[0] in ("127.0.0.1", "localhost")
 
     def question(self):
-        """(a prompt for each column, temperature); ValueError and the like for anything else."""
+        """A prompt for each column; ValueError and the like for anything else."""
         chat, size = self.chat, int(self.headers["Content-Length"] or 0)
         if self.path != "/ask" or not 0 < size <= 1 << 20:
             raise ValueError("a request must go to /ask and have at most 1 MiB")
-        asked = json.loads(self.rfile.read(size))
-        temperature, prompts = float(asked["temperature"]), []
+        asked, prompts = json.loads(self.rfile.read(size)), []
         system = [Message("system", asked["system"])] if asked.get("system") else []
-        if not 0 <= temperature <= 100:
-            raise ValueError("the temperature must be from 0 to 100")
         for name, texts in zip(chat.names, asked["conversations"], strict=True):
             if len(texts) % 2 == 0:
                 raise ValueError("a conversation must end with a question")
@@ -94,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
             if not (turns := chat.fitting(turns, self.options["max_new_tokens"])):
                 raise ValueError(f"too long for the context of {chat.context:,} tokens")
             prompts.append(chat.prompt(turns, name))
-        return prompts, temperature
+        return prompts
 
     def about(self):
         """The model, as the page shows it."""
@@ -104,7 +101,6 @@ class Handler(BaseHTTPRequestHandler):
             column |= {"name": name, "reward": chat.export.classes[name].reward}
             columns.append(column | {"weight": chat.export.weights.get(name)})
         about = {"folder": str(chat.folder), "single": chat.single, "columns": columns}
-        about |= {"temperature": self.options["temperature"]}
         return about | {"endOfTurn": chat.tokenizer.template.end}
 
     def send(self, status, text, kind="text/plain", policy="default-src 'none'"):

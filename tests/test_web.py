@@ -69,9 +69,8 @@ def request(port, method="GET", path="/", body=None, **headers):
     return found
 
 
-def asked(*conversations, temperature=0, **more):
-    whole = {"conversations": conversations, "temperature": temperature} | more
-    return json.dumps(whole).encode()
+def asked(*conversations, **more):
+    return json.dumps({"conversations": conversations} | more).encode()
 
 
 HI = asked(["Hi"], ["Hi"])
@@ -132,8 +131,8 @@ def test_a_column_that_ends_says_so_at_once(talker, port, monkeypatch):
 
 def test_each_question_is_sampled_anew_and_the_same_server_repeats(talker):
     def three():
-        with served(talker) as port:
-            return [answers(port, asked(["Hi"], ["Hi"], temperature=1))[0] for _ in range(3)]
+        with served(talker, temperature=1.0) as port:
+            return [answers(port, HI)[0] for _ in range(3)]
 
     first = three()
     assert first == three() and first[0] != first[1] != first[2]
@@ -273,16 +272,13 @@ def test_a_page_of_another_origin_may_not_ask(origin, port):
     [
         b"", b"{", b"[]", b"{}", b"\xff", b"[" * 100_000, asked(), asked(["Hi"]), asked([], []),
         asked(["Hi"], ["Hi"], ["Hi"]), asked(["word " * 200], ["Hi"]),
-        asked(["\ud800"], ["Hi"]), asked(["Hi"], ["Hi"], temperature=-1),
-        asked(["Hi"], ["Hi"], temperature=float("nan")), asked(["Hi"], ["Hi"], temperature="x"),
-        asked([7], ["Hi"]),
+        asked(["\ud800"], ["Hi"]), asked([7], ["Hi"]),
         asked([{}], [["Hi"]]),
-        b'{"conversations": 7, "temperature": 0}',
-        asked(["Hi"], ["Hi"], temperature=10**400),
+        b'{"conversations": 7}',
         asked(["Hi", "Ho"], ["Hi"]), asked(["Hi"], ["Hi"], system=7),
         asked(["Hi"], ["Hi"], system="\ud800"), asked(["Hi"], ["Hi"], system="word " * 200),
     ],
-    ids=range(23),
+    ids=range(19),
 )  # fmt: skip
 def test_what_is_no_question_is_refused_and_the_next_one_answered(body, port):
     status, _, text = request(port, "POST", "/ask", body)
