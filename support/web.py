@@ -65,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(403, "only this page may ask")
         try:
             prompts = self.question()
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             return self.send(400, f"not asked: {error}")
         options = self.options | {"seed": next(self.seeds)}
         with self.turn, contextlib.suppress(OSError):  # one at a time; a browser may stop listening
