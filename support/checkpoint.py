@@ -298,24 +298,24 @@ def describe_export(plan, folder, step, loss=None):
     An answer ends at either of two tokens, as in chat.py. config.json names only the end of turn,
     because llama.cpp's converter accepts only one number there.
     """
-    config, tokenizer, dataset = plan.config, plan.tokenizer, plan.dataset
-    conditions = {n: c.condition if config.condition else "" for n, c in plan.classes.items()}
-    tokenizer.save(folder, conditions, conditions[expert_class(plan.classes)])
-    ends = [token for token in (tokenizer.eot, tokenizer.eos) if token is not None and token >= 0]
-    tokens = {"bos_token_id": tokenizer.bos, "eos_token_id": list(dict.fromkeys(ends))}
-    model.write_json(folder / "generation_config.json", tokens)
+    config, tokenizer = plan.config, plan.tokenizer
     weights = [1.0] * len(plan.classes) if plan.class_weights is None else plan.class_weights
     crlft = {
         "classes": {name: dataclasses.asdict(c) for name, c in plan.classes.items()},
         "weights": dict(zip(plan.classes, map(float, weights), strict=True)),
         "conditioned": config.condition,
-        "most_answers": dataset.most_answers(),
+        "most_answers": plan.dataset.most_answers(),
         "template": tokenizer.template.name,
         "steps": step,
         "config": dataclasses.asdict(config),
     }
-    model.write_json(folder / "crlft.json", crlft)
     (folder / "README.md").write_text(model_card(plan, crlft, loss), encoding="utf-8")
+    model.write_json(folder / "crlft.json", crlft)
+    conditions = {n: c.condition if config.condition else "" for n, c in plan.classes.items()}
+    tokenizer.save(folder, conditions, conditions[expert_class(plan.classes)])
+    ends = [token for token in (tokenizer.eot, tokenizer.eos) if token is not None and token >= 0]
+    tokens = {"bos_token_id": tokenizer.bos, "eos_token_id": list(dict.fromkeys(ends))}
+    model.write_json(folder / "generation_config.json", tokens)
 
 
 def best_export(out, step, losses):
