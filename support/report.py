@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import datetime
 import itertools
 import json
 import math
@@ -62,7 +63,7 @@ class StatusLine:
 
 
 class Progress:
-    """'tokenizing [###         ]  21%  0:42 left  12,000 conversations  3.1 MB/s'."""
+    """'tokenizing [###         ]  21%  0:00:42 left  12,000 conversations  3.1 MB/s'."""
 
     def __init__(self, label):
         self.label, self.started = label, time.time()
@@ -77,9 +78,7 @@ class Progress:
 
 
 def clock(seconds):
-    seconds = int(seconds)
-    hours, rest = divmod(seconds, 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+    return str(datetime.timedelta(seconds=int(seconds)))  # "0:01:30"
 
 
 # ---------------------------------------------------------------------------------------- the plan
@@ -165,9 +164,8 @@ def resources(plan):
         epochs = len(order.ends) * order.total / order.ends[-1]  # --max-steps may end the last
         flops = epochs * training_flops(plan.network, lengths.sum(), (lengths**2).sum())
         hours = flops / (plan.world * 0.4 * PEAK_FLOPS["H100"]) / 3600
-        assumed = f"on {plan.world} x H100 at 40 % of their peak, an assumption"
-        lines.append(f"time       about {hours:,.2f} h {assumed}")
-        lines.append("           no GPU has confirmed these estimates yet")
+        peak = f"{plan.world} x H100 at 40 % of their peak (no GPU has confirmed these estimates)"
+        lines.append(f"time       about {hours:,.2f} h on {peak}")
     return "\n".join([*lines, ""])
 
 

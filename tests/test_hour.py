@@ -98,7 +98,7 @@ def test_the_commands_of_the_readme_run_as_they_stand(few, tmp_path, columns):
         of_a_log = str(tmp_path) in last or (not columns and last.startswith("step "))
         assert len(last) <= 100 or of_a_log, last
     (training,) = [shown for line, shown in screens.items() if line.startswith("torchrun")]
-    assert re.search(r"step \d+/\d+  \d+:\d\d left", training)
+    assert re.search(r"step \d+/\d+  \d+:\d\d:\d\d left", training)
     assert re.search(r"    gpt4 +loss [\d.]+, token accuracy [\d.]+%, \d+ tokens", everything)
     assert "class gpt4" in everything and "w=0.1" in everything.replace(" \x1b[0m", "")
     assert (tmp_path / "RUN" / "curves.png").exists()

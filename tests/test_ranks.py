@@ -237,29 +237,6 @@ def test_a_narrow_terminal_gets_one_line_with_room_for_a_ctrl_c(shown, monkeypat
     assert len(fits + "^C") < columns
 
 
-@pytest.mark.parametrize("columns", [30, 50, 200])
-def test_long_lines_break_at_spaces_but_commands_and_files_get_them_whole(
-    shown, columns, monkeypatch
-):
-    lines = [
-        "evaluation at step 12, loss and token accuracy: gpt4 1.2345, 55.2%  gpt3.5 0.1, 1.0%",
-        "memory     about 3.00 GiB per rank, fits 79.0 GiB; 0 of 40 blocks recomputed, and so on",
-        "  curves:  /some/long/.venv/bin/python plot.py /some/other/place/of/runs/run",
-        "exported /some/long/place/of/runs/that/has/no/space/in/it/epoch-1; the best",
-    ]
-    monkeypatch.setenv("COLUMNS", str(columns))
-    file = io.StringIO()
-    StatusLine(shown, 1.0).say("\n".join(lines))
-    StatusLine(file, 1.0).say("\n".join(lines))
-    assert file.getvalue() == "\n".join(lines) + "\n"
-    rows = shown.buffer.getvalue().decode().split("\n")[:-1]
-    assert " ".join("\n".join(rows).split()) == " ".join("\n".join(lines).split())
-    assert lines[2] in rows
-    for row in rows:
-        assert len(row) <= columns or " " not in row.strip() or row == lines[2]
-    assert columns > 100 or rows[rows.index(lines[2]) - 1].startswith(11 * " ")
-
-
 def test_a_signal_is_said_on_a_line_of_its_own(tmp_path, monkeypatch):
     """From the handler, past Python's buffers, which the signal may have interrupted."""
     with open(tmp_path / "shown", "w") as shown:
