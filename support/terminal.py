@@ -4,9 +4,7 @@ import contextlib
 import io
 import os
 import re
-import shlex
 import sys
-import termios
 
 from support.formats import Message
 
@@ -43,8 +41,6 @@ def guard_terminal():
             setattr(sys, name, Terminal(screen, stream.encoding, "replace", line_buffering=True))
 
 
-# ------------------------------------------------------------------------------- the conversation
-
 HELP = """\
 /system TEXT   a system message for all turns; without TEXT, none
 /class NAME    answer under the condition of this class
@@ -55,7 +51,7 @@ A question that begins with a slash needs a space before it."""
 
 
 def converse(chat, options):
-    """Chat until Ctrl-D, /quit, or Ctrl-C twice at the prompt."""
+    """Chat until Ctrl-D, /quit, or Ctrl-C at the prompt."""
     with contextlib.suppress(ImportError):  # history, editing; a paste of many lines is one text
         import readline
 
@@ -66,27 +62,16 @@ def converse(chat, options):
     if chat.single:
         print("trained on single questions: each is asked without the earlier ones")
     print("/help lists the commands, Ctrl-D ends")
-    while (text := typed()) is not None:
-        if text.strip() in ("/quit", "/exit", "quit", "exit"):
-            return
-        if text.startswith("/"):
-            talk.command(*text.strip().split(maxsplit=1))
-        elif text.strip():
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while (text := input("> ")).strip() not in ("/quit", "/exit", "quit", "exit"):
             try:
-                talk.ask(text.strip())
-            except KeyboardInterrupt:  # before its first token
+                if text.startswith("/"):
+                    talk.command(*text.strip().split(maxsplit=1))
+                elif text.strip():
+                    talk.ask(text.strip())
+            except KeyboardInterrupt:
                 print(" [stopped]")
-
-
-def typed():
-    """A line, "?" for bytes that are not UTF-8; None at Ctrl-D or at Ctrl-C twice in a row."""
-    for notice in ("\n[Ctrl-C once more ends]", ""):
-        try:
-            return input("> ").encode("utf-8", "replace").decode()
-        except EOFError:
-            return print()
-        except KeyboardInterrupt:
-            print(notice)
+    print()
 
 
 class Talk:
@@ -95,12 +80,9 @@ class Talk:
         self.system, self.messages = [], []  # the latter ends with a question and its answer
 
     def condition(self):
-        chat = self.chat
-        asked = f'asked as "{chat.prefix(chat.class_name, "user")} ..."'
-        others = ", ".join(name for name in chat.names if name != chat.class_name)
-        if not others:
-            return f"{asked}: trained without conditions, or on only one class"
-        return f"class {chat.class_name}, {asked}; others: {others}"
+        name, names = self.chat.class_name, self.chat.names
+        others = ", ".join(other for other in names if other != name) or "none"
+        return f'class {name}, asked as "{self.chat.prefix(name, "user")} ..."; others: {others}'
 
     def command(self, name, rest=""):
         if name == "/help":
@@ -113,47 +95,29 @@ class Talk:
         elif name == "/class" and rest in self.chat.names:
             self.chat.class_name = rest
             print(self.condition())
-        elif name == "/class":
-            print(f"[/class takes one of: {', '.join(self.chat.names)}]")
         elif name == "/both" and (rest or self.messages):
             if not rest:  # the last question again
                 rest, self.messages = self.messages[-2].content, self.messages[:-2]
-            current = self.chat.class_name
-            self.ask(rest, sorted(self.chat.names, key=lambda name: name != current))
-        elif name == "/both":
-            print("[no question yet: /both TEXT]")
+            self.ask(rest, sorted(self.chat.names, key=lambda name: name != self.chat.class_name))
         else:
-            print(f"[no command: {shlex.quote(name)}; /help lists them]")
+            print(f"[not done; /help lists the commands; classes: {', '.join(self.chat.names)}]")
 
     def ask(self, text, names=()):
         """Print the answer of the current class, or of each in `names`, and keep the first."""
-        asked, answers = [*self.system, *self.messages, Message("user", text)], []
+        asked, answers = [*self.system, *self.messages, Message("user", text)], [""]
         messages = self.chat.fitting(asked, self.options["max_new_tokens"])
         if not messages:
             return print(f"[too long for the context of {self.chat.context} tokens; not sent]")
-        forgotten = 0 if self.chat.single else (len(asked) - len(messages)) // 2
-        print("[the context is full: the oldest turn is forgotten]\n" * forgotten, end="")
-        with contextlib.ExitStack() as stack:
-            hide_keys(stack)
-            try:
-                for name in names or [self.chat.class_name]:
-                    answers.append("")
-                    if names:
-                        print(self.chat.prefix(name, "assistant"), end=" ", flush=True)
-                    for piece in self.chat.stream(messages, name, **self.options):
-                        answers[-1] += piece
-                        print(piece, end="", flush=True)
-                    print()
-            except KeyboardInterrupt:
-                print(" [stopped]")
-        answer = "".join(answers[:1])  # none if Ctrl-C came first
-        self.messages = [*messages[len(self.system) :], Message("assistant", answer)]
-
-
-def hide_keys(stack):
-    """Until `stack` ends, keep typed keys for the next prompt, and out of the answer."""
-    with contextlib.suppress(termios.error):  # not a terminal
-        before = termios.tcgetattr(0)
-        stack.callback(termios.tcsetattr, 0, termios.TCSANOW, before)
-        flags = before[3] & ~termios.ECHO | termios.NOFLSH  # Ctrl-C forgets nothing
-        termios.tcsetattr(0, termios.TCSANOW, [*before[:3], flags, *before[4:]])
+        if len(messages) < len(asked) and not self.chat.single:
+            print("[the context is full: the oldest turns are forgotten]")
+        try:
+            for name in names or [self.chat.class_name]:
+                if names:
+                    print(self.chat.prefix(name, "assistant"), end=" ", flush=True)
+                for piece in self.chat.stream(messages, name, **self.options):
+                    answers[-1] += piece
+                    print(piece, end="", flush=True)
+                print()
+                answers.append("")
+        finally:  # at Ctrl-C too
+            self.messages = [*messages[len(self.system) :], Message("assistant", answers[0])]

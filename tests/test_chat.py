@@ -482,6 +482,7 @@ def asked_of_model(talker, monkeypatch):
 
 
 ANSWER = ("assistant", "An answer")
+NOT_DONE = "[not done; /help lists the commands; classes: gpt4, gpt3.5]\n"
 
 
 def questions(*texts):
@@ -510,7 +511,7 @@ def test_class_takes_another_condition_and_the_conversation_goes_on(folder, run,
     stdin = "Hi\n/class gpt3.5\nMore\n/class gpt5\n/class\nStill\n"
     _, out, _ = run(chat.main, folder, stdin=stdin)
     assert 'class gpt3.5, asked as "GPT3 User: ..."; others: gpt4\n' in out
-    assert out.count("[/class takes one of: gpt4, gpt3.5]\n") == 2
+    assert out.count(NOT_DONE) == 2
     asked = [questions(*of) for of in (["Hi"], ["Hi", "More"], ["Hi", "More", "Still"])]
     assert asked_of_model == list(zip(["gpt4", "gpt3.5", "gpt3.5"], asked, strict=True))
 
@@ -520,7 +521,7 @@ def test_both_asks_the_same_under_each_condition_and_keeps_that_in_force(
 ):
     stdin = "/both\n/class gpt3.5\n/both Hi\nMore\n/both\n/both Still\n"
     _, out, _ = run(chat.main, folder, stdin=stdin)
-    assert out.count("[no question yet: /both TEXT]\n") == 1
+    assert out.count(NOT_DONE) == 1
     assert out.count("> GPT3 Assistant: An answer\nGPT4 Assistant: An answer\n") == 3
     hi, more, still = questions("Hi"), questions("Hi", "More"), questions("Hi", "More", "Still")
     asked = [(name, of) for of in (hi, more, still) for name in ("gpt3.5", "gpt4")]
@@ -569,9 +570,7 @@ def test_words_that_end_it(command, folder, run, asked_of_model):
 
 def test_an_unknown_command_is_not_asked(folder, run, asked_of_model):
     _, out, _ = run(chat.main, folder, stdin="/reset\n/new x\n/\n/help\n")
-    for word in ("/reset", "/new", "/"):
-        assert f"[no command: {word}; /help lists them]\n" in out
-    assert not asked_of_model
+    assert out.count(NOT_DONE) == 3 and not asked_of_model
     assert all(f"\n{word} " in out.replace("> ", "\n") for word in ("/class", "/both", "/quit"))
 
 
@@ -595,8 +594,8 @@ def test_a_full_context_forgets_questions_with_their_answers_and_no_more_than_ne
     said, kept, folder, run, asked_of_model
 ):
     code, out, _ = run(chat.main, folder, stdin="\n".join(said) + "\n")
-    forgotten = out.count("[the context is full: the oldest turn is forgotten]\n")
-    assert (code, forgotten) == (0, 3 - kept)
+    assert code == 0
+    assert out.count("[the context is full: the oldest turns are forgotten]\n") == 1
     assert asked_of_model[-1] == ("gpt4", questions(*said[-kept:]))
 
 
@@ -724,23 +723,17 @@ def test_ctrl_c_before_the_first_token_stops_no_more_than_the_answer(folder, run
     assert code == 0 and out.count(" [stopped]\n") == 2 and asked == ["Hi", "More"]
 
 
-@pytest.mark.parametrize(
-    ("typed", "asked"), [(["^C", "Hi", "^C", "Ha", "^C", "^C"], 2), (["^C", "^C", "Hi"], 0)]
-)
-def test_the_second_ctrl_c_at_the_prompt_ends(
-    typed, asked, folder, run, asked_of_model, monkeypatch
-):
-    keys = iter(typed)
+def test_ctrl_c_at_the_prompt_ends(folder, run, asked_of_model, monkeypatch):
+    keys = iter(["Hi", None])
 
     def typing(_):
-        if (key := next(keys)) == "^C":
+        if (key := next(keys)) is None:
             raise KeyboardInterrupt
         return key
 
     monkeypatch.setattr("builtins.input", typing)
     code, out, _ = run(chat.main, folder)
-    assert code == 0 and len(asked_of_model) == asked
-    assert out.count("\n[Ctrl-C once more ends]\n") == typed.count("^C") - 1
+    assert code == 0 and len(asked_of_model) == 1 and out.endswith("An answer\n\n")
 
 
 def test_a_terminal_has_history_and_takes_a_paste_of_many_lines_as_one_question(tmp_path):
@@ -757,8 +750,6 @@ def test_a_terminal_has_history_and_takes_a_paste_of_many_lines_as_one_question(
 
     def type_and_wait(keys, awaited):
         nonlocal shown
-        if keys == b"\x03":
-            time.sleep(0.5)  # the prompt is shown just before Python waits for keys and signals
         os.write(terminal, keys)
         while awaited not in shown:
             assert select.select([terminal], [], [], 60)[0], shown
@@ -770,25 +761,13 @@ def test_a_terminal_has_history_and_takes_a_paste_of_many_lines_as_one_question(
     type_and_wait(b"\x1b[200~one\ntwo\x1b[201~\r", b"asked 'one\\ntwo'")
     type_and_wait(b"\x1b[A\x1b[D!\r", b"asked 'one\\ntw!o'")  # up, left
     type_and_wait(b"", b"> ")
-    type_and_wait(b"\x03", b"[Ctrl-C once more ends]")
-    type_and_wait(b"", b"> ")
     type_and_wait(b"/both\r", b"GPT3 Assistant: asked 'one\\ntw!o'")
     type_and_wait(b"", b"> ")
     type_and_wait(b"slow\r", b"one ")
-    os.write(terminal, b"typed")  # while the answer is written: not shown in it
-    assert type_and_wait(b"", b"two three\r\n") == b""
-    type_and_wait(b"", b"> typed")
-    type_and_wait(b"\r", b"asked 'typed'")  # but kept
-    type_and_wait(b"", b"> ")
-    type_and_wait(b"slow\r", b"one ")
-    os.write(terminal, b"kept\x03")  # by Ctrl-C too
+    os.write(terminal, b"\x03")
     type_and_wait(b"", b" [stopped]\r\n")
-    type_and_wait(b"", b"> kept")
-    type_and_wait(b"\r", b"asked 'kept'")
     type_and_wait(b"", b"> ")
-    type_and_wait(b"\x03", b"[Ctrl-C once more ends]")
-    type_and_wait(b"", b"> ")
-    time.sleep(0.5)
+    time.sleep(0.5)  # the prompt is shown just before Python waits for keys and signals
     os.write(terminal, b"\x03")
     with contextlib.suppress(OSError):  # at its end; what nobody reads would hold it up
         while select.select([terminal], [], [], 60)[0] and os.read(terminal, 4096):
