@@ -117,10 +117,10 @@ def test_a_hint_names_the_python_that_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "other")
     for path, runs, hint in (
         (here, here / "python", "python"),
-        (here, here / "python3", "python"),
+        (here, here / "python3", str(here / "python3")),
         (f"{other}:{here}", here / "python", str(here / "python")),  # the same file, another venv
         (tmp_path, here / "python3", str(here / "python3")),  # none there
-        (here, other / "python", "bin/python"),
+        (here, other / "python", str(other / "python")),
     ):
         monkeypatch.setenv("PATH", str(path))
         monkeypatch.setattr(sys, "executable", str(runs))
