@@ -7,12 +7,13 @@ import inspect
 import math
 import re
 import shlex
-import shutil
 import sys
 from pathlib import Path
 
 from support.files import told_torchrun
 from support.terminal import guard_terminal
+
+PYTHON = shlex.quote(sys.executable)  # as a shell names it
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,11 +37,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, told_torchrun(f"error: {message}") + "\n")
 
-    def add_fields(self, config, metavars):
-        """A flag per field of a dataclass: the comment beside it is its help, `# ---` a group.
-
-        metavars: {field: the name of its value in the help}, if its type is not enough.
-        """
+    def add_fields(self, config):
+        """A flag per field of a dataclass: the comment beside it is its help, `# ---` a group."""
         group, lines = self, r"^    (?:# --- (.*)|(\w+): .*?  # (.*))$"
         for title, name, comment in re.findall(lines, inspect.getsource(config), re.MULTILINE):
             if title:
@@ -52,7 +50,7 @@ class Parser(argparse.ArgumentParser):
             elif kind is list:
                 options = {"nargs": "+", "action": "extend", "metavar": "FILE"}
             else:
-                options = {"type": kind, "metavar": metavars.get(name, kind.__name__.upper())}
+                options = {"type": kind, "metavar": kind.__name__.upper()}
             text = f"{comment} (default: {default})" if default else comment
             group.add_argument(flag_of(name), help=text.replace("%", "%%"), **options)
 
@@ -68,12 +66,6 @@ class Parser(argparse.ArgumentParser):
             if text != text.encode("utf-8", "ignore").decode():  # an export could not hold it
                 self.error(f"{text!a}: its name is not UTF-8: rename it")
         return vars(self.parse_args(from_files)) | vars(self.parse_args(others))
-
-
-def python():
-    """The Python that runs this, as a shell names it."""
-    here = sys.executable
-    return "python" if shutil.which("python") == here else shlex.quote(here)
 
 
 def flag_of(name):

@@ -23,7 +23,7 @@ import model
 import plot
 import train
 from support import preview, report
-from support.flags import Parser, python
+from support.flags import PYTHON, Parser
 from support.ranks import Ranks, held_output
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -534,7 +534,7 @@ def test_without_data_the_error_is_a_line_that_changes_the_example(
 ):
     monkeypatch.chdir(ROOT)
     code, _, shown = run(train.parse_arguments, *arguments)
-    assert code == 2 and shown.count("\n") == 1 and f"{python()} train.py {line}" in shown
+    assert code == 2 and shown.count("\n") == 1 and f"{PYTHON} train.py {line}" in shown
     parsed_line = shlex.split(shown.split(" train.py ")[1])
     train.parse_arguments(parsed_line)  # as it stands there
 
