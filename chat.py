@@ -170,13 +170,10 @@ class Chat:
 
     def answers(self, conversations, **options):
         """(text, ended) for each list of messages; ended: by the model, not by a limit."""
-        answers = [[] for _ in conversations]
         prompts = [self.prompt(messages) for messages in conversations]
-        for tokens in generate(self.llama, prompts, stop=self.stop, **options):
-            for answer, token in zip(answers, tokens, strict=True):
-                if token is not None:
-                    answer.append(token)
-        return [(self.text(a), bool(a) and a[-1] in self.stop) for a in answers]
+        rows = generate(self.llama, prompts, stop=self.stop, **options)
+        answers = [[t for t in column if t is not None] for column in zip(*rows, strict=True)]
+        return [(self.text(answer), answer[-1] in self.stop) for answer in answers]
 
     def text(self, tokens):
         return self.tokenizer.decode([t for t in tokens if t not in self.stop])
@@ -214,11 +211,8 @@ def export_of(folder):
     """The Export in a folder; ValueError if it has none."""
     if export := read_export(folder):
         return export
-    if (Path(folder) / "metrics.jsonl").exists():
-        raise ValueError(f"{folder}: this run has exported no model yet")
-    why = "chat.py needs a folder exported by train.py, as a base model knows no class's condition"
-    hint = "transformers' save_pretrained leaves it out: copy it from the export"
-    raise ValueError(f"{folder}/crlft.json: not found; {why} ({hint})")
+    why = "a base model knows no class's condition, and a run has none before an epoch ends"
+    raise ValueError(f"{folder}/crlft.json: not found; chat.py needs an export of train.py: {why}")
 
 
 def ends_of(folder):
@@ -231,35 +225,32 @@ def ends_of(folder):
 
 def main(argv=None):
     parser = Parser(prog="chat.py", description="Class-conditioned generation from an export.")
-    add = parser.add_argument
+    add, add_way = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     add("folder", metavar="DIR", help="a model exported by train.py, or the RUN that holds it")
-    add("--prompt", metavar="TEXT", help="answer this and exit")
+    add_way("--prompt", metavar="TEXT", help="answer this and exit")
     add("--class", dest="source_class", metavar="NAME", help="(default: the expert class)")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass")
     add("--max-new-tokens", type=int, default=512, help="longest answer (default 512)")
     add("--seed", type=int, default=0, help="of the sampling")
-    add("--batch", metavar="IN.jsonl", help="answer the last user turn of every conversation")
+    add_way("--batch", metavar="IN.jsonl", help="answer the last user turn of every conversation")
     add("--to", metavar="OUT.jsonl", help="output of --batch; resumes a file that was cut short")
     add("--drop-last-answer", action="store_true", help="--batch replaces a last answer")
     in_browser = f"a page for this machine's browser, at this port (default {PORT})"
-    add("--web", type=int, nargs="?", const=PORT, metavar="PORT", help=in_browser)
+    add_way("--web", type=int, nargs="?", const=PORT, metavar="PORT", help=in_browser)
     args = parser.parse_args(argv)
     if not args.temperature >= 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
         parser.error("needs --temperature from 0, --top-p in (0, 1], --max-new-tokens from 1")
-    if bool(args.batch) != bool(args.to) or (args.batch and args.prompt is not None):
-        parser.error("--batch and --to go together, and without --prompt")
-    if args.drop_last_answer and not args.batch:
-        parser.error("--drop-last-answer is for --batch")
-    both = args.batch and all(map(os.path.exists, (args.batch, args.to)))
-    if both and os.path.samefile(args.batch, args.to):
-        parser.error("--to is the file of --batch: give a new one")
-    if args.web is not None and (args.batch or args.prompt is not None or args.source_class):
-        parser.error("--web asks under each class; leave out --prompt, --batch and --class")
+    if bool(args.batch) != bool(args.to) or (args.drop_last_answer and not args.batch):
+        parser.error("--batch and --to go together, --drop-last-answer only with them")
+    if args.web is not None and args.source_class:
+        parser.error("--web asks under each class: leave out --class")
     if sys.stdin is None and args.web is args.batch is args.prompt is None:
         parser.error("standard input is closed: give --prompt, --batch or --web")
     options = {n: getattr(args, n) for n in ("temperature", "top_p", "max_new_tokens", "seed")}
     try:
+        if args.to and os.path.exists(args.to) and os.path.samefile(args.batch, args.to):
+            parser.error("--to is the file of --batch: give a new one")
         folder = model_folder(args.folder)
         if args.source_class and not export_of(folder).conditioned:
             raise ValueError("--class: this model was trained without conditions")
@@ -277,8 +268,7 @@ def answer(chat, args, options):
     elif args.batch:
         answer_file(chat, args.batch, args.to, options, args.drop_last_answer)
     elif args.prompt is not None:
-        text = args.prompt.encode("utf-8", "replace").decode()  # "?" for bytes that are not UTF-8
-        for piece in chat.stream([data.Message("user", text)], **options):
+        for piece in chat.stream([data.Message("user", args.prompt)], **options):
             print(piece, end="", flush=True)
         print()
     else:
