@@ -150,20 +150,21 @@ class Chat:
         """The newest turns that leave room for an answer; [] if even the last one is too long.
 
         The room is max_new_tokens, but at most a quarter of the context; the last message may use
-        it. A system message remains. A model that was trained on single questions gets only the
-        last one. Turns older than those that fit are not tokenized.
+        it. A system message remains. Turns older than those that fit are not tokenized.
         """
         room = min(max_new_tokens, self.context // 4)
         first = 1 if messages[0].role == "system" else 0
         kept = [*messages[:first], messages[-1]]
-        left = {name: self.context - len(self.prompt(kept, name)) for name in self.names}
-        if min(left.values()) < 1:
+        longest = max(self.names, key=lambda name: len(self.prompt(kept, name)))  # condition
+        left = self.context - len(self.prompt(kept, longest))
+        if left < 1:
             return []
-        for at in range(len(messages) - 3, first - 1, -2) if not self.single else ():
+        if self.single:
+            return kept
+        for at in range(len(messages) - 3, first - 1, -2):
             pair = messages[at : at + 2]
-            for name in left:
-                left[name] -= len(self.prompt(pair, name)) - len(self.prompt([], name))
-            if min(left.values()) < room:
+            left -= len(self.prompt(pair, longest)) - len(self.prompt([], longest))
+            if left < room:
                 break
             kept[first:first] = pair
         return kept
