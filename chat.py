@@ -17,10 +17,6 @@ import sys
 from pathlib import Path
 from types import NoneType
 
-if __name__ == "__main__" and sys.stderr and sys.stderr.isatty():
-    print("loading ...", file=sys.stderr)  # PyTorch takes seconds
-
-# ruff: noqa: E402
 import torch
 import torch.nn.functional as F
 
