@@ -17,10 +17,6 @@ import sys
 from pathlib import Path
 from types import NoneType
 
-if __name__ == "__main__" and sys.stderr and sys.stderr.isatty():
-    print("loading ...", file=sys.stderr)  # PyTorch takes seconds
-
-# ruff: noqa: E402
 import torch
 import torch.nn.functional as F
 
@@ -150,33 +146,31 @@ class Chat:
         """The newest turns that leave room for an answer; [] if even the last one is too long.
 
         The room is max_new_tokens, but at most a quarter of the context; the last message may use
-        it. A system message remains. A model that was trained on single questions gets only the
-        last one. Turns older than those that fit are not tokenized.
+        it. A system message remains. Turns older than those that fit are not tokenized.
         """
         room = min(max_new_tokens, self.context // 4)
         first = 1 if messages[0].role == "system" else 0
         kept = [*messages[:first], messages[-1]]
-        left = {name: self.context - len(self.prompt(kept, name)) for name in self.names}
-        if min(left.values()) < 1:
+        longest = max(self.names, key=lambda name: len(self.prompt(kept, name)))  # condition
+        left = self.context - len(self.prompt(kept, longest))
+        if left < 1:
             return []
-        for at in range(len(messages) - 3, first - 1, -2) if not self.single else ():
+        if self.single:
+            return kept
+        for at in range(len(messages) - 3, first - 1, -2):
             pair = messages[at : at + 2]
-            for name in left:
-                left[name] -= len(self.prompt(pair, name)) - len(self.prompt([], name))
-            if min(left.values()) < room:
+            left -= len(self.prompt(pair, longest)) - len(self.prompt([], longest))
+            if left < room:
                 break
             kept[first:first] = pair
         return kept
 
     def answers(self, conversations, **options):
         """(text, ended) for each list of messages; ended: by the model, not by a limit."""
-        answers = [[] for _ in conversations]
         prompts = [self.prompt(messages) for messages in conversations]
-        for tokens in generate(self.llama, prompts, stop=self.stop, **options):
-            for answer, token in zip(answers, tokens, strict=True):
-                if token is not None:
-                    answer.append(token)
-        return [(self.text(a), bool(a) and a[-1] in self.stop) for a in answers]
+        rows = generate(self.llama, prompts, stop=self.stop, **options)
+        answers = [[t for t in column if t is not None] for column in zip(*rows, strict=True)]
+        return [(self.text(answer), answer[-1] in self.stop) for answer in answers]
 
     def text(self, tokens):
         return self.tokenizer.decode([t for t in tokens if t not in self.stop])
@@ -214,10 +208,8 @@ def export_of(folder):
     """The Export in a folder; ValueError if it has none."""
     if export := read_export(folder):
         return export
-    if (Path(folder) / "metrics.jsonl").exists():
-        raise ValueError(f"{folder}: this run has exported no model yet")
-    why = "chat.py needs a folder exported by train.py, as a base model knows no class's condition"
-    raise ValueError(f"{folder}/crlft.json: not found; {why}")
+    why = "a base model knows no class's condition, and a run has none before an epoch ends"
+    raise ValueError(f"{folder}/crlft.json: not found; chat.py needs an export of train.py: {why}")
 
 
 def ends_of(folder):
@@ -230,33 +222,31 @@ def ends_of(folder):
 
 def main(argv=None):
     parser = Parser(prog="chat.py", description="Class-conditioned generation from an export.")
-    add = parser.add_argument
+    add, add_way = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     add("folder", metavar="DIR", help="a model exported by train.py, or the RUN that holds it")
-    way = parser.add_mutually_exclusive_group()
-    way.add_argument("--prompt", metavar="TEXT", help="answer this and exit")
+    add_way("--prompt", metavar="TEXT", help="answer this and exit")
     add("--class", dest="source_class", metavar="NAME", help="(default: the expert class)")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass")
     add("--max-new-tokens", type=int, default=512, help="longest answer (default 512)")
     add("--seed", type=int, default=0, help="of the sampling")
-    each = "answer the last user turn of every conversation"
-    way.add_argument("--batch", metavar="IN.jsonl", help=each)
+    add_way("--batch", metavar="IN.jsonl", help="answer the last user turn of every conversation")
     add("--to", metavar="OUT.jsonl", help="output of --batch; resumes a file that was cut short")
     add("--drop-last-answer", action="store_true", help="--batch replaces a last answer")
     in_browser = f"a page for this machine's browser, at this port (default {PORT})"
-    way.add_argument("--web", type=int, nargs="?", const=PORT, metavar="PORT", help=in_browser)
+    add_way("--web", type=int, nargs="?", const=PORT, metavar="PORT", help=in_browser)
     args = parser.parse_args(argv)
     if not args.temperature >= 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
         parser.error("needs --temperature from 0, --top-p in (0, 1], --max-new-tokens from 1")
     if bool(args.batch) != bool(args.to) or (args.drop_last_answer and not args.batch):
-        parser.error("--batch needs --to; --to and --drop-last-answer are for --batch")
+        parser.error("--batch and --to go together, --drop-last-answer only with them")
     if args.web is not None and args.source_class:
         parser.error("--web asks under each class: leave out --class")
     if sys.stdin is None and args.web is args.batch is args.prompt is None:
         parser.error("standard input is closed: give --prompt, --batch or --web")
     options = {n: getattr(args, n) for n in ("temperature", "top_p", "max_new_tokens", "seed")}
     try:
-        if args.batch and os.path.exists(args.to) and os.path.samefile(args.batch, args.to):
+        if args.to and os.path.exists(args.to) and os.path.samefile(args.batch, args.to):
             parser.error("--to is the file of --batch: give a new one")
         folder = model_folder(args.folder)
         if args.source_class and not export_of(folder).conditioned:
@@ -275,8 +265,7 @@ def answer(chat, args, options):
     elif args.batch:
         answer_file(chat, args.batch, args.to, options, args.drop_last_answer)
     elif args.prompt is not None:
-        text = args.prompt.encode("utf-8", "replace").decode()  # "?" for bytes that are not UTF-8
-        for piece in chat.stream([data.Message("user", text)], **options):
+        for piece in chat.stream([data.Message("user", args.prompt)], **options):
             print(piece, end="", flush=True)
         print()
     else:

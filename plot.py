@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from support.files import read_metrics
-from support.flags import Parser, python
+from support.flags import PYTHON, Parser
 
 STYLES = ("-", "--", ":", "-.")
 
@@ -102,7 +102,7 @@ def main(argv=None):
     try:
         draw([(run, read(run)) for run in args.runs], target)
     except ModuleNotFoundError as error:
-        sys.exit(f"error: {error}: {python()} -m pip install matplotlib")
+        sys.exit(f"error: {error}: {PYTHON} -m pip install matplotlib")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"drawn: {target}")

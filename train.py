@@ -49,7 +49,7 @@ import model
 from loss import BETA, linear_weighted_cross_entropy
 from support import report
 from support.checkpoint import Checkpoints, write_export
-from support.flags import Parser, check_ranges, flag_of, python
+from support.flags import PYTHON, Parser, check_ranges, flag_of
 from support.plan import make_plan
 from support.ranks import Ranks, held_output
 
@@ -121,8 +121,7 @@ def parse_arguments(arguments):
         epilog="@FILE reads flags from a file; the command line overrides it.",
         argument_default=argparse.SUPPRESS,  # Config has the defaults
     )
-    metavars = {"model": "DIR", "out": "RUN", "classes": "FILE", "class_field": "KEY"}
-    parser.add_fields(Config, metavars)
+    parser.add_fields(Config)
     flags = parser.values(arguments)
     for name in flags.keys() & {"model", "data", "eval_data", "classes", "out"}:
         expand = os.path.expanduser  # no shell expands ~ in a file of flags
@@ -139,9 +138,16 @@ def require_files(parser, flags):
     needed = ["model", "data", "out"][: 2 if flags.get("dry_run") else 3]
     if flags.get("evaluate"):
         needed = ["model", "eval_data"]
-    if missing := [flag_of(name) for name in needed if not flags.get(name)]:
-        example = f"the embedded example's are in @{EXAMPLE}/flags.txt"
-        parser.error(f"missing: {', '.join(missing)}; {example}; --help lists all")
+    missing = [flag_of(name) for name in needed if not flags.get(name)]
+    if len(missing) == len(needed) and "data" in needed:  # meant for the embedded example
+        there = "" if Path.cwd() == ROOT else f"cd {shlex.quote(str(ROOT))} && "
+        line = shlex.join([f"@{EXAMPLE.relative_to(ROOT)}/flags.txt", *arguments])
+        parser.error(
+            "--model, --data and --out make up a run; to change the embedded example: "
+            f"{there}{PYTHON} train.py {line} --out runs/other"
+        )
+    if missing:
+        parser.error(f"missing: {', '.join(missing)}; --help lists all")
 
 
 def main(arguments=None):
@@ -226,7 +232,7 @@ def train(plan, ranks, out):
     checkpoints.finish()
     ranks.say(f"done: the model is {out / 'model'}, the metrics {out / 'metrics.jsonl'}")
     run = shlex.quote(str(out))
-    ranks.say(f"  curves:  {python()} plot.py {run}\n  chat:    {python()} chat.py {run}")
+    ranks.say(f"  curves:  {PYTHON} plot.py {run}\n  chat:    {PYTHON} chat.py {run}")
     return True
 
 

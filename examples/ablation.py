@@ -39,7 +39,7 @@ import torch  # noqa: E402
 import chat  # noqa: E402
 import data  # noqa: E402
 import train  # noqa: E402
-from support.flags import Parser, python  # noqa: E402
+from support.flags import PYTHON, Parser  # noqa: E402
 from support.report import StatusLine, clock  # noqa: E402
 
 EXPERT, SUBOPTIMAL = "gpt4", "gpt3.5"
@@ -604,7 +604,7 @@ def has_matplotlib():
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        print(f"no figures: matplotlib is missing ({python()} -m pip install matplotlib)")
+        print(f"no figures: matplotlib is missing ({PYTHON} -m pip install matplotlib)")
         return False
     return True
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data  # noqa: E402
 import loss  # noqa: E402
-from support.flags import Parser, python  # noqa: E402
+from support.flags import PYTHON, Parser  # noqa: E402
 from support.report import visible  # noqa: E402
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
@@ -102,7 +102,7 @@ def main(argv=None):
     try:
         draw(parser.parse_args(argv))
     except ModuleNotFoundError as error:
-        sys.exit(f"error: {error}: {python()} -m pip install matplotlib")
+        sys.exit(f"error: {error}: {PYTHON} -m pip install matplotlib")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -1,18 +1,19 @@
 """Command-line flags: a wrong one is a one-line error that suggests the nearest known flag."""
 
 import argparse
-import dataclasses
+import contextlib
 import difflib
 import inspect
 import math
 import re
 import shlex
-import shutil
 import sys
 from pathlib import Path
 
 from support.files import told_torchrun
 from support.terminal import guard_terminal
+
+PYTHON = shlex.quote(sys.executable)  # as a shell names it
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,7 +28,7 @@ class Parser(argparse.ArgumentParser):
         known = self._option_string_actions
         # Report a wrong flag before a missing one: it may be the same one, misspelt.
         for flag in (argument.split("=")[0] for argument in arguments):
-            if flag.startswith("--") and " " not in flag and flag not in known:
+            if re.fullmatch(r"--\S+", flag) and flag not in known:
                 near = difflib.get_close_matches(flag, known, 1, cutoff=0.7)
                 hint = f"did you mean {near[0]}? " if near else ""
                 self.error(f"{flag} is not a flag of {self.prog}; {hint}--help lists all")
@@ -36,28 +37,22 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, told_torchrun(f"error: {message}") + "\n")
 
-    def add_fields(self, config, metavars):
-        """A flag per field of a dataclass: the comment beside it is its help, `# ---` a group.
-
-        metavars: {field: the name of its value in the help}, if its type is not enough.
-        """
-        fields, group = {field.name: field for field in dataclasses.fields(config)}, self
-        lines = r"^    (?:# --- (.*)|(\w+): .*?  # (.*))$"
+    def add_fields(self, config):
+        """A flag per field of a dataclass: the comment beside it is its help, `# ---` a group."""
+        group, lines = self, r"^    (?:# --- (.*)|(\w+): .*?  # (.*))$"
         for title, name, comment in re.findall(lines, inspect.getsource(config), re.MULTILINE):
             if title:
                 group = self.add_argument_group(title)
                 continue
-            kind, default, options = fields[name].type, fields[name].default, {}
+            kind, default = config.__annotations__[name], getattr(config, name)
             if kind is bool:
                 options = {"action": argparse.BooleanOptionalAction}
             elif kind is list:
                 options = {"nargs": "+", "action": "extend", "metavar": "FILE"}
             else:
-                options = {"type": kind, "metavar": metavars.get(name, kind.__name__.upper())}
-                if default:
-                    shown = f"{default:.4g}" if kind is float else default
-                    comment += f" (default: {shown})"
-            group.add_argument(flag_of(name), help=comment.replace("%", "%%"), **options)
+                options = {"type": kind, "metavar": kind.__name__.upper()}
+            text = f"{comment} (default: {default})" if default else comment
+            group.add_argument(flag_of(name), help=text.replace("%", "%%"), **options)
 
     def values(self, arguments):
         """{field: value} of the flags given; the command line overrides an @FILE."""
@@ -67,13 +62,10 @@ class Parser(argparse.ArgumentParser):
                 from_files += shlex.split(Path(path).read_text("utf-8-sig"), comments=True)
             except (OSError, ValueError) as error:  # ValueError: an open quote, or not text
                 self.error(f"@{path}: {error}")
+        for text in others:
+            if text != text.encode("utf-8", "ignore").decode():  # an export could not hold it
+                self.error(f"{text!a}: its name is not UTF-8: rename it")
         return vars(self.parse_args(from_files)) | vars(self.parse_args(others))
-
-
-def python():
-    """How a shell names the Python that runs this: "python", or a path."""
-    here = sys.executable
-    return "python" if shutil.which("python") == here else shlex.quote(here)
 
 
 def flag_of(name):
@@ -87,8 +79,7 @@ def check_ranges(config):
         ("used without --dry-run", lambda x: not (x and config.dry_run), "evaluate"),
         ("at least 0", lambda x: x >= 0,
          "max_steps eval_every save_every export_every recompute plan_ranks plan_memory"),
-        ("at least 1", lambda x: x >= 1, "epochs accumulate keep replicas"),
-        ("at least 2", lambda x: x >= 2, "batch_tokens"),
+        ("at least 1", lambda x: x >= 1, "epochs accumulate keep replicas batch_tokens"),
         ("above 0", lambda x: x > 0, "beta adam_eps clip"),
         ("from 0 to 1", lambda x: 0 <= x <= 1, "min_lr_ratio warmup_ratio weight_decay"),
         ("at least 0 and below 1", lambda x: 0 <= x < 1, "adam_beta1 adam_beta2"),
@@ -96,20 +87,12 @@ def check_ranges(config):
         (f"from 2 to --batch-tokens {config.batch_tokens}",
          lambda x: 2 <= x <= config.batch_tokens, "max_length"),
         ("bf16 or fp32", lambda x: x in ("bf16", "fp32"), "precision adam_precision"),
-        ("auto or a number above 0", is_rate, "lr"),
+        ("auto or a number above 0", lambda x: x == "auto" or 0 < float(x) < math.inf, "lr"),
     ]  # fmt: skip
-    texts = map(str, [*vars(config).values(), *config.data, *config.eval_data])
-    for text in [text for text in texts if text != text.encode("utf-8", "ignore").decode()]:
-        raise ValueError(f"{text!a}: its name is not UTF-8: rename it")
     for words, holds, names in rules:
         for name in names.split():
             value = getattr(config, name)
-            if value is not None and not holds(value):
-                raise ValueError(f"{flag_of(name)} must be {words}")
-
-
-def is_rate(text):
-    try:
-        return text == "auto" or 0 < float(text) < math.inf
-    except ValueError:
-        return False
+            with contextlib.suppress(ValueError):  # by float
+                if value is None or holds(value):
+                    continue
+            raise ValueError(f"{flag_of(name)} must be {words}")

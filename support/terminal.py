@@ -41,8 +41,6 @@ def guard_terminal():
             setattr(sys, name, Terminal(screen, stream.encoding, "replace", line_buffering=True))
 
 
-# ------------------------------------------------------------------------------- the conversation
-
 HELP = """\
 /system TEXT   a system message for all turns; without TEXT, none
 /class NAME    answer under the condition of this class
@@ -53,7 +51,7 @@ A question that begins with a slash needs a space before it."""
 
 
 def converse(chat, options):
-    """Chat until /quit, or Ctrl-D or Ctrl-C at the prompt."""
+    """Chat until Ctrl-D, /quit, or Ctrl-C at the prompt."""
     with contextlib.suppress(ImportError):  # history, editing; a paste of many lines is one text
         import readline
 
@@ -64,20 +62,16 @@ def converse(chat, options):
     if chat.single:
         print("trained on single questions: each is asked without the earlier ones")
     print("/help lists the commands, Ctrl-D ends")
-    while True:
-        try:
-            text = input("> ").encode("utf-8", "replace").decode()  # "?" for bytes not UTF-8
-        except (EOFError, KeyboardInterrupt):
-            return print()
-        if text.strip() in ("/quit", "/exit", "quit", "exit"):
-            return
-        try:
-            if text.startswith("/"):
-                talk.command(*text.strip().split(maxsplit=1))
-            elif text.strip():
-                talk.ask(text.strip())
-        except KeyboardInterrupt:
-            print(" [stopped]")
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while (text := input("> ")).strip() not in ("/quit", "/exit", "quit", "exit"):
+            try:
+                if text.startswith("/"):
+                    talk.command(*text.strip().split(maxsplit=1))
+                elif text.strip():
+                    talk.ask(text.strip())
+            except KeyboardInterrupt:
+                print(" [stopped]")
+    print()
 
 
 class Talk:
@@ -86,12 +80,9 @@ class Talk:
         self.system, self.messages = [], []  # the latter ends with a question and its answer
 
     def condition(self):
-        chat = self.chat
-        asked = f'asked as "{chat.prefix(chat.class_name, "user")} ..."'
-        others = ", ".join(name for name in chat.names if name != chat.class_name)
-        if not others:
-            return f"{asked}: trained without conditions, or on only one class"
-        return f"class {chat.class_name}, {asked}; others: {others}"
+        name, names = self.chat.class_name, self.chat.names
+        others = ", ".join(other for other in names if other != name) or "none"
+        return f'class {name}, asked as "{self.chat.prefix(name, "user")} ..."; others: {others}'
 
     def command(self, name, rest=""):
         if name == "/new" and not rest:
@@ -105,29 +96,26 @@ class Talk:
         elif name == "/both" and (rest or self.messages):
             if not rest:  # the last question again
                 rest, self.messages = self.messages[-2].content, self.messages[:-2]
-            current = self.chat.class_name
-            self.ask(rest, sorted(self.chat.names, key=lambda name: name != current))
+            self.ask(rest, sorted(self.chat.names, key=lambda name: name != self.chat.class_name))
         else:
-            print(HELP)
+            print(f"[not done; /help lists the commands; classes: {', '.join(self.chat.names)}]")
 
     def ask(self, text, names=()):
         """Print the answer of the current class, or of each in `names`, and keep the first."""
-        asked = [*self.system, *self.messages, Message("user", text)]
+        asked, answers = [*self.system, *self.messages, Message("user", text)], [""]
         messages = self.chat.fitting(asked, self.options["max_new_tokens"])
         if not messages:
             return print(f"[too long for the context of {self.chat.context} tokens; not sent]")
-        forgotten = 0 if self.chat.single else (len(asked) - len(messages)) // 2
-        print("[the context is full: the oldest turn is forgotten]\n" * forgotten, end="")
-        answers = []
+        if len(messages) < len(asked) and not self.chat.single:
+            print("[the context is full: the oldest turns are forgotten]")
         try:
             for name in names or [self.chat.class_name]:
-                answers.append("")
                 if names:
                     print(self.chat.prefix(name, "assistant"), end=" ", flush=True)
                 for piece in self.chat.stream(messages, name, **self.options):
                     answers[-1] += piece
                     print(piece, end="", flush=True)
                 print()
-        finally:  # after Ctrl-C too
-            answer = "".join(answers[:1])
-            self.messages = [*messages[len(self.system) :], Message("assistant", answer)]
+                answers.append("")
+        finally:  # at Ctrl-C too
+            self.messages = [*messages[len(self.system) :], Message("assistant", answers[0])]

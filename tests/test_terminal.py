@@ -21,7 +21,7 @@ import chat
 import data
 import loss
 import model
-from support import flags, terminal
+from support import terminal
 from support.report import StatusLine
 
 TITLE = "\x1b]0;owned\x07\x1b[2J\x1b[31mred\x9b2J\b\x7f\u202eevil\u2066"  # of a window; clears it
@@ -106,25 +106,6 @@ def test_what_ends_a_program_is_text(end):
 def test_a_wrong_flag_is_text(tmp_path):
     _, found = shown(chat.main, [f"--{TITLE}"], tmp_path, 80)
     assert "is not a flag of chat.py" in found and found == harmless(found)
-
-
-def test_a_hint_names_the_python_that_runs(tmp_path, monkeypatch):
-    for name in ("own/.venv/bin", "other/bin"):
-        (tmp_path / name).mkdir(parents=True)
-        for program in ("python", "python3"):
-            (tmp_path / name / program).symlink_to(sys.executable)
-    here, other = tmp_path / "own/.venv/bin", tmp_path / "other/bin"
-    for path, runs, hint in (
-        (here, here / "python", "python"),
-        (here, here / "python3", str(here / "python3")),
-        (f"{other}:{here}", here / "python", str(here / "python")),  # the same file, another venv
-        (tmp_path, here / "python", str(here / "python")),  # none there
-    ):
-        monkeypatch.setenv("PATH", str(path))
-        monkeypatch.setattr(sys, "executable", str(runs))
-        assert flags.python() == hint
-    monkeypatch.setattr(sys, "executable", "/a b/python")
-    assert flags.python() == "'/a b/python'"
 
 
 def refreshes(arguments):
