@@ -138,16 +138,9 @@ def require_files(parser, flags):
     needed = ["model", "data", "out"][: 2 if flags.get("dry_run") else 3]
     if flags.get("evaluate"):
         needed = ["model", "eval_data"]
-    missing = [flag_of(name) for name in needed if not flags.get(name)]
-    if len(missing) == len(needed) and "data" in needed:  # meant for the embedded example
-        there = "" if Path.cwd() == ROOT else f"cd {shlex.quote(str(ROOT))} && "
-        line = shlex.join([f"@{EXAMPLE.relative_to(ROOT)}/flags.txt", *arguments])
-        parser.error(
-            "--model, --data and --out make up a run; to change the embedded example: "
-            f"{there}{PYTHON} train.py {line} --out runs/other"
-        )
-    if missing:
-        parser.error(f"missing: {', '.join(missing)}; --help lists all")
+    if missing := [flag_of(name) for name in needed if not flags.get(name)]:
+        example = f"the embedded example's are in @{EXAMPLE}/flags.txt"
+        parser.error(f"missing: {', '.join(missing)}; {example}; --help lists all")
 
 
 def main(arguments=None):

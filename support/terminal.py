@@ -85,7 +85,9 @@ class Talk:
         return f'class {name}, asked as "{self.chat.prefix(name, "user")} ..."; others: {others}'
 
     def command(self, name, rest=""):
-        if name == "/new" and not rest:
+        if name == "/help":
+            print(HELP)
+        elif name == "/new" and not rest:
             self.messages = []
         elif name == "/system":
             self.system = [Message("system", rest)] if rest else []
