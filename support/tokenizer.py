@@ -19,7 +19,7 @@ import sentencepiece
 
 from model import check_folder, read_json, write_json
 from support.formats import TEXT_PARTS
-from support.sentencepiece_merges import REFUSED, exact_merges
+from support.sentencepiece_merges import exact_merges
 
 END_OF_TURN = "<|end_of_turn|>"
 SPACES_COLLAPSE = "warning: this tokenizer turns several spaces into one: indentation is lost"
@@ -150,8 +150,7 @@ class OfFolder:
         """Set the beginning of a sequence, its end, and the end of a turn."""
         self.bos, self.eos = bos, eos
         if bos < 0:
-            self._refuse("has no <s>, or no bos_token (beginning of sequence) in "
-                         "tokenizer_config.json, nor its id in config.json")  # fmt: skip
+            self._refuse("has no <s>, or no bos_token in tokenizer_config.json or config.json")
         end, last = self.template.end, max([self.count - 1, *self.added.values()])
         ids = {text: i for i, text in enumerate(self.texts)} | self.added
         self.eot, self.eot_is_new = ids.get(end, last + 1), end not in ids
@@ -170,8 +169,7 @@ class OfFolder:
         """Ids that start a turn; ValueError if the condition spells a special token."""
         if (condition, role) not in self._prefixes:
             if spelled := [text for text in self.special.values() if text in condition]:
-                self._refuse(f"the condition {condition!r} spells its special token "
-                             f"{spelled[0]!r}: choose a different condition")  # fmt: skip
+                self._refuse(f"the condition {condition!r} spells its special token {spelled[0]!r}")
             text, ids = self.template.prefix(condition, role), []
             for part in re.split(f"({'|'.join(map(re.escape, self.template.tokens))})", text):
                 ids += [self.added[part]] if part in self.template.tokens else self.encode(part)
@@ -299,7 +297,7 @@ class SentencePiece(OfFolder):
         except (RuntimeError, OSError) as error:
             raise ValueError(f"{path}: not a SentencePiece model: {error}") from None
         texts = [pieces.id_to_piece(i) for i in range(pieces.vocab_size())]
-        merges, self.symbols, self.collapses_spaces = exact_merges(path, pieces)
+        merges, self.symbols, self.collapses_spaces = exact_merges(pieces, self._inexact)
         if self.collapses_spaces:
             self.warning, self.jinja_text = SPACES_COLLAPSE, JOINED
         self.unk = pieces.unk_id()
@@ -313,18 +311,19 @@ class SentencePiece(OfFolder):
         self._set_ends(pieces.bos_id(), pieces.eos_id())
         self._check_spaces()
 
+    def _inexact(self, fault):
+        self._refuse(f"{fault}: the export would give other ids; a different tokenizer is needed")
+
     def _check_spaces(self):
         """ValueError if a piece or a symbol has a space, or could take part of an end of turn."""
-        other = f"the export would give other ids; {REFUSED}"
         for text in sorted({*self.texts} - {*self.special.values(), *self.symbols}):
             if "▁" in text.lstrip("▁"):
-                self._refuse(f"has a piece {text!r} across a space (split_by_whitespace=false): "
-                             f"{other}")  # fmt: skip
+                self._inexact(f"has a piece {text!r} across a space (split_by_whitespace=false)")
         for text in self.symbols:
-            begins = any(self.template.end.startswith(text[k:]) for k in range(1, len(text)))
+            begins = any(END_OF_TURN.startswith(text[k:]) for k in range(1, len(text)))
             if {" ", "▁"} & {*text} or begins:
-                self._refuse(f"never splits {text!r}, which has a space or ends as "
-                             f"{self.template.end} begins: {other}")  # fmt: skip
+                never = f"never splits {text!r}, which has a space"
+                self._inexact(f"{never} or ends as {END_OF_TURN} begins")
 
     def turn_text(self, role, content):
         # vLLM and llama.cpp return an answer with the space that SentencePiece puts before it.
