@@ -5,8 +5,6 @@ Most of the differences are visible only in the model's proto, not in SentencePi
 
 import io
 
-REFUSED = "a tokenizer without it is needed"
-MERGED = "a vocabulary that was merged into another cannot be exported"
 # Numbers in sentencepiece_model.proto: fields of the model, kinds of it, types of a piece.
 # https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
 PIECES, TRAINER, NORMALIZER = 1, 2, 3
@@ -14,12 +12,12 @@ KINDS = {1: "unigram", 2: "BPE", 3: "word", 4: "character"}
 NORMAL, USER_DEFINED, UNUSED = 1, 4, 5
 
 
-def exact_merges(path, processor):
+def exact_merges(processor, refuse):
     """(merges, symbols, collapses_spaces) of a SentencePieceProcessor.
 
     merges [[left, right], ...] are in the order of merging; symbols {text: id} are matched in a
     text before any merge; collapses_spaces: several spaces become one, and those at the ends none.
-    ValueError, naming `path`, if Hugging Face's form would give different ids.
+    refuse(fault) is called, and must raise, if Hugging Face's form would give different ids.
     """
     pieces, specs = [], {TRAINER: {}, NORMALIZER: {}}
     for number, value in fields(processor.serialized_model_proto()):
@@ -34,30 +32,25 @@ def exact_merges(path, processor):
     collapses = bool(normalizer.get(4, True))  # remove_extra_whitespaces
     symbols = {piece: i for i, (piece, type) in enumerate(pieces) if type == USER_DEFINED}
     ids = {piece: i for i, (piece, type) in enumerate(pieces) if type == NORMAL}
-
-    def refuse(fault, remedy=REFUSED):
-        raise ValueError(f"{path}: {fault}: the export would give other ids; {remedy}")
-
-    for wrong, *why in (
-        (kind != "BPE", f"is a {kind} model", "only BPE is implemented"),
-        (normalizer.get(2), f"changes characters by its rules ({rule})", "it must be 'identity'"),
+    known = {*ids, *symbols}
+    for wrong, fault in (
+        (kind != "BPE", f"is a {kind} model, not a BPE"),
+        (normalizer.get(2), f"changes characters by its rules ({rule}), which must be 'identity'"),
         (not normalizer.get(3, True), "puts no space before a text (add_dummy_prefix=false)"),
         (not normalizer.get(5, True), "keeps spaces as they are (escape_whitespaces=false)"),
         (trainer.get(24), "puts a word's space at its end (treat_whitespace_as_suffix=true)"),
-        (collapses and symbols, "makes several spaces one (remove_extra_whitespaces=true) beside "
-                                "user_defined_symbols"),
-    ):  # fmt: skip
+        (collapses and symbols, "makes several spaces one, and has user_defined_symbols"),
+    ):
         if wrong:
-            refuse(*why)
+            refuse(fault)
     for piece, type in pieces:
         if type == UNUSED:
             refuse(f"has a piece {piece!r} that is not to be used")
-        if type == NORMAL and not all(char in ids or char in symbols for char in piece):
-            refuse(f"has a piece {piece!r}, but not each of its characters", MERGED)
+        if type == NORMAL and not known.issuperset(piece):
+            refuse(f"has a piece {piece!r}, but not each of its characters")
     merges, tied = merges_of(ids, processor.get_score)
     if tied:
-        fault = "has pieces of one score that share characters of a text, {!r} and {!r}"
-        refuse(fault.format(*tied), MERGED)
+        refuse("has pieces of one score that share characters, {!r} and {!r}".format(*tied))
     return merges, symbols, collapses
 
 

@@ -19,7 +19,7 @@ import sentencepiece
 
 from model import check_folder, read_json, write_json
 from support.formats import TEXT_PARTS
-from support.sentencepiece_merges import REFUSED, exact_merges
+from support.sentencepiece_merges import exact_merges
 
 END_OF_TURN = "<|end_of_turn|>"
 SPACES_COLLAPSE = "warning: this tokenizer turns several spaces into one: indentation is lost"
@@ -53,8 +53,7 @@ def Tokenizer(folder):
     if not beside.exists() or (path.exists() and not is_tiktoken(path)):
         return SentencePiece(folder)
     given, raw = read_package(beside)
-    steps = raw["model"], raw["decoder"] or {}, raw["steps"][-1]
-    types = [step.get("type") for step in steps]
+    types = [step.get("type") for step in (raw["model"], raw["decoder"] or {}, raw["steps"][-1])]
     kind = ByteLevel if types == ["BPE", "ByteLevel", "ByteLevel"] else SentencePieceJson
     return kind(folder, given, raw)
 
@@ -109,8 +108,8 @@ class OfFolder:
     def __reduce__(self):  # a pickle of the package's tokenizer forgets encode_special_tokens
         return Tokenizer, (self.folder,)
 
-    def _refuse(self, fault):
-        raise ValueError(f"{self.folder / self.file}: {fault}")
+    def _refuse(self, fault, file=None):
+        raise ValueError(f"{self.folder / (file or self.file)}: {fault}") from None
 
     def _read(self, file):
         return read_json(self.folder / file) if (self.folder / file).exists() else {}
@@ -121,19 +120,18 @@ class OfFolder:
         self.added, self.special = {}, {}
         known = {i: (i, text, self.file) for i, text in enumerate(texts)}  # by id, and by text
         for file, tokens_of in ADDED_FILES.items():
-            path, raw = self.folder / file, self._read(file)
+            raw = self._read(file)
             try:
                 tokens = [(t["id"], t["content"], t.get("special")) for t in tokens_of(raw)]
             except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise ValueError(f"{path}: cannot be read: {error!r}") from None
+                self._refuse(f"cannot be read: {error!r}", file)
             for i, text, special in tokens:
                 if type(text) is not str or type(i) is not int or not 0 <= i < 1 << 22:
-                    raise ValueError(f"{path}: an added token's id is not a whole number in range")
+                    self._refuse("an added token's id is not a whole number in range", file)
                 for key in (i, text):
-                    other, name, first = known.setdefault(key, (i, text, file))
-                    if (other, name) != (i, text):
-                        fault = f"gives {text!r} the id {i}, {first} gives {name!r} {other}"
-                        raise ValueError(f"{path}: {fault}")
+                    j, name, first = known.setdefault(key, (i, text, file))
+                    if (j, name) != (i, text):
+                        self._refuse(f"gives {text!r} the id {i}, {first} gives {name!r} {j}", file)
                 self.added[text] = i
                 self.special |= {i: text} if special else {}
 
@@ -150,8 +148,7 @@ class OfFolder:
         """Set the beginning of a sequence, its end, and the end of a turn."""
         self.bos, self.eos = bos, eos
         if bos < 0:
-            self._refuse("has no <s>, or no bos_token (beginning of sequence) in "
-                         "tokenizer_config.json, nor its id in config.json")  # fmt: skip
+            self._refuse("has no <s>, or no bos_token in tokenizer_config.json or config.json")
         end, last = self.template.end, max([self.count - 1, *self.added.values()])
         ids = {text: i for i, text in enumerate(self.texts)} | self.added
         self.eot, self.eot_is_new = ids.get(end, last + 1), end not in ids
@@ -170,8 +167,7 @@ class OfFolder:
         """Ids that start a turn; ValueError if the condition spells a special token."""
         if (condition, role) not in self._prefixes:
             if spelled := [text for text in self.special.values() if text in condition]:
-                self._refuse(f"the condition {condition!r} spells its special token "
-                             f"{spelled[0]!r}: choose a different condition")  # fmt: skip
+                self._refuse(f"the condition {condition!r} spells its special token {spelled[0]!r}")
             text, ids = self.template.prefix(condition, role), []
             for part in re.split(f"({'|'.join(map(re.escape, self.template.tokens))})", text):
                 ids += [self.added[part]] if part in self.template.tokens else self.encode(part)
@@ -185,8 +181,7 @@ class OfFolder:
 
     def check_vocabulary(self, rows):
         """ValueError unless a checkpoint of `rows` embeddings can be this tokenizer's."""
-        least, most = max(self.count, self.vocab_size - 1024), max(self.count, self.vocab_size)
-        if not least <= rows <= most + 1024:
+        if rows < self.count or abs(rows - self.vocab_size) > 1024:
             sizes = f"has {self.count} pieces, config.json's vocab_size is {rows}"
             self._refuse(f"{sizes}: this tokenizer belongs to a different checkpoint")
 
@@ -286,9 +281,9 @@ class SentencePiece(OfFolder):
     file, collapses_spaces = "tokenizer.model", False
 
     def __init__(self, folder):
+        check_folder(folder)
         self.folder = Path(folder)
         path = self.folder / self.file
-        check_folder(folder)
         if not path.is_file():
             self._refuse("not found, nor a tokenizer.json beside it")
         if is_tiktoken(path):
@@ -296,9 +291,9 @@ class SentencePiece(OfFolder):
         try:
             self.pieces = pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
-            raise ValueError(f"{path}: not a SentencePiece model: {error}") from None
+            self._refuse(f"not a SentencePiece model: {error}")
         texts = [pieces.id_to_piece(i) for i in range(pieces.vocab_size())]
-        merges, self.symbols, self.collapses_spaces = exact_merges(path, pieces)
+        merges, self.symbols, self.collapses_spaces = exact_merges(pieces, self._inexact)
         if self.collapses_spaces:
             self.warning, self.jinja_text = SPACES_COLLAPSE, JOINED
         self.unk = pieces.unk_id()
@@ -312,18 +307,19 @@ class SentencePiece(OfFolder):
         self._set_ends(pieces.bos_id(), pieces.eos_id())
         self._check_spaces()
 
+    def _inexact(self, fault):
+        self._refuse(f"{fault}: the export would give other ids; a different tokenizer is needed")
+
     def _check_spaces(self):
         """ValueError if a piece or a symbol has a space, or could take part of an end of turn."""
-        other = f"the export would give other ids; {REFUSED}"
         for text in sorted({*self.texts} - {*self.special.values(), *self.symbols}):
             if "▁" in text.lstrip("▁"):
-                self._refuse(f"has a piece {text!r} across a space (split_by_whitespace=false): "
-                             f"{other}")  # fmt: skip
+                self._inexact(f"has a piece {text!r} across a space (split_by_whitespace=false)")
         for text in self.symbols:
-            begins = any(self.template.end.startswith(text[k:]) for k in range(1, len(text)))
+            begins = any(END_OF_TURN.startswith(text[k:]) for k in range(1, len(text)))
             if {" ", "▁"} & {*text} or begins:
-                self._refuse(f"never splits {text!r}, which has a space or ends as "
-                             f"{self.template.end} begins: {other}")  # fmt: skip
+                never = f"never splits {text!r}, which has a space"
+                self._inexact(f"{never} or ends as {END_OF_TURN} begins")
 
     def turn_text(self, role, content):
         # vLLM and llama.cpp return an answer with the space that SentencePiece puts before it.
@@ -380,8 +376,8 @@ class InPackage(OfFolder):
         return [np.array(encoding.ids, np.int32) for encoding in found]
 
     def _set_vocabulary(self, raw, odd):
-        """_set_pieces, unless its ids have gaps or the file asks for one of `odd`."""
-        for key in odd:
+        """_set_pieces, unless its ids have gaps or the file asks for one of `odd` or of ODD."""
+        for key in ODD + odd:
             if raw["model"].get(key, True):
                 self._refuse(f"asks for {key}, which is not implemented")
         ids = raw["model"]["vocab"]
@@ -409,7 +405,7 @@ class SentencePieceJson(InPackage, SentencePiece):
             self._refuse("is neither a byte-level BPE nor SentencePiece's with a space before each "
                          "text, as Llama 2's; no other kind is implemented (if transformers' "
                          "save_pretrained left tokenizer.model out, copy it back)")  # fmt: skip
-        self._set_vocabulary(raw, [*ODD, "ignore_merges"])
+        self._set_vocabulary(raw, ["ignore_merges"])
         listed = [token for token in raw["added_tokens"] if token["id"] < self.count]
         self.symbols = {token["content"]: token["id"] for token in listed if not token["special"]}
         self.start = "▁" * bool(self.symbols)
@@ -441,11 +437,11 @@ class ByteLevel(InPackage):
     def __init__(self, folder, given, raw):
         self.folder = Path(folder)
         *splits, last = raw["steps"]
-        odd = ["normalizer"] * bool(raw["normalizer"])
+        odd = ["unk_token", "byte_fallback"] + ["normalizer"] * bool(raw["normalizer"])
         odd += ["add_prefix_space"] * last["add_prefix_space"]
         odd += [s["type"] for s in splits if s["type"] not in ("Split", "Digits")]
         odd += [s["type"] for s in splits if s.get("behavior") == "Removed"]
-        self._set_vocabulary(raw, [*ODD, "unk_token", "byte_fallback", *odd])
+        self._set_vocabulary(raw, odd)
         self.missing = bytes(b for b, char in enumerate(BYTES) if char not in raw["model"]["vocab"])
         if self.added.keys() >= {*V36.tokens}:
             self.template = V36
@@ -460,15 +456,14 @@ class ByteLevel(InPackage):
         self.model.add_special_tokens([text for _, text in sorted(self.special.items())])
         self.model.encode_special_tokens = True
         self._check_forged()
-
-        def pieces(text):  # no merge crosses these
-            return [piece for piece, _ in self.model.pre_tokenizer.pre_tokenize_str(text)]
-
         prefixes = ("User:", "Assistant:") if self.template is V32 else ("\n\n",)
         for before, char in itertools.product(prefixes, STARTS):
             text = self.template.space + char
-            if pieces(before + text) != pieces(before) + pieces(text):
+            if self._pieces(before + text) != self._pieces(before) + self._pieces(text):
                 self._refuse(f"joins {before!r} and {text!r}, as no turn may")
+
+    def _pieces(self, text):  # no merge crosses these
+        return [piece for piece, _ in self.model.pre_tokenizer.pre_tokenize_str(text)]
 
     def turn_text(self, role, content):
         return (self.template.space * (role != "system") + content.strip()).rstrip()

@@ -5,8 +5,7 @@
     gives lines [column, piece of the answer, null]; a column's last line has "", or the limit that
     cut the answer short
 
-Bound to 127.0.0.1. Host and Origin are checked (against DNS rebinding and other pages' requests);
-the policy allows only this page's own script and style.
+Host and Origin are checked, against DNS rebinding and other pages' requests.
 """
 
 import contextlib
@@ -21,10 +20,8 @@ from support.formats import Message
 
 PORT = 8000
 ROLES = "user", "assistant"
-POLICY = (
-    "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
+POLICY = "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; "
+POLICY += "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
 def serve(chat, port, options):
@@ -37,10 +34,10 @@ def serve(chat, port, options):
 
 
 def server_of(chat, port, options):
-    shared = {"chat": chat, "options": options, "seeds": itertools.count(options["seed"])}
-    handler = type("Handler", (Handler,), shared | {"turn": threading.Lock()})
+    seeds, turn = itertools.count(options["seed"]), threading.Lock()  # one answer at a time
+    shared = {"chat": chat, "options": options, "seeds": seeds, "turn": turn}
     try:
-        return ThreadingHTTPServer(("127.0.0.1", port), handler)
+        return ThreadingHTTPServer(("127.0.0.1", port), type("OfChat", (Handler,), shared))
     except (OSError, OverflowError) as error:
         raise ValueError(f"--web {port}: {error}") from None
 
@@ -97,9 +94,9 @@ class Handler(BaseHTTPRequestHandler):
         """The model, as the page shows it."""
         chat, columns = self.chat, []
         for name in chat.names:
-            column = {role: chat.prefix(name, role) for role in ROLES}
-            column |= {"name": name, "reward": chat.export.classes[name].reward}
-            columns.append(column | {"weight": chat.export.weights.get(name)})
+            reward, weight = chat.export.classes[name].reward, chat.export.weights.get(name)
+            column = {"name": name, "reward": reward, "weight": weight}
+            columns.append(column | {role: chat.prefix(name, role) for role in ROLES})
         about = {"folder": str(chat.folder), "single": chat.single, "columns": columns}
         return about | {"endOfTurn": chat.tokenizer.template.end}
 
