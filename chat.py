@@ -208,8 +208,8 @@ def export_of(folder):
     """The Export in a folder; ValueError if it has none."""
     if export := read_export(folder):
         return export
-    why = "a base model knows no class's condition, and a run has none before an epoch ends"
-    raise ValueError(f"{folder}/crlft.json: not found; chat.py needs an export of train.py: {why}")
+    why = "chat.py needs an export of train.py, as a base model knows no class's condition"
+    raise ValueError(f"{folder}/crlft.json: not found; {why} (save_pretrained omits it: copy it)")
 
 
 def ends_of(folder):

@@ -105,8 +105,7 @@ def make_plan(config, ranks, out):
     flash = cuda and bf16 and network.head_dim <= model.LARGEST_FLASH_HEAD
     # Only FlashAttention has fixed shapes; anything else would compile again for every batch.
     compile = flash if config.compile is None else config.compile
-    context = network.max_position_embeddings
-    max_length = length_limit(config.max_length, config.batch_tokens, context)
+    max_length = length_limit(config, network.max_position_embeddings)
 
     def tokenized(field):
         prepare = functools.partial(
@@ -198,14 +197,11 @@ def obstacle_to_bf16_moments(config, cuda):
         return f"needs --adam-beta1 and --adam-beta2 of at most 0.996, not {beta}: {lost}"
 
 
-def length_limit(max_length, batch_tokens, context):
-    """The number of tokens to cut a conversation at: --max-length, by default 4096 or less.
-
-    `context` is the model's max_position_embeddings, None if it is not known.
-    """
-    if max_length and context and max_length > context:
+def length_limit(flags, context):
+    """Tokens to cut a conversation at, by default 4096 or less; `context` is the model's, or 0."""
+    if flags.max_length and context and flags.max_length > context:
         raise ValueError(f"--max-length must be within the model's {context}")
-    return max_length or min(4096, batch_tokens, context or 4096)
+    return flags.max_length or min(4096, flags.batch_tokens, context or 4096)
 
 
 def auto_lr(network, tokenizer, supervised_tokens):

@@ -48,10 +48,9 @@ def run_preview(args):
     classes = read_classes(args.classes) if args.classes else DEFAULT_CLASSES
     tokenizer = Tokenizer(args.model)
     weights = np.array(list(class_weights(classes, args.beta).values()))
-    context = None
-    if (Path(args.model) / "config.json").exists():
-        context = LlamaConfig.from_folder(args.model).max_position_embeddings
-    max_length = length_limit(args.max_length, args.batch_tokens, context)
+    known = (Path(args.model) / "config.json").exists()
+    context = LlamaConfig.from_folder(args.model).max_position_embeddings if known else 0
+    max_length = length_limit(args, context)
     with tempfile.TemporaryDirectory() as folder:
         found = data.prepare(
             args.files, tokenizer, classes, folder, max_length=max_length,
@@ -61,7 +60,7 @@ def run_preview(args):
         print("\n".join(report.summary(found, classes, weights)))
         if tokenizer.warning:
             print(tokenizer.warning)
-        if context is None:
+        if not known:
             print(f"{args.model} has no config.json: the model's context is not known")
         steps = data.pack(found.lengths, args.batch_tokens, args.ranks, seed=0, epoch=0)
         fill = found.lengths.sum() / (len(steps) * args.ranks * args.batch_tokens)
