@@ -18,13 +18,12 @@ import json
 import math
 import os
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 
-if __package__:  # copied into a package of yours, together with kernels/
-    from .kernels import linear_cross_entropy as linear
-else:
-    from kernels import linear_cross_entropy as linear
+KERNELS = f"{__package__}.kernels" if __package__ else "kernels"  # copied into a package of yours
+linear = import_module(f"{KERNELS}.linear_cross_entropy")
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def class_table(mapping):
     for name, entry in table.items():
         if (other := owner.setdefault(entry.condition, name)) != name:
             fault = f"condition {entry.condition!r} already belongs to class {other!r}"
-            raise ValueError(f"class {name!r}: {fault}, and the two could not be told apart")
+            raise ValueError(f"class {name!r}: {fault}")
     return table
 
 
@@ -175,11 +174,7 @@ def backend_for(tensor):
     """The cross_entropy_rows for logits like `tensor`: the Triton kernel's, or plain PyTorch's."""
     kernel_runs = tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
     if kernel_runs and tensor.dtype != torch.float64:  # the kernel computes in float32
-        if __package__:
-            from .kernels.cross_entropy import cross_entropy_rows
-        else:
-            from kernels.cross_entropy import cross_entropy_rows
-        return cross_entropy_rows
+        return import_module(f"{KERNELS}.cross_entropy").cross_entropy_rows
     return plain_cross_entropy_rows
 
 

@@ -4,9 +4,8 @@
     python plot.py RUN OTHER...         overlaid, in RUN/curves-OTHER.png
     python plot.py RUN --to FILE.png
 
-Panels: loss and token accuracy by class (lines: training, smoothed; dots: held out), each class's
-share of a step's weight, learning rate, gradient norm, tokens per second. In all panels a class
-has one colour, and a run one line style.
+Loss and token accuracy by class (lines: training, smoothed; dots: held out), each class's share of
+a step's weight, learning rate, gradient norm, speed. A class has one colour, a run one line style.
 """
 
 import itertools
@@ -56,11 +55,13 @@ def draw(runs, path):
             panels[key].plot(x, y, style, c="black", lw=1)
         for number, of in enumerate(steps[0]["classes"]):
             colour, label = f"C{number}", f"{name} {of}" if len(runs) > 1 else of
+            # As it is: not as a formula, nor left out of the legend.
+            label = " " * label.startswith("_") + label.replace("$", r"\$")
             for key in BY_CLASS:
                 values = [step["classes"].get(of, {}).get(key) for step in steps]
                 if any(values):  # else no conversation of this class was trained on
                     y = smoothed(values)
-                    panels[key].plot(x, y, style, c=colour, lw=1, label=as_label(label))
+                    panels[key].plot(x, y, style, c=colour, lw=1, label=label)
                 points = [(e["step"], e["eval"].get(of, {}).get(key)) for e in evaluations]
                 if points and key != "weight_share":
                     points = np.array(points, dtype=np.float64)  # None becomes NaN: no dot
@@ -74,11 +75,6 @@ def draw(runs, path):
     for key in ("accuracy", "weight_share"):
         panels[key].yaxis.set_major_formatter(PercentFormatter(1))
     figure.savefig(path, dpi=100)
-
-
-def as_label(text):
-    """Text that matplotlib shows as it is: not as a formula, nor left out of the legend."""
-    return " " * text.startswith("_") + text.replace("$", r"\$")
 
 
 def smoothed(values):

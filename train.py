@@ -7,13 +7,13 @@ The whole method, and where each part is:
 
     the class c of a conversation conditions its prompt, "GPT4 User: ..."   data.py, lay_out
     the class's reward becomes a weight, w_c = exp((r_c - r_max) / beta)    loss.py, class_weights
-    L = Σ w_t · CE_t / Σ w_t over the supervised tokens of all ranks        forward_backward, below
+    Eq. (6): L = Σ w_t · CE_t / Σ w_t, supervised tokens of all ranks       forward_backward, below
     no reference model, no value model, no sampling: pi_c of Eq. (4) is the data itself
 
     other classes: --classes; a reward per conversation: "reward" in the data, per turn: "weight"
     longer than --max-length: cut at its end, data.py
-    FSDP: build, below; why the loss is computed inside the root's forward: objective, below
-    lm_head fused with the loss, never all logits at once; V = 32002 padded to 32064: kernels/
+    FSDP: build; the loss is inside the root's forward, as only there the head is whole: objective
+    lm_head fused with the loss: kernels/linear_cross_entropy.py; rows of V = 32002 padded to 32064
     resume, bit for bit: support/checkpoint.py; how a signal ends a run: support/ranks.py
 
 In order: flags, main, the loop, the sharded network, one step, evaluation, the schedule. support/
@@ -65,7 +65,7 @@ class Config:
     data: list = ()  # training conversations; CLASS=FILE gives the class of a whole file
     eval_data: list = ()  # held-out conversations, in the same formats as --data
     class_field: str = "class"  # the key with a conversation's class, such as model, source, label
-    classes: str = ""  # JSON {class: {"condition", "reward", "match"}}; default: gpt4 1, gpt3.5 0
+    classes: str = ""  # JSON file of all: {"name": {"condition", "reward"}}; default: gpt4, gpt3.5
     beta: float = BETA  # w = exp((reward - best reward) / beta); 1/ln 10 gives 1.0 and 0.1
     condition: bool = True  # put the class into the prompt (off: the paper's "w/o condition")
     reward: bool = True  # weigh by class (off: the paper's "w/o reward", every w = 1)
@@ -165,7 +165,10 @@ def run(config, ranks):
         plan = make_plan(config, ranks, out)
         ranks.say(report.header(plan))
         if config.evaluate:
-            return evaluate_alone(plan, ranks)
+            table = evaluate(plan, ranks, build(plan, ranks)[0])
+            ranks.say(report.evaluation(report.by_class(plan, table)))
+            refuse_broken_base(table)
+            return True
         ranks.say(report.schedule(plan))
         ranks.say(report.resources(plan))
         if not plan.fits:
@@ -245,7 +248,7 @@ def evaluate_and_export(plan, ranks, llama, log, out, step):
     if export_now:
         if ranks.asked_to_stop():  # exporting is slow, and can be redone from the checkpoint
             return True
-        write_export(plan, ranks, llama, out, step, log.expert_losses())
+        write_export(plan, ranks, llama, out, step, log.expert_losses)
     # After the last step there is nothing left to stop.
     return (evaluate_now or export_now) and step < plan.order.total and ranks.asked_to_stop()
 
@@ -451,15 +454,6 @@ def evaluate(plan, ranks, llama):
     for part in (*llama.model.layers, llama):
         part.reshard()
     return None if stopped else dict(zip(TABLE, ranks.sum(table).cpu().numpy(), strict=True))
-
-
-def evaluate_alone(plan, ranks):
-    """With --evaluate: loss and accuracy by class of --model's own weights, on --eval-data."""
-    llama, _ = build(plan, ranks)
-    table = evaluate(plan, ranks, llama)
-    ranks.say(report.evaluation(report.by_class(plan, table)))
-    refuse_broken_base(table)
-    return True
 
 
 # ---------------------------------------------------------------------------------------- schedule

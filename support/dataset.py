@@ -29,7 +29,6 @@ from support.containers import blocks
 
 FORMAT = 4  # changes with the arrays' format, or with how files are read
 SHOWN_CAUSES, SHOWN_PLACES = 20, 5  # of bad lines
-NAMED_KEYS = 100  # different keys that are counted as not read
 MANY = 64 << 20  # bytes from which several processes are faster in spite of their start-up time
 
 # The weight stored with a token. Above 0: a factor on the weight of its class. Below 0: FINAL times
@@ -180,10 +179,7 @@ class Report:
                 known["places"] = (known["places"] + problem["places"])[:SHOWN_PLACES]
             elif len(self.problems) < SHOWN_CAUSES:
                 self.problems[name] = problem
-        for key, count in other.not_read.items():
-            if key not in self.not_read and len(self.not_read) >= NAMED_KEYS:
-                key = f"keys beyond the first {NAMED_KEYS}"
-            self.not_read[key] += count
+        self.not_read.update(other.not_read)
         self.unknown_in = other.unknown_in
 
 

@@ -1,7 +1,4 @@
-"""Estimates, before you rent a GPU, how much of its memory a rank needs at the peak of a step.
-
-Tested against the memory of small networks on a CPU (tests/test_plan.py).
-"""
+"""Estimates, before you rent a GPU, how much of its memory a rank needs at the peak of a step."""
 
 from typing import NamedTuple
 

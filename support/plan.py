@@ -163,8 +163,7 @@ def make_plan(config, ranks, out):
 
 
 def every(n, last):
-    """The multiples of n up to `last`; none if n is 0."""
-    return range(n, last + 1, n) if n else ()
+    return range(n, last + 1, n) if n else ()  # the multiples of n, up to `last`
 
 
 def evaluation_config(config):

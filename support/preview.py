@@ -67,13 +67,10 @@ def run_preview(args):
         packed = f"{len(steps):,} steps of {args.ranks} x {args.batch_tokens:,} tokens"
         print(f"packing: {packed}, {fill:.2%} full, conversations up to {max_length:,} tokens")
         print("\n".join(report.weight_by_step(found, steps, classes, weights)))
-        print(f"\n{LEGEND}\n")
+        print("\nsupervised: ⟦between these⟧, with its weight w")
+        print("the name of a special token, if spelled out in a text, is shown as <\\s>\n")
         for conversation in varied(found, args.show):
             print(*preview(found, conversation, tokenizer, classes, weights), sep="\n")
-
-
-LEGEND = r"""supervised: ⟦between these⟧, with its weight w
-the name of a special token, if spelled out in a text, is shown as <\s>"""
 
 
 def preview(dataset, conversation, tokenizer, classes, class_weights):
@@ -93,6 +90,5 @@ def preview(dataset, conversation, tokenizer, classes, class_weights):
 def varied(dataset, count):
     """Indices of the first conversations of each class in turn."""
     source_class = dataset.index["source_class"]
-    by_class = [np.flatnonzero(source_class == c) for c in range(source_class.max() + 1)]
-    turns = [of[i] for i in range(count) for of in by_class if i < len(of)]
-    return turns[:count]
+    by_class = [np.flatnonzero(source_class == c) for c in np.unique(source_class)]
+    return [of[i] for i in range(count) for of in by_class if i < len(of)][:count]

@@ -112,7 +112,8 @@ class Ranks:
         if self.signalled is None:
             self.signalled = time.monotonic()
             if self.first:
-                self.line.say_in_handler("stopping; once more to stop at once, without saving")
+                with contextlib.suppress(OSError):  # not print, which it may have interrupted
+                    os.write(2, b"\nstopping; once more to stop at once, without saving\n")
         elif time.monotonic() - self.signalled > 1:  # not torchrun's copy of the first Ctrl-C
             os._exit(128 + number)
 

@@ -1,7 +1,6 @@
 """The text that a run prints: its plan, its data, its progress; and metrics.jsonl."""
 
 import collections
-import contextlib
 import datetime
 import itertools
 import json
@@ -53,13 +52,6 @@ class StatusLine:
             self.stream.flush()
         except OSError:  # the terminal is closed, or `tee` has ended: the run continues
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-    def say_in_handler(self, text):
-        """From a signal handler, which may have interrupted a print: not through its buffer."""
-        text = "\n" * Terminal.refreshed + text + "\n"
-        Terminal.refreshed = False
-        with contextlib.suppress(OSError):
-            os.write(self.stream.fileno(), text.encode())
 
 
 class Progress:
@@ -129,7 +121,6 @@ def schedule(plan):
     return "\n".join([
         *out,
         f"schedule   steps {order.total:,}, epochs {len(order.ends)}; per step {step}",
-        "           shown: the loss, and by class loss and token accuracy",
         f"           conversations up to {plan.max_length:,} tokens",
         f"optimizer  AdamW ({config.adam_precision} moments), peak learning rate {rate}",
     ])  # fmt: skip
@@ -277,16 +268,12 @@ def visible(tokens, tokenizer):
         if special:
             text += "".join(names[token] + "\n" * (token == tokenizer.eot) for token in run)
         else:
-            text += harmless(tokenizer.spell([*run]), names)
+            spelt = tokenizer.spell([*run])  # may look like a special token, or control a terminal
+            for name in names.values():
+                spelt = spelt.replace(name, name[0] + "\\" + name[1:])  # <\s>
+            hidden = {"⟦", "⟧"}.union(c for c in spelt if not c.isprintable()) - {"\n", "\t"}
+            text += spelt.translate(dict.fromkeys(map(ord, hidden), "\ufffd"))
     return text
-
-
-def harmless(text, names):
-    """Text with nothing that looks like a special token, a mark or an escape sequence."""
-    for name in names.values():
-        text = text.replace(name, name[0] + "\\" + name[1:])  # <\s>
-    hidden = {"⟦", "⟧"}.union(c for c in text if not c.isprintable()) - {"\n", "\t"}
-    return text.translate(dict.fromkeys(map(ord, hidden), "\ufffd"))
 
 
 # ----------------------------------------------------------------------------------------- the log
@@ -299,7 +286,7 @@ class Log:
         self.plan, self.ranks, self.out, self.start = plan, ranks, out, start
         self.began = time.perf_counter()
         self.path, self.unwritten = out / "metrics.jsonl", b""
-        self.evaluations = {}  # {step: by_class}, on rank 0, of this evaluation data
+        self.expert, self.expert_losses = expert_class(plan.classes), {}  # {step: held-out loss}
         self.peak = peak_flops(torch.cuda.get_device_name()) if ranks.cuda else None
         ranks.first_does(self._go_on)
 
@@ -312,7 +299,7 @@ class Log:
             if line["step"] <= self.start and not again:
                 keep.append(line)
                 if ours:
-                    self.evaluations[line["step"]] = line["eval"]
+                    self.expert_losses[line["step"]] = line["eval"].get(self.expert, {}).get("loss")
         temporary = self.out / ".metrics.tmp"
         temporary.write_text("".join(json.dumps(line) + "\n" for line in keep))
         sync(temporary)
@@ -366,14 +353,10 @@ class Log:
     def evaluation(self, step, table):
         if not self.ranks.first:
             return
-        classes = self.evaluations[step] = by_class(self.plan, table)
+        classes = by_class(self.plan, table)
+        self.expert_losses[step] = classes[self.expert]["loss"]
         self.write({"step": step, "eval": classes, "eval_data": self.plan.eval_name})
         self.ranks.say(f"evaluation at step {step}\n{evaluation(classes)}")
-
-    def expert_losses(self):
-        """{step: held-out loss of the class with the highest reward}, on this evaluation data."""
-        expert = expert_class(self.plan.classes)
-        return {step: of.get(expert, {}).get("loss") for step, of in self.evaluations.items()}
 
 
 def by_class(plan, table):

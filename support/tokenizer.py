@@ -22,7 +22,6 @@ from support.formats import TEXT_PARTS
 from support.sentencepiece_merges import exact_merges
 
 END_OF_TURN = "<|end_of_turn|>"
-SPACES_COLLAPSE = "warning: this tokenizer turns several spaces into one: indentation is lost"
 
 
 class Template(NamedTuple):
@@ -295,7 +294,8 @@ class SentencePiece(OfFolder):
         texts = [pieces.id_to_piece(i) for i in range(pieces.vocab_size())]
         merges, self.symbols, self.collapses_spaces = exact_merges(pieces, self._inexact)
         if self.collapses_spaces:
-            self.warning, self.jinja_text = SPACES_COLLAPSE, JOINED
+            self.jinja_text = JOINED
+            self.warning = "warning: several spaces become one, so indentation is lost"
         self.unk = pieces.unk_id()
         self.bpe = {"type": "BPE", "unk_token": texts[self.unk], "fuse_unk": True}
         self.bpe["byte_fallback"] = any(map(pieces.is_byte, range(len(texts))))

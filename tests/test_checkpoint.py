@@ -251,12 +251,12 @@ def test_a_log_goes_on_after_the_steps_done(started, ranks):
     log.evaluation(end, table)
     log.write({"step": end} | others)
     log.evaluation(end + 1, table)
-    assert log.expert_losses() == {0: 1, end: 1, end + 1: 1}
+    assert log.expert_losses == {0: 1, end: 1, end + 1: 1}
     before = files.read_metrics(log.path)
     again = report.Log(plan, ranks, checkpoints.out, end)
     assert files.read_metrics(log.path) == [before[0], before[1], before[2], before[5]]
-    assert again.expert_losses() == {0: 1}
-    assert report.Log(plan, ranks, checkpoints.out, 1).expert_losses() == {0: 1}
+    assert again.expert_losses == {0: 1}
+    assert report.Log(plan, ranks, checkpoints.out, 1).expert_losses == {0: 1}
     assert files.read_metrics(log.path) == before[:2]
     report.Log(plan, ranks, checkpoints.out, 0)
     assert files.read_metrics(log.path) == []

@@ -615,14 +615,6 @@ def test_what_is_not_read_is_counted_in_the_summary(prepare, tmp_path):
     assert summary[-1] == "not read: id (30), messages: name (2), score (1)"
 
 
-def test_of_more_than_100_keys_the_others_are_counted_together(prepare, monkeypatch, tmp_path):
-    monkeypatch.setattr(containers, "BLOCK", 2000)  # in several blocks
-    lines = [conversation("A", "B") | {f"k{n}": 1} for n in range(130)]
-    found = prepare(write(tmp_path / "a.jsonl", *lines, *lines)).report["not_read"]
-    assert len(found) == 101 and found["keys beyond the first 100"] == 60
-    assert {count for key, count in found.items() if key.startswith("k1")} == {2}
-
-
 # --------------------------------------------------------------------------------------- containers
 
 

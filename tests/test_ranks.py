@@ -168,14 +168,15 @@ def test_a_run_under_nohup_outlives_its_terminal(ranks, handlers):
 
 def test_a_second_signal_ends_at_once_but_not_the_same_ctrl_c_twice(ranks, monkeypatch):
     """Ctrl-C comes from the terminal and again from torchrun, within milliseconds."""
-    codes, line = [], StatusLine(io.StringIO(), 1.0)
-    monkeypatch.setattr(line, "say_in_handler", lambda text: None)
-    monkeypatch.setattr(ranks, "line", line)
+    codes, shown = [], []
+    monkeypatch.setattr(support_ranks.os, "write", lambda *arguments: shown.append(arguments))
     monkeypatch.setattr(support_ranks.os, "_exit", codes.append)
     monkeypatch.setattr(ranks, "signalled", None)
     ranks._signal(signal.SIGINT, None)
     ranks._signal(signal.SIGINT, None)
     assert codes == [] and ranks.asked_to_stop()
+    ((stream, text),) = shown
+    assert stream == 2 and text.startswith(b"\nstopping; once more ") and text.endswith(b"\n")
     monkeypatch.setattr(ranks, "signalled", time.monotonic() - 2)
     ranks._signal(signal.SIGTERM, None)
     assert codes == [128 + signal.SIGTERM]
@@ -235,17 +236,6 @@ def test_a_narrow_terminal_gets_one_line_with_room_for_a_ctrl_c(shown, monkeypat
     shown.buffer.write(b"^C\n")  # by the terminal itself
     assert seen(shown) == [fits + "^C"]
     assert len(fits + "^C") < columns
-
-
-def test_a_signal_is_said_on_a_line_of_its_own(tmp_path, monkeypatch):
-    """From the handler, past Python's buffers, which the signal may have interrupted."""
-    with open(tmp_path / "shown", "w") as shown:
-        line = StatusLine(shown, 1.0)
-        monkeypatch.setattr(Terminal, "refreshed", True)
-        line.say_in_handler("stopping")
-        assert not Terminal.refreshed
-        line.say("stopped")
-    assert (tmp_path / "shown").read_text() == "\nstopping\nstopped\n"
 
 
 def test_a_file_gets_a_line_a_second_and_the_last_one():
