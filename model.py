@@ -96,6 +96,8 @@ class LlamaConfig:
         """Read `folder`/config.json; ValueError names keys missing or not implemented."""
         check_folder(folder)
         path = Path(folder) / "config.json"
+        if not path.is_file():
+            raise ValueError(f"{path}: not found; --model needs a Hugging Face folder")
         raw = read_json(path)
         try:
             return cls(**_implemented(raw))

@@ -1,8 +1,6 @@
 """The plan of a run: everything that is decided before a weight is read.
 
     flags -> classes, tokenizer, network -> tokenized data -> order of the steps -> memory
-
-make_plan does this from left to right; any error in the input is raised there.
 """
 
 import dataclasses

@@ -97,8 +97,7 @@ class Handler(BaseHTTPRequestHandler):
             reward, weight = chat.export.classes[name].reward, chat.export.weights.get(name)
             column = {"name": name, "reward": reward, "weight": weight}
             columns.append(column | {role: chat.prefix(name, role) for role in ROLES})
-        end = chat.tokenizer.template.end
-        return {"single": chat.single, "columns": columns, "endOfTurn": end}
+        return {"single": chat.single, "columns": columns, "endOfTurn": chat.tokenizer.template.end}
 
     def send(self, status, text, kind="text/plain", policy="default-src 'none'"):
         self.send_response(status)

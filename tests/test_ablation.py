@@ -97,7 +97,7 @@ def test_shuffled_labels_leave_no_advantage(tmp_path, capsys, monkeypatch):
     live = re.findall(r"([012])/2 runs done, step (\d+) of 160(.*)\n", capsys.readouterr().out)
     steps = [int(step) for _, step, _ in live]
     assert sorted(steps) == steps and steps[-1] == 160 and len(set(steps)) > 3
-    assert all(left == "" or re.fullmatch(r", \d+:\d\d left", left) for *_, left in live)
+    assert all(left == "" or re.fullmatch(r", \d:\d\d:\d\d left", left) for *_, left in live)
     told, shuffled = ([scores[run][c]["sampled"] for c in (EXPERT, SUBOPTIMAL)] for run in runs)
     assert told[0] > told[1] + 0.1 and told[0] > shuffled[0] + 0.1
     assert abs(shuffled[0] - shuffled[1]) < 0.05

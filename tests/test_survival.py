@@ -656,7 +656,7 @@ def pickled_alone(folder):
         (pipe, "config.json: not found"),
         (
             config_with(rope_scaling=LLAMA3 | {"original_max_position_embeddings": 10**30}),
-            "needs original_max_position_embeddings as a positive number",
+            "needs positive numbers for factor, low_freq_factor, ",
         ),
         (config_with(hidden_size=10**12), "config.json: too large: its sizes make"),
         (config_with(num_hidden_layers=10**9), "config.json: too large: its sizes make"),
