@@ -155,9 +155,7 @@ class Chat:
         left = self.context - len(self.prompt(kept, longest))
         if left < 1:
             return []
-        if self.single:
-            return kept
-        for at in range(len(messages) - 3, first - 1, -2):
+        for at in range(len(messages) - 3, first - 1, -2) if not self.single else ():
             pair = messages[at : at + 2]
             left -= len(self.prompt(pair, longest)) - len(self.prompt([], longest))
             if left < room:
@@ -265,7 +263,8 @@ def answer(chat, args, options):
     elif args.batch:
         answer_file(chat, args.batch, args.to, options, args.drop_last_answer)
     elif args.prompt is not None:
-        for piece in chat.stream([data.Message("user", args.prompt)], **options):
+        text = args.prompt.encode("utf-8", "replace").decode()  # "?" for bytes that are not UTF-8
+        for piece in chat.stream([data.Message("user", text)], **options):
             print(piece, end="", flush=True)
         print()
     else:

@@ -52,8 +52,9 @@ A question that begins with a slash needs a space before it."""
 
 def converse(chat, options):
     """Chat until Ctrl-D, /quit, or Ctrl-C at the prompt."""
-    with contextlib.suppress(ImportError):  # history, editing; a paste of many lines is one text
-        import readline
+    with contextlib.suppress(ImportError, AttributeError):  # of a stream that is not a file
+        sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8
+        import readline  # history, editing; a paste of many lines is one text
 
         readline.parse_and_bind("set enable-bracketed-paste on")
     talk, millions = Talk(chat, options), chat.llama.config.parameter_count() / 1e6

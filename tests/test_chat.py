@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gzip
+import io
 import json
 import os
 import pty
@@ -560,6 +561,15 @@ def test_a_model_is_given_the_system_message_as_in_training(folder, talker, run)
     trained, _ = data.encode(line, talker.tokenizer, talker.export.classes)
     prompt = talker.prompt(turns)
     assert trained[: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # as in a UTF-8 and a C locale
+def test_bytes_that_are_not_utf8_are_asked_as_a_replacement(errors, folder, run, monkeypatch):
+    stdin = io.TextIOWrapper(io.BytesIO(b"Hi\n\xff\n/system \xff\nHi\n"), "utf-8", errors)
+    monkeypatch.setattr(sys, "stdin", stdin)
+    code, out, err = run(chat.main, folder, "--max-new-tokens", "2")
+    assert code == 0 and "error" not in err and out.count("> ") == 5
+    assert run(chat.main, folder, "--prompt", "\udcff", "--max-new-tokens", "2")[0] == 0
 
 
 @pytest.mark.parametrize("command", ["/exit", "/quit", "quit", "exit"])
